@@ -1,0 +1,165 @@
+//! What is sent: whole answers and streams of events, and the faults that happen to them on the way.
+//!
+//! A stream's events are sent as they come, one HTTP chunk each. Dropping a body drops its source, and with it the
+//! sequences behind it.
+
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt, stream};
+use http_body::Frame;
+use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+
+use crate::{
+    faults::{Mid, MidKind},
+    server::Open,
+};
+
+pub(crate) type Body = UnsyncBoxBody<Bytes, Cut>;
+
+/// Ends a body in the middle; the HTTP library then closes the connection.
+#[derive(Debug, thiserror::Error)]
+#[error("cut by a fault")]
+pub(crate) struct Cut;
+
+pub(crate) type Events = Pin<Box<dyn Stream<Item = Bytes> + Send>>;
+
+/// A comment line; carries no event.
+const KEEP_ALIVE: Bytes = Bytes::from_static(b": keep-alive\n\n");
+
+/// Bytes that are neither an event nor UTF-8.
+const GARBAGE: Bytes = Bytes::from_static(b"data: {\"id\":\"\xff\xfe\x00, \"choices\": [[[}\n\n\x80\x81 no event\n\n");
+
+/// What the engine says when it dies while it answers: last event of a stream, or body of a whole answer.
+pub(crate) struct Death {
+    pub(crate) events: [Bytes; 2],
+}
+
+/// How a body is sent.
+pub(crate) struct Sending {
+    pub(crate) mid: Option<Mid>,
+    /// Silence after which a comment is sent.
+    pub(crate) keep_alive: Option<Duration>,
+    /// Set to end the connection with a reset.
+    pub(crate) reset: Arc<AtomicBool>,
+    /// Counts the request as finished or left.
+    pub(crate) open: Open,
+}
+
+/// A body that is there at once, with faults that cut it in half.
+pub(crate) fn whole(bytes: Bytes, sending: Sending) -> Body {
+    let Sending { mid, reset, mut open, .. } = sending;
+    let half = bytes.slice(..bytes.len() / 2);
+    match mid.map(|mid| mid.kind) {
+        Some(MidKind::Garbage) => whole_of(GARBAGE, open),
+        Some(kind @ (MidKind::Stall | MidKind::Cut { .. })) => {
+            let steps = stream::unfold((Some(half), open), move |(half, open)| {
+                let reset = Arc::clone(&reset);
+                async move {
+                    match half {
+                        Some(half) => Some((Ok(Frame::data(half)), (None, open))),
+                        None => Some((end(kind, &reset).await, (None, open))),
+                    }
+                }
+            });
+            // The declared length stays that of the whole answer.
+            BodyExt::boxed_unsync(StreamBody::new(steps))
+        }
+        Some(MidKind::Error) | None => {
+            open.complete();
+            whole_of(bytes, open)
+        }
+    }
+}
+
+fn whole_of(bytes: Bytes, mut open: Open) -> Body {
+    open.complete();
+    Full::new(bytes).map_err(|never| match never {}).boxed_unsync()
+}
+
+/// A body of events.
+pub(crate) fn events(source: Events, death: Death, sending: Sending) -> Body {
+    let state = Sender { source, death: death.events.into_iter(), sent: 0, phase: Phase::Running, sending };
+    let frames = stream::unfold(state, |mut state| async move { Some((state.next().await?, state)) });
+    BodyExt::boxed_unsync(StreamBody::new(frames))
+}
+
+struct Sender {
+    source: Events,
+    death: std::array::IntoIter<Bytes, 2>,
+    sent: u32,
+    phase: Phase,
+    sending: Sending,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Phase {
+    Running,
+    Stalled,
+    Dying,
+}
+
+impl Sender {
+    async fn next(&mut self) -> Option<Result<Frame<Bytes>, Cut>> {
+        if let Some(mid) = self.sending.mid.filter(|mid| mid.after <= self.sent) {
+            self.sending.mid = None;
+            match mid.kind {
+                MidKind::Stall => self.phase = Phase::Stalled,
+                MidKind::Error => self.phase = Phase::Dying,
+                MidKind::Garbage => return Some(Ok(Frame::data(GARBAGE))),
+                MidKind::Cut { .. } => return Some(end(mid.kind, &self.sending.reset).await),
+            }
+        }
+        let event = match self.phase {
+            Phase::Dying => self.death.next(),
+            Phase::Stalled => {
+                silence(self.sending.keep_alive).await;
+                return Some(Ok(Frame::data(KEEP_ALIVE)));
+            }
+            Phase::Running => match self.sending.keep_alive {
+                // Cancelling `next` loses nothing: what it awaits is kept in the stream.
+                Some(silence) => match tokio::time::timeout(silence, self.source.next()).await {
+                    Ok(event) => event,
+                    Err(_) => return Some(Ok(Frame::data(KEEP_ALIVE))),
+                },
+                None => self.source.next().await,
+            },
+        };
+        match event {
+            Some(event) => {
+                self.sent += 1;
+                Some(Ok(Frame::data(event)))
+            }
+            None => {
+                self.sending.open.complete();
+                None
+            }
+        }
+    }
+}
+
+/// Waits as long as a stalled stream is silent.
+async fn silence(keep_alive: Option<Duration>) {
+    match keep_alive {
+        Some(silence) => tokio::time::sleep(silence).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Ends a body as a fault says: never, or by an error.
+async fn end(kind: MidKind, reset: &AtomicBool) -> Result<Frame<Bytes>, Cut> {
+    if kind == MidKind::Stall {
+        silence(None).await;
+    }
+    // What was sent before is flushed while this waits.
+    tokio::task::yield_now().await;
+    reset.store(matches!(kind, MidKind::Cut { reset: true }), Ordering::Relaxed);
+    Err(Cut)
+}

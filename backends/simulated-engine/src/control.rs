@@ -1,0 +1,84 @@
+//! The simulated engine's own endpoints, which no real engine has: faults of a running server, and what it saw.
+//!
+//! - `GET /simulated/faults` gives `{"faults": […]}`, see [`Fault`]; `POST` replaces them, and with `"refuse_ms": n` also
+//!   closes the listener and every connection for that long, as a process that died and is started again.
+//! - `GET /simulated/log` gives counters since the start.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Method, Request, StatusCode, header};
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::{
+    faults::Fault,
+    server::{Answer, Service},
+};
+
+const BODY_BYTES_MAX: usize = 1 << 20;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Change {
+    #[serde(default)]
+    faults: Option<Vec<Fault>>,
+    #[serde(default)]
+    refuse_ms: Option<u64>,
+}
+
+/// Whether `path` is one of these endpoints.
+pub(crate) fn owns(path: &str) -> bool {
+    path.starts_with("/simulated/")
+}
+
+pub(crate) async fn answer(service: &Arc<Service>, request: Request<Incoming>) -> Answer {
+    match (request.method(), request.uri().path()) {
+        (&Method::GET, "/simulated/faults") => json_answer(StatusCode::OK, &json!({"faults": service.faults.get()})),
+        (&Method::GET, "/simulated/log") => json_answer(StatusCode::OK, &log(service)),
+        (&Method::POST, "/simulated/faults") => match change(service, request).await {
+            Ok(()) => json_answer(StatusCode::OK, &json!({"faults": service.faults.get()})),
+            Err(message) => json_answer(StatusCode::BAD_REQUEST, &json!({"error": message})),
+        },
+        _ => json_answer(StatusCode::NOT_FOUND, &json!({"error": "no such endpoint"})),
+    }
+}
+
+async fn change(service: &Service, request: Request<Incoming>) -> Result<(), String> {
+    let body = Limited::new(request.into_body(), BODY_BYTES_MAX).collect().await.map_err(|error| error.to_string())?;
+    let change: Change = serde_json::from_slice(&body.to_bytes()).map_err(|error| error.to_string())?;
+    if let Some(faults) = change.faults {
+        service.faults.set(faults);
+    }
+    if let Some(ms) = change.refuse_ms {
+        service.outage.send_replace(Some(Duration::from_millis(ms)));
+    }
+    Ok(())
+}
+
+fn log(service: &Service) -> Value {
+    let log = &service.log;
+    let (load, stats) = service.driver.load();
+    let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    json!({
+        "connections": read(&log.connections),
+        "bytes_received": read(&log.bytes_received),
+        "requests": {"begun": read(&log.begun), "finished": read(&log.finished), "aborted": read(&log.aborted)},
+        "sequences": {
+            "running": load.running,
+            "waiting": load.waiting,
+            "finished": stats.stopped + stats.length,
+            "aborted": stats.aborted,
+        },
+    })
+}
+
+fn json_answer(status: StatusCode, value: &Value) -> Answer {
+    let json = http::HeaderValue::from_static("application/json");
+    Answer::Whole { status, headers: vec![(header::CONTENT_TYPE, json)], body: Bytes::from(value.to_string()) }
+}

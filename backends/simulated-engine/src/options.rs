@@ -1,0 +1,72 @@
+//! What a simulated engine is started with. Plain values: command line and tests fill them.
+
+use std::{ops::RangeInclusive, path::PathBuf, time::Duration};
+
+use forebay_simulator::EngineConfig;
+
+use crate::faults::Fault;
+
+/// Whose wire the server speaks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EngineKind {
+    /// vLLM 0.32.0's OpenAI-compatible server.
+    #[default]
+    Vllm,
+}
+
+/// Settings of one server.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub engine: EngineKind,
+    /// The name it serves its model under.
+    pub model: String,
+    /// Directory with `tokenizer.json` and `tokenizer_config.json`; `None` is the built-in model.
+    pub tokenizer: Option<PathBuf>,
+    /// Context length: prompt and output, in tokens.
+    pub max_model_len: u32,
+    pub timing: EngineConfig,
+    /// Equal seeds give equal texts for equal prompts.
+    pub seed: u64,
+    /// How many times faster than the timing model says the server runs; more than zero.
+    pub speed: f64,
+    /// How long an answer is that nothing else bounds, end token included.
+    pub output_tokens: RangeInclusive<u32>,
+    /// Length of an embedding.
+    pub embedding_dimensions: u32,
+    /// Accepted bearer tokens; none means that no key is asked for.
+    pub api_keys: Vec<String>,
+    /// vLLM's `--max-num-queued-reqs`: more running and waiting sequences than this are refused with 503.
+    pub max_queued_requests: Option<u32>,
+    /// vLLM's `--enable-prompt-tokens-details`: tells cached tokens in `usage`.
+    pub prompt_tokens_details: bool,
+    /// vLLM's `--sse-keep-alive-interval`: silence in a stream after which a comment is sent.
+    pub stream_keep_alive: Option<Duration>,
+    /// Silence after which an idle connection is closed. vLLM's default is 5 s.
+    pub connection_keep_alive: Duration,
+    pub faults: Vec<Fault>,
+    /// Refuses connections for this long after the start.
+    pub refuse_at_start: Option<Duration>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            engine: EngineKind::default(),
+            model: "forebay-simulated".to_owned(),
+            tokenizer: None,
+            max_model_len: 32_768,
+            timing: EngineConfig::default(),
+            seed: 0,
+            speed: 1.0,
+            output_tokens: 20..=120,
+            embedding_dimensions: 32,
+            api_keys: Vec::new(),
+            max_queued_requests: None,
+            prompt_tokens_details: true,
+            stream_keep_alive: None,
+            connection_keep_alive: Duration::from_secs(5),
+            faults: Vec::new(),
+            refuse_at_start: None,
+        }
+    }
+}

@@ -1,0 +1,299 @@
+//! Sockets and connections: accepts, serves, refuses for a while, and ends.
+//!
+//! Not here: what is answered (`vllm`, `control`).
+
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderValue, Request, Response, StatusCode, header};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    EngineKind, Options,
+    body::{self, Body, Sending},
+    control,
+    driver::Driver,
+    faults::{Faults, MidKind, Plan},
+    model::Model,
+    vllm,
+};
+
+/// Time between an outage being asked for and its beginning, in which the answer to whoever asked gets out.
+const OUTAGE_NOTICE: Duration = Duration::from_millis(50);
+
+/// Least speed factor; a slower engine would be a hung one.
+const SPEED_MIN: f64 = 0.001;
+
+/// Everything that requests share.
+#[derive(Debug)]
+pub(crate) struct Service {
+    pub(crate) options: Options,
+    pub(crate) model: Model,
+    pub(crate) driver: Arc<Driver>,
+    pub(crate) faults: Faults,
+    pub(crate) log: Log,
+    /// The outage that was last asked for.
+    pub(crate) outage: watch::Sender<Option<Duration>>,
+}
+
+/// What happened since the start.
+#[derive(Debug, Default)]
+pub(crate) struct Log {
+    pub(crate) connections: AtomicU64,
+    pub(crate) bytes_received: AtomicU64,
+    /// Requests for paths that run the model.
+    pub(crate) begun: AtomicU64,
+    pub(crate) finished: AtomicU64,
+    pub(crate) aborted: AtomicU64,
+    /// HTTP requests in flight, of any path.
+    pub(crate) in_flight: AtomicU64,
+}
+
+/// An answer before it is put on the wire.
+pub(crate) enum Answer {
+    Whole { status: StatusCode, headers: Vec<(header::HeaderName, HeaderValue)>, body: Bytes },
+    Events(body::Events),
+}
+
+/// Serves until `shutdown` is cancelled; then all connections are closed at once.
+///
+/// # Errors
+/// The tokenizer cannot be loaded, an option makes no sense, or the listener cannot be opened again after an outage.
+pub async fn serve(options: Options, listener: TcpListener, shutdown: CancellationToken) -> io::Result<()> {
+    let address = listener.local_addr()?;
+    let service = Arc::new(Service::new(options)?);
+    let mut outages = service.outage.subscribe();
+    let tasks = TaskTracker::new();
+    tasks.spawn(shutdown.clone().run_until_cancelled_owned(Arc::clone(&service.driver).drive()));
+    let mut down = service.options.refuse_at_start;
+    let mut listener = Some(listener);
+    while !shutdown.is_cancelled() {
+        if let Some(duration) = down.take() {
+            listener = None;
+            shutdown.run_until_cancelled(tokio::time::sleep(duration)).await;
+            continue;
+        }
+        let open = match listener.take() {
+            Some(listener) => listener,
+            None => TcpListener::bind(address).await?,
+        };
+        let connections = shutdown.child_token();
+        tokio::select! {
+            // Cancel-safe: an accepted connection is handed to a task before the next await.
+            () = accept(&open, &service, &tasks, &connections) => {}
+            () = shutdown.cancelled() => {}
+            // Cancel-safe: the value stays in the channel.
+            changed = outages.changed() => if changed.is_ok() {
+                tokio::time::sleep(OUTAGE_NOTICE).await;
+                down = *outages.borrow_and_update();
+            }
+        }
+        connections.cancel();
+    }
+    tasks.close();
+    tasks.wait().await;
+    Ok(())
+}
+
+impl Service {
+    fn new(mut options: Options) -> io::Result<Self> {
+        if !(options.speed.is_finite() && options.speed >= SPEED_MIN) {
+            let message = format!("speed must be at least {SPEED_MIN}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        let timing = options.timing.clone();
+        let memory = timing.kv_blocks.saturating_mul(timing.block_tokens.max(1));
+        // An engine refuses to start with a context that its memory cannot hold; this one takes the smaller.
+        options.max_model_len = options.max_model_len.min(memory).max(1);
+        let model = Model::load(options.tokenizer.as_deref())
+            .map_err(|source| io::Error::new(io::ErrorKind::InvalidInput, source))?;
+        let driver = Arc::new(Driver::new(timing, options.speed, options.max_queued_requests));
+        let faults = Faults::new(options.seed, options.faults.clone());
+        let outage = watch::Sender::new(None);
+        Ok(Self { options, model, driver, faults, log: Log::default(), outage })
+    }
+
+    async fn respond(self: &Arc<Self>, request: Request<Incoming>, reset: Arc<AtomicBool>) -> Response<Body> {
+        let path = request.uri().path();
+        let plan = if control::owns(path) { Plan::default() } else { self.faults.plan(path) };
+        let open = Open::begin(self, path);
+        if plan.hang {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(plan.delay).await;
+        let mut answer = match (&plan.status, self.options.engine) {
+            (Some(status), EngineKind::Vllm) => vllm::failure(status),
+            (None, _) if control::owns(path) => control::answer(self, request).await,
+            (None, EngineKind::Vllm) => vllm::answer(self, request).await,
+        };
+        if plan.mid.is_some_and(|mid| mid.kind == MidKind::Error)
+            && matches!(&answer, Answer::Whole { status, .. } if status.is_success())
+        {
+            answer = vllm::death();
+        }
+        let keep_alive = self.options.stream_keep_alive;
+        into_response(answer, Sending { mid: plan.mid, keep_alive, reset, open })
+    }
+}
+
+fn into_response(answer: Answer, sending: Sending) -> Response<Body> {
+    let mut response = match answer {
+        Answer::Whole { status, headers, body } => {
+            let length = HeaderValue::from(body.len());
+            let garbled = sending.mid.is_some_and(|mid| mid.kind == MidKind::Garbage);
+            let mut response = Response::new(body::whole(body, sending));
+            *response.status_mut() = status;
+            if !garbled {
+                response.headers_mut().insert(header::CONTENT_LENGTH, length);
+            }
+            response.headers_mut().extend(headers.into_iter().map(|(name, value)| (Some(name), value)));
+            response
+        }
+        Answer::Events(source) => {
+            let mut response = Response::new(body::events(source, vllm::death_events(), sending));
+            let kind = HeaderValue::from_static("text/event-stream; charset=utf-8");
+            response.headers_mut().insert(header::CONTENT_TYPE, kind);
+            response
+        }
+    };
+    let headers = response.headers_mut();
+    headers.insert(header::SERVER, HeaderValue::from_static("uvicorn"));
+    headers.insert(header::VARY, HeaderValue::from_static("Origin"));
+    response
+}
+
+/// A request under way: counted when it begins, and as finished or aborted when this is dropped.
+pub(crate) struct Open {
+    service: Arc<Service>,
+    counted: bool,
+    complete: bool,
+}
+
+impl Open {
+    fn begin(service: &Arc<Service>, path: &str) -> Self {
+        let counted = vllm::runs_model(path);
+        service.log.in_flight.fetch_add(1, Ordering::Relaxed);
+        if counted {
+            service.log.begun.fetch_add(1, Ordering::Relaxed);
+        }
+        Self { service: Arc::clone(service), counted, complete: false }
+    }
+
+    /// Marks that all of the answer was given to the connection.
+    pub(crate) fn complete(&mut self) {
+        self.complete = true;
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        let log = &self.service.log;
+        log.in_flight.fetch_sub(1, Ordering::Relaxed);
+        if self.counted {
+            let counter = if self.complete { &log.finished } else { &log.aborted };
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+async fn accept(listener: &TcpListener, service: &Arc<Service>, tasks: &TaskTracker, connections: &CancellationToken) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, peer)) => {
+                let connection = connection(stream, peer, Arc::clone(service));
+                tasks.spawn(connections.clone().run_until_cancelled_owned(connection));
+            }
+            Err(error) => {
+                // Out of file descriptors, mostly: waiting is all there is to do.
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    }
+}
+
+async fn connection(stream: TcpStream, peer: SocketAddr, service: Arc<Service>) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%peer, %error, "cannot set TCP_NODELAY");
+    }
+    service.log.connections.fetch_add(1, Ordering::Relaxed);
+    let reset = Arc::new(AtomicBool::new(false));
+    let socket = Socket { stream, reset: Arc::clone(&reset), service: Arc::clone(&service) };
+    let keep_alive = service.options.connection_keep_alive;
+    let respond = service_fn(move |request| {
+        let service = Arc::clone(&service);
+        let reset = Arc::clone(&reset);
+        async move { Ok::<_, Infallible>(service.respond(request, reset).await) }
+    });
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(keep_alive)
+        .serve_connection(TokioIo::new(socket), respond)
+        .await;
+    if let Err(error) = served {
+        tracing::debug!(%peer, %error, "connection ended");
+    }
+}
+
+/// A connection's socket: counts what it receives, and resets instead of closing when told so.
+struct Socket {
+    stream: TcpStream,
+    reset: Arc<AtomicBool>,
+    service: Arc<Service>,
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if self.reset.load(Ordering::Relaxed)
+            && let Err(error) = self.stream.set_zero_linger()
+        {
+            tracing::debug!(%error, "cannot reset a connection");
+        }
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let result = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        let read = buffer.filled().len() - before;
+        self.service.log.bytes_received.fetch_add(read as u64, Ordering::Relaxed);
+        result
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // An orderly end would be sent before the reset.
+        if self.reset.load(Ordering::Relaxed) {
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,74 @@
+//! llama.cpp's `llama-server` (b11434, and the build of October 2026 whose bytes the tests read).
+
+use forebay_proto::metrics_text::samples;
+
+use super::{Api, Engine, Load, ServedModel, Totals, tally::Tally};
+
+pub(super) struct LlamaCpp;
+
+impl Engine for LlamaCpp {
+    fn name(&self) -> &'static str {
+        "llamacpp"
+    }
+
+    fn recognises(&self, models: &[ServedModel]) -> bool {
+        models.iter().any(|model| model.owned_by.as_deref() == Some("llamacpp"))
+    }
+
+    /// 503 while the model loads.
+    fn health_path(&self) -> &'static str {
+        "/health"
+    }
+
+    fn version_path(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// There only with `--metrics`.
+    fn metrics_path(&self) -> Option<&'static str> {
+        Some("/metrics")
+    }
+
+    fn read_load(&self, metrics: &[u8]) -> Option<Load> {
+        let [mut running, mut waiting, mut prompt, mut cached, mut generated] = [Tally::default(); 5];
+        for sample in samples(metrics) {
+            match sample.name {
+                "llamacpp:requests_processing" => running.add(sample.value),
+                "llamacpp:requests_deferred" => waiting.add(sample.value),
+                "llamacpp:prompt_tokens_total" => prompt.add(sample.value),
+                "llamacpp:prompt_tokens_cached_total" => cached.add(sample.value),
+                "llamacpp:tokens_predicted_total" => generated.add(sample.value),
+                _ => {}
+            }
+        }
+        // Its counter of prompt tokens leaves out those found in the cache.
+        let asked = prompt.total().map(|prompt| prompt.saturating_add(cached.total().unwrap_or(0)));
+        Some(Load {
+            running: running.count()?,
+            waiting: waiting.count()?,
+            kv_usage: None,
+            block_tokens: None,
+            kv_tokens: None,
+            sleeping: false,
+            totals: Totals {
+                prompt_tokens: asked,
+                generation_tokens: generated.total(),
+                prefix_queries: cached.total().and(asked),
+                prefix_hits: cached.total(),
+                preemptions: None,
+            },
+        })
+    }
+
+    /// Its `/tokenize` and `/detokenize` have a shape of their own (`content`), and answer vLLM's with an empty list.
+    fn serves(&self, api: Api) -> bool {
+        match api {
+            Api::ChatCompletions | Api::Completions | Api::Embeddings => true,
+            Api::Tokenize | Api::Detokenize => false,
+        }
+    }
+
+    fn takes_token_ids(&self) -> bool {
+        true
+    }
+}

@@ -1,0 +1,201 @@
+//! vLLM: releases 0.10 to 0.33, and older ones as far as their metrics' names are known.
+
+use forebay_proto::metrics_text::{Sample, samples};
+
+use super::{Api, Engine, Load, ServedModel, Totals, tally::Tally};
+
+pub(super) struct Vllm;
+
+impl Engine for Vllm {
+    fn name(&self) -> &'static str {
+        "vllm"
+    }
+
+    fn recognises(&self, models: &[ServedModel]) -> bool {
+        models.iter().any(|model| model.owned_by.as_deref() == Some("vllm"))
+    }
+
+    /// 503 once the engine process is dead, 200 also while it sleeps: [`Load::sleeping`] tells that.
+    fn health_path(&self) -> &'static str {
+        "/health"
+    }
+
+    fn version_path(&self) -> Option<&'static str> {
+        Some("/version")
+    }
+
+    fn metrics_path(&self) -> Option<&'static str> {
+        Some("/metrics")
+    }
+
+    fn read_load(&self, metrics: &[u8]) -> Option<Load> {
+        let mut reading = Reading::default();
+        for sample in samples(metrics) {
+            reading.take(&sample);
+        }
+        reading.load()
+    }
+
+    fn serves(&self, _: Api) -> bool {
+        true
+    }
+
+    fn takes_token_ids(&self) -> bool {
+        true
+    }
+}
+
+/// What is gathered from the text, over all ranks (label `engine`) of a data-parallel server.
+#[derive(Default)]
+struct Reading {
+    running: Tally,
+    waiting: Tally,
+    kv_usage: Tally,
+    block_tokens: Option<u32>,
+    kv_tokens: Tally,
+    sleeping: bool,
+    prompt_tokens: Tally,
+    generation_tokens: Tally,
+    preemptions: Tally,
+    prefix_queries: Tally,
+    prefix_hits: Tally,
+    /// Before 0.10 the metrics of the cache said `gpu`; some releases export both names.
+    old_prefix_queries: Tally,
+    old_prefix_hits: Tally,
+}
+
+impl Reading {
+    fn take(&mut self, sample: &Sample<'_>) {
+        let tally = match sample.name {
+            "vllm:num_requests_running" => &mut self.running,
+            "vllm:num_requests_waiting" => &mut self.waiting,
+            // A fraction, despite its name. Where both names stand they say the same, so the mean is right.
+            "vllm:kv_cache_usage_perc" | "vllm:gpu_cache_usage_perc" => &mut self.kv_usage,
+            "vllm:prompt_tokens_total" => &mut self.prompt_tokens,
+            "vllm:generation_tokens_total" => &mut self.generation_tokens,
+            "vllm:num_preemptions_total" => &mut self.preemptions,
+            "vllm:prefix_cache_queries_total" => &mut self.prefix_queries,
+            "vllm:prefix_cache_hits_total" => &mut self.prefix_hits,
+            "vllm:gpu_prefix_cache_queries_total" => &mut self.old_prefix_queries,
+            "vllm:gpu_prefix_cache_hits_total" => &mut self.old_prefix_hits,
+            "vllm:engine_sleep_state" => {
+                let awake = sample.labels.get("sleep_state").is_none_or(|state| state == "awake");
+                self.sleeping |= !awake && sample.value > 0.0;
+                return;
+            }
+            "vllm:cache_config_info" => return self.take_cache(sample),
+            _ => return,
+        };
+        tally.add(sample.value);
+    }
+
+    /// One series per rank, its labels are the fields of vLLM's cache configuration; unset ones say `None`.
+    fn take_cache(&mut self, sample: &Sample<'_>) {
+        let number = |label| sample.labels.get(label).and_then(|value| value.parse::<u32>().ok()).filter(|&n| n > 0);
+        let block_tokens = number("block_size");
+        self.block_tokens = self.block_tokens.or(block_tokens);
+        // The first is right for hybrid models too, whose blocks do not each hold tokens of their own; older releases
+        // have only the others.
+        let tokens = number("kv_cache_size_tokens").map(f64::from);
+        let blocks = || Some(f64::from(number("num_gpu_blocks")?) * f64::from(block_tokens?));
+        if let Some(tokens) = tokens.or_else(blocks) {
+            self.kv_tokens.add(tokens);
+        }
+    }
+
+    /// `None` when the server was started with `--disable-log-stats`: then there are no metrics of the engine at all.
+    fn load(self) -> Option<Load> {
+        Some(Load {
+            running: self.running.count()?,
+            waiting: self.waiting.count()?,
+            kv_usage: self.kv_usage.share(),
+            block_tokens: self.block_tokens,
+            kv_tokens: self.kv_tokens.total(),
+            sleeping: self.sleeping,
+            totals: Totals {
+                prompt_tokens: self.prompt_tokens.total(),
+                generation_tokens: self.generation_tokens.total(),
+                prefix_queries: self.prefix_queries.total().or(self.old_prefix_queries.total()),
+                prefix_hits: self.prefix_hits.total().or(self.old_prefix_hits.total()),
+                preemptions: self.preemptions.total(),
+            },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn load(text: &str) -> Option<Load> {
+        Vllm.read_load(text.as_bytes())
+    }
+
+    #[test]
+    fn ranks_are_added_up_and_shares_averaged() {
+        let load = load(
+            r#"vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 4.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 0.0
+vllm:num_requests_waiting{engine="1",model_name="m"} 2.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.75
+vllm:engine_sleep_state{engine="0",sleep_state="awake"} 1.0
+vllm:engine_sleep_state{engine="0",sleep_state="weights_offloaded"} 0.0
+vllm:prompt_tokens_total{engine="0",model_name="m"} 1e3
+vllm:prompt_tokens_total{engine="1",model_name="m"} 500.0
+vllm:cache_config_info{block_size="16",engine="0",kv_cache_size_tokens="None",num_gpu_blocks="100"} 1.0
+vllm:cache_config_info{block_size="16",engine="1",kv_cache_size_tokens="1500",num_gpu_blocks="100"} 1.0
+"#,
+        )
+        .expect("a load");
+        assert_eq!((load.running, load.waiting, load.kv_usage), (7, 2, Some(0.5)));
+        assert_eq!((load.block_tokens, load.kv_tokens, load.sleeping), (Some(16), Some(3100), false));
+        assert_eq!((load.totals.prompt_tokens, load.totals.generation_tokens), (Some(1500), None));
+    }
+
+    #[test]
+    fn old_names() {
+        let text = "vllm:num_requests_running 1\nvllm:num_requests_waiting 2\nvllm:gpu_cache_usage_perc 0.5\n\
+                    vllm:gpu_prefix_cache_queries_total 10\nvllm:gpu_prefix_cache_hits_total 4\n";
+        let old = load(text).expect("a load");
+        assert_eq!((old.kv_usage, old.totals.prefix_queries, old.totals.prefix_hits), (Some(0.5), Some(10), Some(4)));
+        let both = format!("{text}vllm:prefix_cache_queries_total 10\nvllm:prefix_cache_hits_total 4\n");
+        assert_eq!(load(&both).expect("a load").totals, old.totals);
+    }
+
+    #[test]
+    fn a_server_asleep() {
+        let text = "vllm:num_requests_running 0\nvllm:num_requests_waiting 0\n\
+                    vllm:engine_sleep_state{sleep_state=\"awake\"} 0.0\n\
+                    vllm:engine_sleep_state{sleep_state=\"discard_all\"} 1.0\n";
+        assert!(load(text).expect("a load").sleeping);
+    }
+
+    #[test]
+    fn texts_that_do_not_tell() {
+        for text in ["", "process_open_fds 54.0\n", "vllm:num_requests_running 1\n", "<html></html>"] {
+            assert_eq!(load(text), None, "{text:?}");
+        }
+        let nan = "vllm:num_requests_running NaN\nvllm:num_requests_waiting 1\n";
+        assert_eq!(load(nan), None);
+    }
+
+    #[test]
+    fn strange_values_are_bounded() {
+        let text = "vllm:num_requests_running 1e300\nvllm:num_requests_waiting 1\nvllm:kv_cache_usage_perc 7\n\
+                    vllm:prompt_tokens_total +Inf\nvllm:cache_config_info{block_size=\"0\",num_gpu_blocks=\"-1\"} 1\n";
+        let load = load(text).expect("a load");
+        assert_eq!((load.running, load.kv_usage, load.totals.prompt_tokens), (u32::MAX, Some(1.0), None));
+        assert_eq!((load.block_tokens, load.kv_tokens), (None, None));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+            let _ = Vllm.read_load(&bytes);
+        }
+    }
+}

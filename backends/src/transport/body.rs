@@ -1,0 +1,158 @@
+//! An answer as it comes in.
+
+use std::{
+    future::{Future, poll_fn},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, StatusCode};
+use http_body::Body as _;
+use hyper::body::Incoming;
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use super::pool::{Connection, Pool};
+use crate::{Error, Phase};
+
+/// The head of an answer, and its body still to come.
+pub struct Response {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: Body,
+}
+
+/// The bytes of an answer. Read to its end it gives the connection back to the pool; dropped before, it closes it.
+pub struct Body {
+    incoming: Incoming,
+    /// Taken away at the end, whichever way it comes.
+    connection: Option<Connection>,
+    pool: Arc<Pool>,
+    patience: Patience,
+}
+
+impl Body {
+    pub(super) fn new(
+        incoming: Incoming,
+        connection: Connection,
+        pool: Arc<Pool>,
+        first_byte: Option<(Instant, Duration)>,
+        idle: Duration,
+    ) -> Self {
+        let patience = Patience { first: Some(first_byte), idle, waiting_since: None, alarm: None };
+        Self { incoming, connection: Some(connection), pool, patience }
+    }
+
+    /// The next piece, `None` after the last one. After an error, too, `None` follows.
+    pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Error>>> {
+        if self.connection.is_none() {
+            return Poll::Ready(None);
+        }
+        loop {
+            let frame = match Pin::new(&mut self.incoming).poll_frame(cx) {
+                Poll::Ready(frame) => frame,
+                Poll::Pending => {
+                    let error = ready!(self.patience.poll_lost(cx));
+                    self.connection = None;
+                    return Poll::Ready(Some(Err(error)));
+                }
+            };
+            self.patience.waiting_since = None;
+            match frame {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) if !data.is_empty() => {
+                        self.patience.first = None;
+                        return Poll::Ready(Some(Ok(data)));
+                    }
+                    // Trailers, which no engine's API gives a meaning.
+                    _ => {}
+                },
+                Some(Err(source)) => {
+                    self.connection = None;
+                    return Poll::Ready(Some(Err(Error::Broken { source })));
+                }
+                None => {
+                    self.give_back();
+                    return Poll::Ready(None);
+                }
+            }
+        }
+    }
+
+    /// The next piece, `None` after the last one. Cancel-safe: no byte is lost when the future is dropped.
+    pub async fn next(&mut self) -> Option<Result<Bytes, Error>> {
+        poll_fn(|cx| self.poll_data(cx)).await
+    }
+
+    /// The whole answer, if it is not longer than `bytes_max`.
+    ///
+    /// # Errors
+    /// As the pieces'; [`Error::TooLarge`] as soon as it is known to be longer.
+    pub async fn collect(mut self, bytes_max: usize) -> Result<Bytes, Error> {
+        let expected = usize::try_from(self.incoming.size_hint().lower()).unwrap_or(usize::MAX);
+        if expected > bytes_max {
+            return Err(Error::TooLarge { bytes_max });
+        }
+        let mut all = BytesMut::with_capacity(expected);
+        while let Some(piece) = self.next().await {
+            let piece = piece?;
+            if piece.len() > bytes_max - all.len() {
+                return Err(Error::TooLarge { bytes_max });
+            }
+            all.extend_from_slice(&piece);
+        }
+        Ok(all.freeze())
+    }
+
+    fn give_back(&mut self) {
+        if let Some(connection) = self.connection.take() {
+            self.pool.put(connection);
+        }
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        // A reader that counts bytes may stop at the last one; the exchange is over all the same.
+        if self.incoming.is_end_stream() {
+            self.give_back();
+        }
+    }
+}
+
+/// How long the worker may still be silent.
+///
+/// The clock runs only while the caller waits: a slow client must not make a healthy worker look dead.
+struct Patience {
+    /// Until the first byte came: the limit for it, if there is one.
+    first: Option<Option<(Instant, Duration)>>,
+    idle: Duration,
+    waiting_since: Option<Instant>,
+    /// Set late and moved lazily, so that a stream that flows touches no timer.
+    alarm: Option<Pin<Box<Sleep>>>,
+}
+
+impl Patience {
+    /// Ready when the wait has become too long. To be called whenever nothing was there to read.
+    fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
+        let since = *self.waiting_since.get_or_insert_with(Instant::now);
+        let (phase, deadline, after) = match self.first {
+            Some(None) => return Poll::Pending,
+            Some(Some((deadline, after))) => (Phase::FirstByte, deadline, after),
+            None => (Phase::Idle, since + self.idle, self.idle),
+        };
+        let alarm = self.alarm.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
+        if deadline < alarm.deadline() {
+            alarm.as_mut().reset(deadline);
+        }
+        while alarm.as_mut().poll(cx).is_ready() {
+            if deadline <= alarm.deadline() {
+                return Poll::Ready(Error::Timeout { phase, after });
+            }
+            alarm.as_mut().reset(deadline);
+        }
+        Poll::Pending
+    }
+}

@@ -1,0 +1,254 @@
+//! One worker's requests.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri,
+    header::{
+        ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, PROXY_AUTHENTICATE,
+        PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+    },
+    uri::PathAndQuery,
+};
+use http_body_util::Full;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::{
+    Body, Endpoint, Response, Timeouts, Transport,
+    connect::connect,
+    pool::{Connection, Pool},
+};
+use crate::{Error, Phase};
+
+/// Headers that never travel on: those of one hop (RFC 9110, 7.6.1), those that the transport writes itself, the
+/// client's own credentials, and the wish for an encoding that the gateway could not read.
+const DROPPED: [HeaderName; 14] = [
+    CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION,
+    TE,
+    TRAILER,
+    TRANSFER_ENCODING,
+    UPGRADE,
+    CONTENT_LENGTH,
+    EXPECT,
+    HOST,
+    AUTHORIZATION,
+    ACCEPT_ENCODING,
+];
+
+/// A request to a worker. Its path is an engine's own; the endpoint's prefix, host and key are added when it is sent.
+#[derive(Clone, Debug)]
+pub struct Outgoing {
+    pub method: Method,
+    pub path: PathAndQuery,
+    /// What the client sent and may travel on. Credentials and headers of one hop are taken off.
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+/// The pool of connections to one worker. Clones share it.
+#[derive(Clone)]
+pub struct Channel {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    transport: Transport,
+    endpoint: Endpoint,
+    timeouts: Timeouts,
+    pool: Arc<Pool>,
+}
+
+/// A failed exchange, and the request where it is certain that none of it was written.
+struct Failed {
+    error: Error,
+    unsent: Option<Request<Full<Bytes>>>,
+}
+
+impl Channel {
+    pub(super) fn new(transport: Transport, endpoint: Endpoint, timeouts: Timeouts, pool: Arc<Pool>) -> Self {
+        Self { inner: Arc::new(Inner { transport, endpoint, timeouts, pool }) }
+    }
+
+    /// Where this channel leads.
+    #[must_use]
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.inner.endpoint
+    }
+
+    /// Connections that are open and unused, at most 256.
+    #[must_use]
+    pub fn idle_connections(&self) -> usize {
+        self.inner.pool.ready()
+    }
+
+    /// Sends a request and waits for the head of the answer, whatever its status. Dropping the future closes the
+    /// connection.
+    ///
+    /// # Errors
+    /// See [`Error`]; whether the worker may have begun the request is told by the variant.
+    pub async fn send(&self, request: Outgoing) -> Result<Response, Error> {
+        let mut request = self.inner.encode(request);
+        while let Some(connection) = self.inner.pool.take() {
+            match self.inner.exchange(connection, request).await {
+                Ok(response) => return Ok(response),
+                Err(Failed { unsent: Some(unsent), .. }) => request = unsent,
+                Err(Failed { error, .. }) => return Err(error),
+            }
+        }
+        self.inner.send_fresh(request).await
+    }
+
+    /// Asks for a small answer, bounded in time and size as a whole. Should a reused connection turn out to be closed it
+    /// asks once more on a fresh one, which a GET allows.
+    ///
+    /// # Errors
+    /// As [`Channel::send`]; [`Error::TooLarge`] beyond `bytes_max`. A status that says no is not an error.
+    pub async fn get(
+        &self,
+        path: &'static str,
+        limit: Duration,
+        bytes_max: usize,
+    ) -> Result<(StatusCode, Bytes), Error> {
+        let question = || Outgoing {
+            method: Method::GET,
+            path: PathAndQuery::from_static(path),
+            headers: HeaderMap::new(),
+            body: Bytes::new(),
+        };
+        bounded(limit, async {
+            let response = match self.send(question()).await {
+                Err(Error::Reset { reused: true, .. }) => self.inner.send_fresh(self.inner.encode(question())).await?,
+                other => other?,
+            };
+            Ok((response.status, response.body.collect(bytes_max).await?))
+        })
+        .await
+    }
+
+    /// Posts JSON and reads a small answer, bounded in time and size as a whole. Never sent twice.
+    ///
+    /// # Errors
+    /// As [`Channel::get`].
+    pub async fn post(
+        &self,
+        path: &'static str,
+        body: Bytes,
+        limit: Duration,
+        bytes_max: usize,
+    ) -> Result<(StatusCode, Bytes), Error> {
+        let path = PathAndQuery::from_static(path);
+        bounded(limit, async {
+            let response = self.send(Outgoing { method: Method::POST, path, headers: HeaderMap::new(), body }).await?;
+            Ok((response.status, response.body.collect(bytes_max).await?))
+        })
+        .await
+    }
+}
+
+async fn bounded<T>(limit: Duration, exchange: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    timeout(limit, exchange).await.unwrap_or(Err(Error::Timeout { phase: Phase::Whole, after: limit }))
+}
+
+impl Inner {
+    fn encode(&self, outgoing: Outgoing) -> Request<Full<Bytes>> {
+        let Outgoing { method, path, mut headers, body } = outgoing;
+        strip(&mut headers);
+        headers.insert(HOST, self.endpoint.host_header().clone());
+        if let Some(authorization) = self.endpoint.authorization() {
+            headers.insert(AUTHORIZATION, authorization.clone());
+        }
+        if method == Method::POST {
+            headers.entry(CONTENT_TYPE).or_insert(const { HeaderValue::from_static("application/json") });
+        }
+        let mut request = Request::new(Full::new(body));
+        *request.method_mut() = method;
+        *request.uri_mut() = Uri::from(self.endpoint.join(path));
+        *request.headers_mut() = headers;
+        request
+    }
+
+    async fn send_fresh(&self, request: Request<Full<Bytes>>) -> Result<Response, Error> {
+        let shared = &self.transport.shared;
+        let connection = connect(&shared.tracker, &shared.tls, &self.endpoint, self.timeouts.connect).await?;
+        self.exchange(connection, request).await.map_err(|failed| failed.error)
+    }
+
+    /// One request on one connection, which travels into the answer's body or, on any failure, is closed.
+    async fn exchange(&self, mut connection: Connection, request: Request<Full<Bytes>>) -> Result<Response, Failed> {
+        let first_byte = self.timeouts.first_byte.map(|limit| (Instant::now() + limit, limit));
+        let answer = connection.sender().try_send_request(request);
+        let answer = match first_byte {
+            Some((deadline, after)) => timeout_at(deadline, answer)
+                .await
+                .map_err(|_| Failed { error: Error::Timeout { phase: Phase::FirstByte, after }, unsent: None })?,
+            None => answer.await,
+        };
+        match answer {
+            Ok(response) => {
+                let (head, incoming) = response.into_parts();
+                let body = Body::new(incoming, connection, self.pool.clone(), first_byte, self.timeouts.idle);
+                Ok(Response { status: head.status, headers: head.headers, body })
+            }
+            Err(mut failure) => {
+                let unsent = failure.take_message();
+                let source = failure.into_error();
+                let error = if source.is_parse() {
+                    Error::Malformed { source }
+                } else {
+                    Error::Reset { reused: connection.reused(), source }
+                };
+                Err(Failed { error, unsent })
+            }
+        }
+    }
+}
+
+fn strip(headers: &mut HeaderMap) {
+    if headers.is_empty() {
+        return;
+    }
+    // The Connection header may name further headers that are meant for one hop.
+    let named: Vec<HeaderName> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| HeaderName::try_from(name.trim()).ok())
+        .collect();
+    for name in named.iter().chain(&DROPPED) {
+        headers.remove(name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_of_one_hop_does_not_travel() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("authorization", "Bearer client"),
+            ("connection", "keep-alive, X-Secret ,bad name"),
+            ("x-secret", "1"),
+            ("content-length", "7"),
+            ("transfer-encoding", "chunked"),
+            ("host", "gateway"),
+            ("accept-encoding", "gzip"),
+            ("expect", "100-continue"),
+            ("x-request-id", "r1"),
+            ("traceparent", "t"),
+        ] {
+            headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        strip(&mut headers);
+        let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["traceparent", "x-request-id"]);
+    }
+}

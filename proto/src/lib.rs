@@ -1,0 +1,17 @@
+//! What crosses a process boundary: bytes in, typed facts out, and the few bytes Forebay writes itself.
+//!
+//! * [`peek`] reads the fields of a request body that Forebay acts on; [`splice`] changes them in place;
+//! * [`sse`] cuts a byte stream into server-sent events, [`stream`] reads one event of an OpenAI stream, [`tap`] finds
+//!   the usage of a whole answer without keeping it;
+//! * [`error`] turns any engine's error body into OpenAI's; [`metrics_text`] reads Prometheus text.
+//!
+//! Invariants: no I/O, no clock and no async runtime; nothing panics, recurses without bound or allocates without bound
+//! on any input; bytes that nobody acts on are neither copied nor re-written.
+
+pub mod error;
+pub mod metrics_text;
+pub mod peek;
+pub mod splice;
+pub mod sse;
+pub mod stream;
+pub mod tap;

@@ -1,0 +1,227 @@
+//! The exact tokenization cache: ids of pieces of text that were seen before.
+//!
+//! Between two safe cuts (`cuts`) ids depend on the piece alone, so a piece is looked up by its content, wherever in
+//! a prompt it stands and whichever request it came with.
+//!
+//! Invariants: a key is a BLAKE3 hash of the text under a random key of this process, so nobody can prepare a text that
+//! is mistaken for another's; the memory held stays under the budget given; a hit gives exactly the ids that encoding
+//! would give.
+//!
+//! Not here: keeping tenants from learning by timing whether a text was seen before.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::cuts::{Head, Piece};
+
+/// Locks are held for a look-up or an insertion in one of these many parts.
+const SHARDS: usize = 16;
+
+/// What an entry costs beside its ids: key, pointer, counts, and its places in map and queue.
+const ENTRY_BYTES: usize = 128;
+
+/// Which tokenizer a piece was encoded by: a hash of its definition, so that the same file loaded twice shares entries.
+pub(crate) type Fingerprint = [u8; 32];
+
+type Key = [u8; 16];
+
+/// A cache that any number of tokenizers share.
+pub struct Cache {
+    hash_key: [u8; 32],
+    shards: Vec<Mutex<Shard>>,
+    hits: AtomicU64,
+    misses: AtomicU64,
+}
+
+/// What a [`Cache`] holds and has done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CacheStats {
+    /// Bytes held, upkeep included.
+    pub bytes: usize,
+    /// Pieces held.
+    pub entries: usize,
+    /// Pieces found, and not found, since the start.
+    pub hits: u64,
+    pub misses: u64,
+}
+
+impl std::fmt::Debug for Cache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cache").field("stats", &self.stats()).finish_non_exhaustive()
+    }
+}
+
+impl Cache {
+    /// A cache that holds at most `bytes_max` bytes: about as much as the text it remembers.
+    #[must_use]
+    pub fn new(bytes_max: usize) -> Self {
+        let shard = || Mutex::new(Shard::new(bytes_max / SHARDS));
+        Self {
+            hash_key: rand::random(),
+            shards: std::iter::repeat_with(shard).take(SHARDS).collect(),
+            hits: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+        }
+    }
+
+    #[must_use]
+    pub fn stats(&self) -> CacheStats {
+        let mut stats = CacheStats {
+            hits: self.hits.load(Ordering::Relaxed),
+            misses: self.misses.load(Ordering::Relaxed),
+            ..CacheStats::default()
+        };
+        for shard in &self.shards {
+            let shard = shard.lock();
+            stats.bytes += shard.bytes;
+            stats.entries += shard.entries.len();
+        }
+        stats
+    }
+
+    /// The ids of a piece: remembered, or made by `encode` and remembered. `None` is what `encode` gives up with.
+    pub(crate) fn ids(
+        &self,
+        tokenizer: &Fingerprint,
+        piece: Piece<'_>,
+        encode: impl FnOnce() -> Option<Vec<u32>>,
+    ) -> Option<Arc<[u32]>> {
+        let key = self.key(tokenizer, piece);
+        let shard = self.shards.get(usize::from(key[0]) % SHARDS)?;
+        if let Some(ids) = shard.lock().get(&key) {
+            self.hits.fetch_add(1, Ordering::Relaxed);
+            return Some(ids);
+        }
+        self.misses.fetch_add(1, Ordering::Relaxed);
+        let ids: Arc<[u32]> = encode()?.into();
+        shard.lock().insert(key, Arc::clone(&ids));
+        Some(ids)
+    }
+
+    fn key(&self, tokenizer: &Fingerprint, piece: Piece<'_>) -> Key {
+        let head = match piece.head {
+            Head::Plain => 0,
+            Head::Space => 1,
+            Head::Mark => 2,
+        };
+        let mut hasher = blake3::Hasher::new_keyed(&self.hash_key);
+        hasher.update(tokenizer).update(&[head]).update(piece.text.as_bytes());
+        let mut key = Key::default();
+        hasher.finalize_xof().fill(&mut key);
+        key
+    }
+}
+
+/// One part of the cache. What was not asked for since its last turn is the first to go (a second-chance queue).
+struct Shard {
+    bytes_max: usize,
+    bytes: usize,
+    entries: HashMap<Key, Entry>,
+    queue: VecDeque<Key>,
+}
+
+struct Entry {
+    ids: Arc<[u32]>,
+    asked: bool,
+}
+
+impl Shard {
+    fn new(bytes_max: usize) -> Self {
+        Self { bytes_max, bytes: 0, entries: HashMap::new(), queue: VecDeque::new() }
+    }
+
+    fn get(&mut self, key: &Key) -> Option<Arc<[u32]>> {
+        let entry = self.entries.get_mut(key)?;
+        entry.asked = true;
+        Some(Arc::clone(&entry.ids))
+    }
+
+    fn insert(&mut self, key: Key, ids: Arc<[u32]>) {
+        let cost = cost(&ids);
+        // another request may have brought the same piece meanwhile
+        if cost > self.bytes_max || self.entries.contains_key(&key) {
+            return;
+        }
+        while self.bytes + cost > self.bytes_max && self.evict() {}
+        self.bytes += cost;
+        self.entries.insert(key, Entry { ids, asked: false });
+        self.queue.push_back(key);
+    }
+
+    /// Takes one turn of the queue; false when it is empty.
+    fn evict(&mut self) -> bool {
+        let Some(key) = self.queue.pop_front() else { return false };
+        match self.entries.get_mut(&key) {
+            Some(entry) if entry.asked => {
+                entry.asked = false;
+                self.queue.push_back(key);
+            }
+            _ => {
+                if let Some(entry) = self.entries.remove(&key) {
+                    self.bytes -= cost(&entry.ids);
+                }
+            }
+        }
+        true
+    }
+}
+
+fn cost(ids: &[u32]) -> usize {
+    std::mem::size_of_val(ids) + ENTRY_BYTES
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MODEL: Fingerprint = [7; 32];
+
+    fn piece(text: &str) -> Piece<'_> {
+        Piece { text, head: Head::Plain }
+    }
+
+    #[test]
+    fn a_piece_is_encoded_once_and_told_apart_by_tokenizer_head_and_text() {
+        let cache = Cache::new(1 << 20);
+        let ids = |model: &Fingerprint, piece, new| cache.ids(model, piece, || new).map(|ids| ids.to_vec());
+        assert_eq!(ids(&MODEL, piece("a"), Some(vec![1])), Some(vec![1]));
+        assert_eq!(ids(&MODEL, piece("a"), None), Some(vec![1]));
+        assert_eq!(ids(&[8; 32], piece("a"), Some(vec![2])), Some(vec![2]));
+        assert_eq!(ids(&MODEL, Piece { text: "a", head: Head::Mark }, Some(vec![3])), Some(vec![3]));
+        assert_eq!(ids(&MODEL, piece("b"), None), None);
+        let stats = cache.stats();
+        assert_eq!((stats.entries, stats.hits, stats.misses), (3, 1, 4));
+    }
+
+    #[test]
+    fn two_processes_hash_differently() {
+        let (one, other) = (Cache::new(0), Cache::new(0));
+        assert_ne!(one.key(&MODEL, piece("a")), other.key(&MODEL, piece("a")));
+    }
+
+    #[test]
+    fn the_budget_holds_and_what_is_asked_for_stays() {
+        let budget = 64 << 10;
+        let cache = Cache::new(budget);
+        for round in 0..2_000_u32 {
+            let text = format!("piece {round}");
+            cache.ids(&MODEL, piece(&text), || Some(vec![round; 20]));
+            let kept = cache.ids(&MODEL, piece("always asked for"), || Some(vec![1; 20]));
+            assert_eq!(kept.as_deref(), Some(&[1; 20][..]));
+            assert!(cache.stats().bytes <= budget);
+        }
+        let stats = cache.stats();
+        assert!(stats.entries > 200, "{stats:?}");
+        assert_eq!(stats.hits, 1_999, "the piece asked for each time was never dropped");
+    }
+
+    #[test]
+    fn what_is_larger_than_its_part_of_the_budget_is_not_kept() {
+        let cache = Cache::new(SHARDS * 1_000);
+        assert!(cache.ids(&MODEL, piece("a"), || Some(vec![0; 300])).is_some());
+        assert_eq!(cache.stats().entries, 0);
+    }
+}

@@ -1,0 +1,74 @@
+//! Everything the core can ask of the shell around it.
+
+use std::time::Duration;
+
+use crate::{Failure, HealthState, RequestId, WorkerId};
+
+/// One thing to do, in the order given.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Send the request to the worker now.
+    Send {
+        /// Which.
+        request: RequestId,
+        /// Where.
+        worker: WorkerId,
+        /// Prompt tokens that the worker is believed to hold in its cache.
+        matched_tokens: u32,
+        /// Time from now to its first token, as predicted.
+        predicted_ttft: Duration,
+    },
+    /// Answer the client that it will not be served; the core has forgotten it.
+    Refuse {
+        /// Which.
+        request: RequestId,
+        /// Why.
+        reason: Refusal,
+        /// When to come back, where coming back may help.
+        retry_after: Option<Duration>,
+    },
+    /// Ask the worker whether it can serve, and answer with [`crate::Event::Probed`].
+    Probe {
+        /// Whom.
+        worker: WorkerId,
+    },
+    /// Nothing to do: its health changed, for logs and gauges.
+    Health {
+        /// Whose.
+        worker: WorkerId,
+        /// What it was.
+        from: HealthState,
+        /// What it is now.
+        to: HealthState,
+    },
+}
+
+/// Why a request gets no place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The pool's queue is at one of its bounds, and nothing of less priority waits in it.
+    #[error("the queue is full")]
+    QueueFull,
+    /// No worker can give its first token before the client's deadline, by measured rates.
+    #[error("no worker can answer before the deadline")]
+    DeadlineInfeasible,
+    /// It waited until its deadline or the queue's time-out.
+    #[error("waited too long for a worker")]
+    TimedOut,
+    /// No worker of the pool is there to take it.
+    #[error("no worker is available")]
+    NoWorker,
+    /// It was sent as often as allowed, or to every worker there is.
+    #[error("every attempt failed")]
+    AttemptsExhausted {
+        /// How the last attempt failed.
+        #[source]
+        last: Failure,
+    },
+    /// There is no such pool.
+    #[error("no such pool")]
+    PoolUnknown,
+    /// Its prompt fits in no worker's KV cache.
+    #[error("the prompt is larger than any worker's KV cache")]
+    TooLarge,
+}

@@ -1,0 +1,101 @@
+//! What can be tuned about decisions, with the reason for each default. One value for the whole core.
+
+use std::time::Duration;
+
+/// Tunables of the core. Evidence for the defaults that carry no other source: simulations of 4 to 16 workers over
+/// public conversation traces.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Bytes that one pool's prefix index may take (64 MiB: some 600,000 blocks).
+    pub index_bytes_max: usize,
+    /// How long a routed prompt is believed to be in the cache of a worker that publishes events (5 s: time for the
+    /// event to come).
+    pub speculative_lease: Duration,
+    /// The same for a worker that publishes none (120 s).
+    pub speculative_ttl: Duration,
+    /// Seconds that KV pressure `k` costs, times `k/(1-k)` (0.15 s).
+    pub kv_pressure_seconds: f64,
+    /// What a cached token is worth against one to prefill, in a calm pool (1.5): above 1 pays for keeping
+    /// conversations together.
+    pub overlap_gain_calm: f64,
+    /// The same in a pool near saturation, where a lost cache costs others too (3).
+    pub overlap_gain_busy: f64,
+    /// Seconds of service that a second of waiting is worth in a lane's order (0.1: shortest first, and p99 within 6%
+    /// of first come).
+    pub age_weight: f64,
+    /// How often the head of a lane that does not move is compared with other lanes (250 ms).
+    pub rescore_every: Duration,
+    /// How much worse its lane must be before it moves (0.2).
+    pub move_gain: f64,
+    /// Age at which an engine's report is no longer used (15 s: three idle polls).
+    pub report_ttl: Duration,
+    /// How long a throttled GPU's speed is believed without a new report (15 s).
+    pub derate_lease: Duration,
+    /// How long an overloaded worker is left alone when it names no time (1 s).
+    pub busy_lease: Duration,
+    /// The longest it may ask for (30 s).
+    pub busy_lease_max: Duration,
+    /// Time to the second probe of a worker that is not up; doubles from there (500 ms).
+    pub probe_first: Duration,
+    /// Longest time between probes (5 s).
+    pub probe_max: Duration,
+    /// When a worker that fails requests gets no more.
+    pub breaker: Breaker,
+    /// Prefill speed of a pool in which nothing was measured or hinted yet (2000 tokens/s).
+    pub rate_cold: f64,
+    /// Decisions kept for `explain` (1024).
+    pub decisions_kept: usize,
+}
+
+/// Settings of the breaker: a failure rate with a minimum volume. A count of consecutive failures would eject healthy
+/// workers under connection churn.
+#[derive(Debug, Clone)]
+pub struct Breaker {
+    /// Half-life of the counts (10 s).
+    pub half_life: Duration,
+    /// Attempts within the window below which it does not open (5).
+    pub volume_min: f64,
+    /// Share of failures at which it opens (0.5).
+    pub failure_share: f64,
+    /// First time it stays open; doubles with each failed trial (5 s).
+    pub open_first: Duration,
+    /// Longest time it stays open (60 s).
+    pub open_max: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            index_bytes_max: 64 << 20,
+            speculative_lease: Duration::from_secs(5),
+            speculative_ttl: Duration::from_secs(120),
+            kv_pressure_seconds: 0.15,
+            overlap_gain_calm: 1.5,
+            overlap_gain_busy: 3.0,
+            age_weight: 0.1,
+            rescore_every: Duration::from_millis(250),
+            move_gain: 0.2,
+            report_ttl: Duration::from_secs(15),
+            derate_lease: Duration::from_secs(15),
+            busy_lease: Duration::from_secs(1),
+            busy_lease_max: Duration::from_secs(30),
+            probe_first: Duration::from_millis(500),
+            probe_max: Duration::from_secs(5),
+            breaker: Breaker::default(),
+            rate_cold: 2000.0,
+            decisions_kept: 1024,
+        }
+    }
+}
+
+impl Default for Breaker {
+    fn default() -> Self {
+        Self {
+            half_life: Duration::from_secs(10),
+            volume_min: 5.0,
+            failure_share: 0.5,
+            open_first: Duration::from_secs(5),
+            open_max: Duration::from_secs(60),
+        }
+    }
+}

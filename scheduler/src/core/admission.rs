@@ -1,0 +1,250 @@
+//! From arrival to a place: a worker's window, its lane, the pool's own queue, or a refusal.
+
+use std::time::Duration;
+
+use super::{Core, Entry, Place, Sent};
+use crate::explain::{Candidate, Cause};
+use crate::lane::Standing;
+use crate::placement::{Choice, Scene, Scored};
+use crate::pool::Pool;
+use crate::time::duration;
+use crate::timers::Timer;
+use crate::worker::Slot;
+use crate::{Action, Class, Failure, PoolId, Refusal, Request, RequestId, TenantId, Tick};
+
+/// Bounds of what a client is told to wait.
+const RETRY_AFTER_SECONDS: (f64, f64) = (1.0, 60.0);
+/// Share of it that is random, so that clients do not come back together.
+const RETRY_AFTER_JITTER: f64 = 0.2;
+
+impl Core {
+    pub(super) fn arrived(&mut self, request: Request, out: &mut Vec<Action>) {
+        let id = request.id;
+        if self.requests.contains_key(&id) {
+            return;
+        }
+        let now = self.now;
+        let expires = self.pools.get(&request.pool).map_or(now, |pool| {
+            let timeout = now.after(pool.limits.queue_timeout);
+            request.deadline.map_or(timeout, |deadline| deadline.min(timeout))
+        });
+        let reason = self.inadmissible(&request, expires);
+        let entry = Entry {
+            request,
+            arrived: now,
+            expires,
+            place: Place::Loose,
+            timer: None,
+            attempts: 0,
+            failed_on: Default::default(),
+            last: None,
+            charged: 0,
+        };
+        self.requests.insert(id, entry);
+        match reason {
+            Some(reason) => self.refuse(id, reason, out),
+            None => self.place(id, Cause::Arrival, out),
+        }
+    }
+
+    fn inadmissible(&self, request: &Request, expires: Tick) -> Option<Refusal> {
+        let Some(pool) = self.pools.get(&request.pool) else { return Some(Refusal::PoolUnknown) };
+        let mut workers = pool.workers.iter().filter_map(|slot| self.workers.get(*slot));
+        if workers.clone().all(|worker| worker.draining) {
+            Some(Refusal::NoWorker)
+        } else if !workers.any(|worker| worker.holds(request.prompt_tokens)) {
+            Some(Refusal::TooLarge)
+        } else {
+            (expires <= self.now).then_some(Refusal::TimedOut)
+        }
+    }
+
+    /// Finds a place for a request that has none.
+    pub(super) fn place(&mut self, id: RequestId, cause: Cause, out: &mut Vec<Action>) {
+        let Some(entry) = self.requests.get(&id) else { return };
+        let pool_id = entry.request.pool;
+        if entry.request.deadline.is_some_and(|deadline| deadline <= self.now) {
+            return self.refuse(id, Refusal::TimedOut, out);
+        }
+        let Some(pool) = self.pools.get_mut(&pool_id) else { return self.refuse(id, Refusal::PoolUnknown, out) };
+        let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
+        match scene.choose(&entry.request, &entry.failed_on, None, &mut self.rng, &mut self.scored) {
+            Choice::Winner(at) => {
+                let Some(winner) = self.scored.get(at).cloned() else { return };
+                let busy = self.scored.iter().filter(|scored| scored.waits).count();
+                pool.observe_decision(busy as f64 / self.scored.len().max(1) as f64, winner.uncached_tokens);
+                self.record(id, cause, winner.slot);
+                self.bind(id, &winner, out);
+                self.shed(pool_id, out);
+                self.believe(id, winner.first_token_seconds);
+            }
+            Choice::Infeasible => self.refuse(id, Refusal::DeadlineInfeasible, out),
+            Choice::Nobody => self.park(id, pool_id, out),
+        }
+    }
+
+    /// Notes the decision whose candidates were scored last.
+    pub(super) fn record(&mut self, id: RequestId, cause: Cause, winner: Slot) {
+        let Some(winner) = self.workers.get(winner).map(|worker| worker.id) else { return };
+        let workers = &self.workers;
+        let candidates = self.scored.iter().filter_map(|scored| {
+            let worker = workers.get(scored.slot)?.id;
+            Some(Candidate { worker, matched_tokens: scored.matched_tokens, terms: scored.terms })
+        });
+        self.decisions.record((id, self.now, cause), candidates, winner);
+    }
+
+    /// Sends the request to the worker, or puts it in its lane.
+    pub(super) fn bind(&mut self, id: RequestId, to: &Scored, out: &mut Vec<Action>) {
+        let (Some(entry), Some(worker)) = (self.requests.get_mut(&id), self.workers.get_mut(to.slot)) else { return };
+        let Some(pool) = self.pools.get(&entry.request.pool) else { return };
+        let fleet_rate = pool.fleet_rate();
+        if worker.lane.is_empty()
+            && worker.has_room(self.now, &entry.request, to.uncached_tokens, fleet_rate, &self.config)
+        {
+            return self.send(id, to.slot, to.matched_tokens, out);
+        }
+        let speed = worker.speed(self.now, fleet_rate, &self.config);
+        let standing = entry.standing(to.uncached_tokens, speed, self.config.age_weight);
+        if worker.lane.is_empty() {
+            worker.rescored = self.now;
+        }
+        worker.lane.insert(id, standing);
+        entry.place = Place::Lane(to.slot, standing);
+        let expires = entry.expires;
+        self.enqueued(id, expires);
+        self.touch(to.slot);
+    }
+
+    /// Lets a request wait without a worker, when one may come, or refuses it.
+    fn park(&mut self, id: RequestId, pool_id: PoolId, out: &mut Vec<Action>) {
+        let (Some(entry), Some(pool)) = (self.requests.get_mut(&id), self.pools.get_mut(&pool_id)) else { return };
+        let workers = pool.workers.iter().filter_map(|slot| self.workers.get(*slot));
+        let mut untried = workers.filter(|worker| !entry.failed_on.contains(&worker.id));
+        let hopeful = untried.any(|worker| worker.is_hopeful());
+        if let Some(last) = entry.last
+            && !hopeful
+        {
+            return self.refuse(id, Refusal::AttemptsExhausted { last }, out);
+        }
+        let standing = entry.standing(entry.request.prompt_tokens, pool.fleet_rate(), self.config.age_weight);
+        let grace = self.now.after(pool.limits.worker_grace);
+        let until = if hopeful { entry.expires } else { entry.expires.min(grace) };
+        pool.unbound.insert(id, standing);
+        entry.place = Place::Unbound(standing);
+        self.enqueued(id, until);
+        self.shed(pool_id, out);
+    }
+
+    /// The request waits now, until `until`.
+    fn enqueued(&mut self, id: RequestId, until: Tick) {
+        let Some(entry) = self.requests.get_mut(&id) else { return };
+        self.timers.set(Timer::Request(id), &mut entry.timer, Some(until));
+        let (tenant, arrived) = (entry.request.tenant, entry.arrived);
+        let weight = self.weights.get(&tenant).copied().unwrap_or(1.0);
+        if let Some(pool) = self.pools.get_mut(&entry.request.pool) {
+            pool.queue.add(&entry.request, arrived);
+            pool.fairness.enter(tenant, weight);
+        }
+    }
+
+    /// Takes a request out of whatever queue it waits in.
+    pub(super) fn unqueue(&mut self, id: RequestId) {
+        let Some(entry) = self.requests.get_mut(&id) else { return };
+        let Some(pool) = self.pools.get_mut(&entry.request.pool) else { return };
+        let from = match entry.place {
+            Place::Unbound(standing) => {
+                pool.unbound.remove(id, standing);
+                None
+            }
+            Place::Lane(slot, standing) => {
+                if let Some(worker) = self.workers.get_mut(slot) {
+                    worker.lane.remove(id, standing);
+                }
+                Some(slot)
+            }
+            Place::Loose | Place::Sent(_) => return,
+        };
+        entry.place = Place::Loose;
+        self.timers.set(Timer::Request(id), &mut entry.timer, None);
+        pool.queue.take(&entry.request, entry.arrived);
+        pool.fairness.leave(entry.request.tenant);
+        if let Some(slot) = from {
+            self.touch(slot);
+        }
+    }
+
+    /// Refuses from the end of the queue until it keeps its bounds: lowest class first, newest first in a class.
+    fn shed(&mut self, pool_id: PoolId, out: &mut Vec<Action>) {
+        while let Some(pool) = self.pools.get(&pool_id).filter(|pool| pool.queue.is_over(&pool.limits)) {
+            let Some(&(_, _, id)) = pool.queue.shed.last() else { return };
+            self.unqueue(id);
+            self.refuse(id, Refusal::QueueFull, out);
+        }
+    }
+
+    /// The worker that the request is bound to will soon hold its prompt. While it may still move, that is believed
+    /// only until it is due: `wait_seconds` from now.
+    pub(super) fn believe(&mut self, id: RequestId, wait_seconds: f64) {
+        let Some(entry) = self.requests.get(&id) else { return };
+        let (slot, bound) = match entry.place {
+            Place::Lane(slot, _) => (slot, true),
+            Place::Sent(Sent { slot: Some(slot), .. }) => (slot, false),
+            Place::Loose | Place::Unbound(_) | Place::Sent(_) => return,
+        };
+        let (Some(pool), Some(worker)) = (self.pools.get_mut(&entry.request.pool), self.workers.get(slot)) else {
+            return;
+        };
+        let lease = match bound {
+            true => self.config.speculative_lease + duration(wait_seconds),
+            false if worker.spec.kv_events => self.config.speculative_lease,
+            false => self.config.speculative_ttl,
+        };
+        pool.index.expect(slot, &entry.request.blocks, self.now.after(lease));
+    }
+
+    /// Ends a request that has no place.
+    pub(super) fn refuse(&mut self, id: RequestId, reason: Refusal, out: &mut Vec<Action>) {
+        let Some(entry) = self.requests.remove(&id) else { return };
+        let (pool, class) = (entry.request.pool, entry.request.class);
+        let retry_after = match reason {
+            Refusal::PoolUnknown | Refusal::TooLarge => None,
+            Refusal::AttemptsExhausted { last: Failure::Overloaded { retry_after: Some(wait) } } => Some(wait),
+            Refusal::QueueFull
+            | Refusal::DeadlineInfeasible
+            | Refusal::TimedOut
+            | Refusal::NoWorker
+            | Refusal::AttemptsExhausted { .. } => Some(self.retry_after(pool, class)),
+        };
+        out.push(Action::Refuse { request: id, reason, retry_after });
+    }
+
+    /// When a newcomer of this class would find what waits before it gone: whole seconds, jittered.
+    fn retry_after(&mut self, pool: PoolId, class: Class) -> Duration {
+        let (low, high) = RETRY_AFTER_SECONDS;
+        let drain = self.pools.get(&pool).map_or(low, |pool| self.drain_seconds(pool, class));
+        let jittered = drain.clamp(low, high) * (1.0 + RETRY_AFTER_JITTER * self.rng.unit());
+        Duration::from_secs_f64(jittered.ceil().clamp(low, high))
+    }
+
+    fn drain_seconds(&self, pool: &Pool, class: Class) -> f64 {
+        let workers = pool.by_ready.iter().filter_map(|(_, slot)| self.workers.get(*slot));
+        let speed: f64 = workers.map(|worker| worker.speed(self.now, pool.fleet_rate(), &self.config)).sum();
+        if speed > 0.0 { pool.queue.tokens_before(class) as f64 / speed } else { 0.0 }
+    }
+
+    pub(super) fn tenant_weight(&mut self, tenant: TenantId, weight: f64) {
+        if weight.is_finite() && weight > 0.0 {
+            self.weights.insert(tenant, weight);
+        }
+    }
+}
+
+impl Entry {
+    fn standing(&self, uncached: u32, speed: f64, age_weight: f64) -> Standing {
+        let request = &self.request;
+        let service = f64::from(uncached) / speed;
+        let size = (uncached, request.sequences.max(1));
+        Standing::new((request.class, request.tenant), size, service, self.expires, age_weight)
+    }
+}

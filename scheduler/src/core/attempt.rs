@@ -1,0 +1,153 @@
+//! From the send to the end: what is held at a worker for a request, and what its course teaches.
+//!
+//! Every way out (end, failure, cancel, the worker's leaving) gives the place back through [`Core::release`], once: the
+//! request is no longer `Sent` after it.
+
+use super::{Core, Place, Sent};
+use crate::explain::Cause;
+use crate::placement::{Ahead, Scene};
+use crate::time::duration;
+use crate::worker::Slot;
+use crate::{Action, End, Failure, HealthState, Refusal, RequestId};
+
+impl Core {
+    /// Sends a request that has no place.
+    pub(super) fn send(&mut self, id: RequestId, slot: Slot, matched_tokens: u32, out: &mut Vec<Action>) {
+        let Some(entry) = self.requests.get_mut(&id) else { return };
+        let Some(pool) = self.pools.get_mut(&entry.request.pool) else { return };
+        let (now, config) = (self.now, &self.config);
+        let scene = Scene { now, config, pool, workers: &self.workers };
+        let Some(worker) = self.workers.get(slot) else { return };
+        let uncached = entry.request.prompt_tokens.saturating_sub(matched_tokens);
+        let ahead = scene.ahead_tokens(worker, entry.request.class, Ahead::Sent) + f64::from(uncached);
+        let fleet_rate = pool.fleet_rate();
+        let predicted_ttft = duration(ahead / worker.speed(now, fleet_rate, config));
+
+        let Some(worker) = self.workers.get_mut(slot) else { return };
+        let (reserved, number) = worker.hold(now, &entry.request, uncached, fleet_rate, config);
+        let worker = worker.id;
+        entry.place =
+            Place::Sent(Sent { worker, slot: Some(slot), at: now, uncached, reserved, number, started: false });
+        entry.attempts += 1;
+        let tenant = entry.request.tenant;
+        let weight = self.weights.get(&tenant).copied().unwrap_or(1.0);
+        pool.fairness.sent(tenant, weight, uncached);
+        out.push(Action::Send { request: id, worker, matched_tokens, predicted_ttft });
+        self.touch(slot);
+    }
+
+    pub(super) fn first_token(&mut self, id: RequestId, out: &mut Vec<Action>) {
+        let Some(entry) = self.requests.get_mut(&id) else { return };
+        let Place::Sent(sent) = &mut entry.place else { return };
+        if std::mem::replace(&mut sent.started, true) {
+            return;
+        }
+        let sent = *sent;
+        let Some(pool) = self.pools.get_mut(&entry.request.pool) else { return };
+        let Some((slot, worker)) = sent.slot.and_then(|slot| Some((slot, self.workers.get_mut(slot)?))) else { return };
+        worker.started(self.now, sent.number, sent.uncached, pool.fleet_rate(), &self.config);
+        pool.observe_rates(self.now, &self.workers);
+        self.worked(slot, out);
+        self.touch(slot);
+    }
+
+    pub(super) fn progress(&mut self, id: RequestId, output_tokens: u32) {
+        let Some(entry) = self.requests.get_mut(&id) else { return };
+        let Place::Sent(_) = entry.place else { return };
+        let more = output_tokens.saturating_sub(entry.charged);
+        entry.charged += more;
+        if let Some(pool) = self.pools.get_mut(&entry.request.pool) {
+            pool.fairness.generated(entry.request.tenant, more);
+        }
+    }
+
+    pub(super) fn attempt_failed(&mut self, id: RequestId, failure: Failure, out: &mut Vec<Action>) {
+        let Some(sent) = self.release(id) else { return };
+        let Some(entry) = self.requests.get_mut(&id) else { return };
+        entry.last = Some(failure);
+        if !matches!(failure, Failure::Overloaded { .. }) {
+            entry.failed_on.push(sent.worker);
+        }
+        let (attempts, pool) = (entry.attempts, entry.request.pool);
+        let attempts_max = self.pools.get_mut(&pool).map_or(0, |pool| {
+            pool.fairness.refunded(entry.request.tenant, sent.uncached);
+            pool.limits.attempts_max
+        });
+        self.broke(sent, failure, out);
+        if attempts >= attempts_max {
+            self.refuse(id, Refusal::AttemptsExhausted { last: failure }, out);
+        } else {
+            self.place(id, Cause::Retry, out);
+        }
+    }
+
+    pub(super) fn ended(&mut self, id: RequestId, end: End, out: &mut Vec<Action>) {
+        let Some(sent) = self.release(id) else { return };
+        match end {
+            End::Finished { output_tokens, .. } => {
+                self.charge_rest(id, output_tokens);
+                if let Some((slot, worker)) = sent.slot.and_then(|slot| Some((slot, self.workers.get_mut(slot)?))) {
+                    worker.stayed(self.now.seconds_since(sent.at));
+                    if !sent.started {
+                        self.worked(slot, out);
+                    }
+                }
+            }
+            End::Failed(failure) => self.broke(sent, failure, out),
+            End::Cancelled => {}
+        }
+        self.requests.remove(&id);
+    }
+
+    pub(super) fn cancelled(&mut self, id: RequestId) {
+        self.unqueue(id);
+        self.release(id);
+        self.requests.remove(&id);
+    }
+
+    /// Gives back what is held for a sent request; none if it is not sent.
+    fn release(&mut self, id: RequestId) -> Option<Sent> {
+        let entry = self.requests.get_mut(&id)?;
+        let Place::Sent(sent) = entry.place else { return None };
+        entry.place = Place::Loose;
+        let (Some(slot), Some(pool)) = (sent.slot, self.pools.get(&entry.request.pool)) else { return Some(sent) };
+        let Some(worker) = self.workers.get_mut(slot) else { return Some(sent) };
+        let scales = (pool.fleet_rate(), &self.config);
+        worker.release(self.now, &entry.request, (sent.reserved, sent.number), sent.started, scales);
+        self.touch(slot);
+        Some(sent)
+    }
+
+    /// A worker has shown that it serves.
+    fn worked(&mut self, slot: Slot, out: &mut Vec<Action>) {
+        let Some(worker) = self.workers.get_mut(slot) else { return };
+        let before = worker.health.state();
+        worker.health.succeeded(self.now, &self.config);
+        self.health_changed(slot, before, out);
+    }
+
+    /// A worker has failed a request.
+    fn broke(&mut self, sent: Sent, failure: Failure, out: &mut Vec<Action>) {
+        let Some((slot, worker)) = sent.slot.and_then(|slot| Some((slot, self.workers.get_mut(slot)?))) else { return };
+        let before = worker.health.state();
+        worker.health.failed(self.now, failure, &self.config);
+        if let Failure::Overloaded { retry_after } = failure {
+            let lease = retry_after.unwrap_or(self.config.busy_lease).min(self.config.busy_lease_max);
+            worker.busy_until = worker.busy_until.max(self.now.after(lease));
+        }
+        let gone = before != HealthState::Down && worker.health.state() == HealthState::Down;
+        if gone && let Some(pool) = self.pools.get_mut(&worker.pool) {
+            pool.index.forget(slot);
+        }
+        self.touch(slot);
+        self.health_changed(slot, before, out);
+    }
+
+    fn charge_rest(&mut self, id: RequestId, output_tokens: u32) {
+        let Some(entry) = self.requests.get(&id) else { return };
+        let rest = output_tokens.saturating_sub(entry.charged);
+        if let Some(pool) = self.pools.get_mut(&entry.request.pool) {
+            pool.fairness.generated(entry.request.tenant, rest);
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! The core's invariants, for debug builds and property tests.
+
+use super::{Core, Place};
+use crate::PoolId;
+use crate::WorkerId;
+
+/// An invariant that does not hold: a fault of the core, never of its caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Broken {
+    /// What a worker has reserved is not the sum over what was sent to it.
+    #[error("reservations of `{0}` are not those of its requests")]
+    Reservations(WorkerId),
+    /// A request stands somewhere and does not know it, or the other way round.
+    #[error("the places of the requests of `{0}` do not agree")]
+    Places(PoolId),
+    /// More waits than may.
+    #[error("the queue of `{0}` is over its bounds")]
+    Bounds(PoolId),
+}
+
+impl Core {
+    /// Looks at everything; costs time in proportion to all that lives.
+    ///
+    /// # Errors
+    /// The first invariant that does not hold.
+    pub fn check(&self) -> Result<(), Broken> {
+        for (slot, worker) in self.workers.iter() {
+            let mut held = (0, 0_u64);
+            for id in &worker.sent {
+                let entry = self.requests.get(id);
+                let Some((entry, Place::Sent(sent))) = entry.map(|entry| (entry, entry.place)) else {
+                    return Err(Broken::Reservations(worker.id));
+                };
+                if sent.slot != Some(slot) {
+                    return Err(Broken::Reservations(worker.id));
+                }
+                held = (held.0 + sent.reserved, held.1 + u64::from(entry.request.sequences.max(1)));
+            }
+            if held != (worker.reserved, worker.sequences) {
+                return Err(Broken::Reservations(worker.id));
+            }
+        }
+        for (id, pool) in &self.pools {
+            let lanes = pool.workers.iter().filter_map(|slot| self.workers.get(*slot)).map(|worker| &worker.lane);
+            let waiting: Vec<_> = lanes.chain([&pool.unbound]).flat_map(|lane| lane.ids()).collect();
+            let known = waiting.iter().all(|id| {
+                let entry = self.requests.get(id);
+                entry.is_some_and(|entry| {
+                    matches!(entry.place, Place::Lane(..) | Place::Unbound(_))
+                        && pool.queue.shed.contains(&(entry.request.class, entry.arrived, *id))
+                        && entry.timer.is_some()
+                })
+            });
+            let by_class: u32 = pool.queue.requests.iter().sum();
+            if !known || waiting.len() != pool.queue.shed.len() || waiting.len() != by_class as usize {
+                return Err(Broken::Places(*id));
+            }
+            if pool.queue.is_over(&pool.limits) || pool.index.bytes() > self.config.index_bytes_max {
+                return Err(Broken::Bounds(*id));
+            }
+        }
+        Ok(())
+    }
+
+    /// [`Core::check`] at one call in many, so that debug builds stay usable with thousands of workers.
+    pub(super) fn check_sampled(&self) -> Result<(), Broken> {
+        const EVERY: u64 = 256;
+        if self.now.0.is_multiple_of(EVERY) { self.check() } else { Ok(()) }
+    }
+}

@@ -1,0 +1,192 @@
+//! Pools and workers come, go, fall ill and recover; their loads and caches change.
+
+use super::{Core, Place};
+use crate::explain::Cause;
+use crate::pool::Pool;
+use crate::timers::Timer;
+use crate::worker::{Slot, Worker};
+use crate::{
+    Action, GpuReport, HealthState, KvEvent, LoadReport, PoolId, PoolLimits, Refusal, RequestId, WorkerId, WorkerSpec,
+};
+
+impl Core {
+    pub(super) fn pool_joined(&mut self, pool: PoolId, limits: PoolLimits) {
+        match self.pools.get_mut(&pool) {
+            Some(known) => known.limits = limits,
+            None => {
+                self.pools.insert(pool, Pool::new(limits, &self.config));
+            }
+        }
+    }
+
+    pub(super) fn pool_left(&mut self, pool: PoolId, out: &mut Vec<Action>) {
+        let Some(state) = self.pools.get(&pool) else { return };
+        let queued: Vec<RequestId> = state.queue.shed.iter().map(|(_, _, id)| *id).collect();
+        let workers: Vec<Slot> = state.workers.iter().copied().collect();
+        for id in queued {
+            self.unqueue(id);
+            self.refuse(id, Refusal::PoolUnknown, out);
+        }
+        for slot in workers {
+            self.remove_worker(slot);
+        }
+        self.pools.remove(&pool);
+    }
+
+    pub(super) fn worker_joined(&mut self, id: WorkerId, pool: PoolId, spec: WorkerSpec, out: &mut Vec<Action>) {
+        self.worker_left(id, out);
+        let Some(state) = self.pools.get_mut(&pool) else { return };
+        let slot = self.workers.insert(Worker::new(self.now, id, pool, spec, &self.config));
+        state.workers.insert(slot);
+        self.touch(slot);
+        out.push(Action::Probe { worker: id });
+    }
+
+    pub(super) fn worker_draining(&mut self, id: WorkerId, out: &mut Vec<Action>) {
+        let Some(slot) = self.workers.slot(id) else { return };
+        let Some(worker) = self.workers.get_mut(slot) else { return };
+        worker.draining = true;
+        self.touch(slot);
+        self.evacuate(slot, out);
+    }
+
+    pub(super) fn worker_left(&mut self, id: WorkerId, out: &mut Vec<Action>) {
+        let Some(slot) = self.workers.slot(id) else { return };
+        let Some(worker) = self.workers.get_mut(slot) else { return };
+        worker.draining = true;
+        let pool = worker.pool;
+        let bound: Vec<RequestId> = worker.lane.ids().collect();
+        for id in &bound {
+            self.unqueue(*id);
+        }
+        self.remove_worker(slot);
+        for id in bound {
+            self.place(id, Cause::Retry, out);
+        }
+        self.park_again(pool, out);
+    }
+
+    pub(super) fn probed(&mut self, id: WorkerId, healthy: bool, out: &mut Vec<Action>) {
+        let Some(slot) = self.workers.slot(id) else { return };
+        let Some(worker) = self.workers.get_mut(slot) else { return };
+        let before = worker.health.state();
+        worker.health.probed(self.now, healthy, &self.config);
+        self.touch(slot);
+        self.health_changed(slot, before, out);
+    }
+
+    pub(super) fn load(&mut self, id: WorkerId, report: LoadReport) {
+        let Some(slot) = self.workers.slot(id) else { return };
+        let Some(worker) = self.workers.get_mut(slot) else { return };
+        worker.reported.observe(self.now, report, worker.sequences, worker.reserved);
+        self.touch(slot);
+    }
+
+    /// No metrics may mean no worker: it is asked.
+    pub(super) fn load_lost(&mut self, id: WorkerId, out: &mut Vec<Action>) {
+        let Some(slot) = self.workers.slot(id) else { return };
+        let Some(worker) = self.workers.get_mut(slot) else { return };
+        worker.reported.lost();
+        if worker.health.state() == HealthState::Up {
+            out.push(Action::Probe { worker: id });
+        }
+        self.touch(slot);
+    }
+
+    pub(super) fn gpu(&mut self, id: WorkerId, report: GpuReport, out: &mut Vec<Action>) {
+        let Some(slot) = self.workers.slot(id) else { return };
+        let Some(worker) = self.workers.get_mut(slot) else { return };
+        worker.derate_by(self.now, report);
+        let before = worker.health.state();
+        if report.fault {
+            worker.health.down(self.now, &self.config);
+        }
+        self.touch(slot);
+        self.health_changed(slot, before, out);
+    }
+
+    pub(super) fn kv(&mut self, id: WorkerId, change: &KvEvent) {
+        let Some(slot) = self.workers.slot(id) else { return };
+        let Some(worker) = self.workers.get(slot) else { return };
+        let Some(pool) = self.pools.get_mut(&worker.pool) else { return };
+        match change {
+            KvEvent::Stored { blocks } => pool.index.confirm(slot, blocks),
+            KvEvent::Removed { blocks } => pool.index.drop_blocks(slot, blocks),
+            KvEvent::Cleared => pool.index.forget(slot),
+        }
+    }
+
+    /// Says that a worker's health changed, if it did, and moves what that concerns.
+    pub(super) fn health_changed(&mut self, slot: Slot, from: HealthState, out: &mut Vec<Action>) {
+        let Some(worker) = self.workers.get(slot) else { return };
+        let (to, pool) = (worker.health.state(), worker.pool);
+        if from == to {
+            return;
+        }
+        out.push(Action::Health { worker: worker.id, from, to });
+        if !worker.may_send() {
+            self.evacuate(slot, out);
+            self.park_again(pool, out);
+        }
+    }
+
+    /// Places what waits in a lane from which nothing will be sent.
+    fn evacuate(&mut self, slot: Slot, out: &mut Vec<Action>) {
+        let Some(worker) = self.workers.get(slot) else { return };
+        let bound: Vec<RequestId> = worker.lane.ids().collect();
+        for id in bound {
+            self.unqueue(id);
+            self.place(id, Cause::Retry, out);
+        }
+    }
+
+    /// Places what waits without a worker, as long as there is one.
+    pub(super) fn rehome(&mut self, pool: PoolId, out: &mut Vec<Action>) {
+        let Some(state) = self.pools.get(&pool) else { return };
+        let unbound: Vec<RequestId> = state.unbound.ids().collect();
+        for id in unbound {
+            if !self.pool_has(pool, Worker::is_eligible) {
+                return;
+            }
+            self.unqueue(id);
+            self.place(id, Cause::Retry, out);
+        }
+    }
+
+    /// Shortens the wait of what waits for a worker that will not come soon.
+    fn park_again(&mut self, pool: PoolId, out: &mut Vec<Action>) {
+        if self.pool_has(pool, |worker| worker.is_eligible() || worker.is_hopeful()) {
+            return;
+        }
+        let Some(state) = self.pools.get(&pool) else { return };
+        let unbound: Vec<RequestId> = state.unbound.ids().collect();
+        for id in unbound {
+            self.unqueue(id);
+            self.place(id, Cause::Retry, out);
+        }
+    }
+
+    fn pool_has(&self, pool: PoolId, what: impl Fn(&Worker) -> bool) -> bool {
+        let Some(state) = self.pools.get(&pool) else { return false };
+        state.workers.iter().filter_map(|slot| self.workers.get(*slot)).any(what)
+    }
+
+    /// Forgets a worker whose lane is empty. Requests sent to it live on until their own end.
+    fn remove_worker(&mut self, slot: Slot) {
+        let Some(mut worker) = self.workers.remove(slot) else { return };
+        for id in &worker.sent {
+            if let Some(Place::Sent(sent)) = self.requests.get_mut(id).map(|entry| &mut entry.place) {
+                sent.slot = None;
+            }
+        }
+        self.timers.set(Timer::Worker(slot), &mut worker.timer, None);
+        if let Some(pool) = self.pools.get_mut(&worker.pool) {
+            pool.workers.remove(&slot);
+            pool.laden.remove(&slot);
+            pool.index.forget(slot);
+            if let Some(key) = worker.ready_key {
+                pool.by_ready.remove(&(key, slot));
+            }
+        }
+    }
+}

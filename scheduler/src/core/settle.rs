@@ -1,0 +1,206 @@
+//! After an event: windows are filled, idle workers steal, lanes that do not move are looked at again.
+//!
+//! Work is conserved: no request waits while an eligible worker has room, unless staying, with the cache it would lose
+//! priced in, is no worse than moving. Room that comes with an event is seen at once, room that comes with time alone
+//! within [`crate::Config::rescore_every`].
+
+use super::{Core, Place};
+use crate::explain::Cause;
+use crate::placement::{Ahead, Choice, Scene, Scored, pays};
+use crate::time::duration;
+use crate::timers::Timer;
+use crate::worker::Slot;
+use crate::{Action, Class, PoolId, Refusal, RequestId, Tick};
+
+/// Lanes that a worker with room looks into.
+const LANES_SEEN: usize = 8;
+/// Requests that it takes at once, and that leave a lane at one look.
+const MOVES_MAX: usize = 8;
+
+impl Core {
+    /// Lets time pass up to `now`.
+    pub(super) fn advance(&mut self, now: Tick, out: &mut Vec<Action>) {
+        self.now = self.now.max(now);
+        while let Some(timer) = self.timers.pop(self.now) {
+            match timer {
+                Timer::Request(id) => self.expire(id, out),
+                Timer::Worker(slot) => self.wake(slot, out),
+            }
+            self.settle(out);
+        }
+    }
+
+    /// Settles every worker that was touched.
+    pub(super) fn settle(&mut self, out: &mut Vec<Action>) {
+        while let Some(slot) = self.touched.pop() {
+            if let Some(worker) = self.workers.get_mut(slot) {
+                worker.touched = false;
+                self.pump(slot, out);
+                self.steal(slot, out);
+                if let Some(pool) = self.order(slot) {
+                    self.rehome(pool, out);
+                }
+            }
+        }
+    }
+
+    /// Sends from a worker's lane while it has room.
+    fn pump(&mut self, slot: Slot, out: &mut Vec<Action>) {
+        while let Some((id, matched_tokens)) = self.sendable_head(slot) {
+            self.unqueue(id);
+            self.send(id, slot, matched_tokens, out);
+            self.believe(id, 0.0);
+        }
+    }
+
+    /// The head of a lane and its tokens that need not be computed, if there is room for it.
+    fn sendable_head(&self, slot: Slot) -> Option<(RequestId, u32)> {
+        let worker = self.workers.get(slot)?;
+        let pool = self.pools.get(&worker.pool)?;
+        let id = worker.lane.head(&pool.fairness)?;
+        let entry = self.requests.get(&id)?;
+        let Place::Lane(_, standing) = entry.place else { return None };
+        let room = worker.has_room(self.now, &entry.request, standing.uncached, pool.fleet_rate(), &self.config);
+        room.then_some((id, entry.matched_tokens()))
+    }
+
+    /// A worker with room and nothing in its lane takes heads of other lanes that are better off with it.
+    fn steal(&mut self, slot: Slot, out: &mut Vec<Action>) {
+        for _ in 0..MOVES_MAX {
+            let Some((id, here)) = self.spoils(slot) else { return };
+            self.unqueue(id);
+            self.send(id, slot, here.matched_tokens, out);
+            self.believe(id, 0.0);
+        }
+    }
+
+    /// The head of another lane that gains most by being sent to `slot` now.
+    fn spoils(&self, slot: Slot) -> Option<(RequestId, Scored)> {
+        let worker = self.workers.get(slot)?;
+        if !worker.lane.is_empty() || !worker.may_send() || worker.busy_until > self.now {
+            return None;
+        }
+        let pool = self.pools.get(&worker.pool)?;
+        let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
+        let others = pool.laden.range(slot..).chain(pool.laden.range(..slot));
+        let mut best: Option<(f64, RequestId, Scored)> = None;
+        for victim in others.take(LANES_SEEN) {
+            let Some(id) = self.workers.get(*victim)?.lane.head(&pool.fairness) else { continue };
+            let Some(entry) = self.requests.get(&id) else { continue };
+            let request = &entry.request;
+            if !worker.holds(request.prompt_tokens) || entry.failed_on.contains(&worker.id) {
+                continue;
+            }
+            let held = pool.index.held_by(self.now, slot, &request.blocks);
+            let matched = scene.matched_tokens(request, held);
+            let Some(here) = scene.score(request, slot, matched, Ahead::Sent) else { continue };
+            let Some(there) = scene.score(request, *victim, entry.matched_tokens(), Ahead::Sent) else { continue };
+            let gain = there.seconds - here.seconds;
+            if pays(&self.config, there.seconds, here.seconds)
+                && best.as_ref().is_none_or(|(most, ..)| gain > *most)
+                && worker.has_room(self.now, request, here.uncached_tokens, pool.fleet_rate(), &self.config)
+            {
+                best = Some((gain, id, here));
+            }
+        }
+        best.map(|(_, id, here)| (id, here))
+    }
+
+    /// Renews a worker's place in its pool's orders, and its timer. Returns the pool when the worker just became
+    /// eligible, so that what waits for one gets it.
+    fn order(&mut self, slot: Slot) -> Option<PoolId> {
+        let worker = self.workers.get_mut(slot)?;
+        let pool = self.pools.get_mut(&worker.pool)?;
+        let (now, fleet_rate) = (self.now, pool.fleet_rate());
+        let eligible = worker.is_eligible();
+        let ready = eligible.then(|| {
+            let tokens =
+                worker.backlog_tokens(now, fleet_rate, &self.config) + worker.lane.tokens_before(Class::Batch) as f64;
+            now.after(duration(tokens / worker.speed(now, fleet_rate, &self.config))).max(worker.busy_until)
+        });
+        if worker.ready_key != ready {
+            if let Some(key) = worker.ready_key {
+                pool.by_ready.remove(&(key, slot));
+            }
+            if let Some(key) = ready {
+                pool.by_ready.insert((key, slot));
+            }
+        }
+        let appeared = worker.ready_key.is_none() && ready.is_some();
+        worker.ready_key = ready;
+        let laden = !worker.lane.is_empty();
+        if laden {
+            pool.laden.insert(slot)
+        } else {
+            pool.laden.remove(&slot)
+        };
+
+        let busy = Some(worker.busy_until).filter(|until| laden && *until > now);
+        let rescore = laden.then(|| worker.rescored.after(self.config.rescore_every));
+        let health = worker.health.next_wake().filter(|_| !worker.draining);
+        let wanted = [busy, rescore, health].into_iter().flatten().min();
+        self.timers.set(Timer::Worker(slot), &mut worker.timer, wanted);
+        appeared.then_some(worker.pool)
+    }
+
+    fn wake(&mut self, slot: Slot, out: &mut Vec<Action>) {
+        let Some(worker) = self.workers.get_mut(slot) else { return };
+        worker.timer = None;
+        let before = worker.health.state();
+        if !worker.draining && worker.health.wake(self.now, &self.config) {
+            out.push(Action::Probe { worker: worker.id });
+        }
+        let rescore = worker.rescored.after(self.config.rescore_every) <= self.now;
+        self.touch(slot);
+        self.health_changed(slot, before, out);
+        if rescore {
+            self.rescore(slot, out);
+        }
+    }
+
+    /// Moves heads of a lane that would be better off elsewhere.
+    fn rescore(&mut self, slot: Slot, out: &mut Vec<Action>) {
+        let Some(worker) = self.workers.get_mut(slot) else { return };
+        worker.rescored = self.now;
+        let pool_id = worker.pool;
+        for _ in 0..MOVES_MAX {
+            let (Some(worker), Some(pool)) = (self.workers.get(slot), self.pools.get(&pool_id)) else { return };
+            let Some(id) = worker.lane.head(&pool.fairness) else { return };
+            let Some(entry) = self.requests.get(&id) else { return };
+            let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
+            let at_head = Some((slot, entry.matched_tokens()));
+            match scene.choose(&entry.request, &entry.failed_on, at_head, &mut self.rng, &mut self.scored) {
+                Choice::Winner(at) => {
+                    let Some(best) = self.scored.get(at).filter(|best| best.slot != slot).cloned() else { return };
+                    let here = self.scored.iter().find(|scored| scored.slot == slot);
+                    if !here.is_none_or(|here| pays(&self.config, here.seconds, best.seconds)) {
+                        return;
+                    }
+                    self.record(id, Cause::Rescore, best.slot);
+                    self.unqueue(id);
+                    self.bind(id, &best, out);
+                    self.believe(id, best.first_token_seconds);
+                }
+                Choice::Infeasible => {
+                    self.unqueue(id);
+                    self.refuse(id, Refusal::DeadlineInfeasible, out);
+                }
+                Choice::Nobody => return,
+            }
+        }
+    }
+
+    /// A request has waited long enough.
+    fn expire(&mut self, id: RequestId, out: &mut Vec<Action>) {
+        let Some(entry) = self.requests.get_mut(&id) else { return };
+        entry.timer = None;
+        let late = entry.request.deadline.is_some_and(|deadline| deadline <= self.now);
+        let reason = match (entry.place, entry.last) {
+            (Place::Unbound(_), Some(last)) if !late => Refusal::AttemptsExhausted { last },
+            (Place::Unbound(_), None) if !late => Refusal::NoWorker,
+            _ => Refusal::TimedOut,
+        };
+        self.unqueue(id);
+        self.refuse(id, reason, out);
+    }
+}

@@ -1,0 +1,210 @@
+//! A shell for tests: performs actions, remembers what it was told, and holds the core to its promises at each step.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::*;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    Waiting,
+    Sent(WorkerId),
+    Refused(Refusal),
+    Over,
+}
+
+pub(super) struct World {
+    pub(super) core: Core,
+    pub(super) now: Tick,
+    pub(super) stages: BTreeMap<RequestId, Stage>,
+    pub(super) health: BTreeMap<WorkerId, HealthState>,
+    draining: Vec<WorkerId>,
+    failed_on: Vec<(RequestId, WorkerId)>,
+    pub(super) log: Vec<(Tick, Action)>,
+    pub(super) next: u64,
+}
+
+pub(super) const POOL: PoolId = PoolId(1);
+
+/// Rolling hashes that share their beginning when the seeds do.
+pub(super) fn chain(seed: u64, blocks: u32) -> Arc<[u64]> {
+    (0..u64::from(blocks)).map(|at| (seed << 32 | at).wrapping_mul(0x9E37_79B9_7F4A_7C15)).collect()
+}
+
+pub(super) fn request(id: u64, prompt_tokens: u32) -> Request {
+    Request {
+        id: RequestId(id),
+        pool: POOL,
+        tenant: TenantId(0),
+        class: Class::Default,
+        deadline: None,
+        prompt_tokens,
+        blocks: chain(1000 + id, prompt_tokens / 16),
+        expected_output: 100,
+        max_output: None,
+        sequences: 1,
+        body_bytes: 1000,
+        streamed: true,
+    }
+}
+
+impl World {
+    pub(super) fn new(seed: u64, limits: PoolLimits) -> Self {
+        Self::with(Config::default(), seed, limits)
+    }
+
+    pub(super) fn with(config: Config, seed: u64, limits: PoolLimits) -> Self {
+        let mut world = Self {
+            core: Core::new(config, seed),
+            now: Tick::ZERO,
+            stages: BTreeMap::new(),
+            health: BTreeMap::new(),
+            draining: Vec::new(),
+            failed_on: Vec::new(),
+            log: Vec::new(),
+            next: 0,
+        };
+        world.event(Event::PoolJoined { pool: POOL, limits });
+        world
+    }
+
+    /// With `count` workers that are up.
+    pub(super) fn with_workers(count: u32, spec: &WorkerSpec) -> Self {
+        let mut world = Self::new(7, PoolLimits::default());
+        for worker in 0..count {
+            world.join(worker, spec.clone());
+            world.event(Event::Probed { worker: WorkerId(worker), healthy: true });
+        }
+        world
+    }
+
+    pub(super) fn join(&mut self, worker: u32, spec: WorkerSpec) -> Vec<Action> {
+        let worker = WorkerId(worker);
+        self.health.insert(worker, HealthState::Unknown);
+        self.draining.retain(|draining| *draining != worker);
+        self.event(Event::WorkerJoined { worker, pool: POOL, spec })
+    }
+
+    pub(super) fn arrive(&mut self, request: Request) -> Vec<Action> {
+        self.event(Event::Arrived(request))
+    }
+
+    /// Handles one event and performs what it causes.
+    pub(super) fn event(&mut self, event: Event) -> Vec<Action> {
+        match &event {
+            Event::Arrived(request) => {
+                self.stages.entry(request.id).or_insert(Stage::Waiting);
+            }
+            Event::Cancelled { request } | Event::Ended { request, .. } => {
+                self.stages.insert(*request, Stage::Over);
+            }
+            Event::AttemptFailed { request, failure } => {
+                if let Some(Stage::Sent(worker)) = self.stages.insert(*request, Stage::Waiting)
+                    && !matches!(failure, Failure::Overloaded { .. })
+                {
+                    self.failed_on.push((*request, worker));
+                }
+            }
+            Event::WorkerDraining { worker } => self.draining.push(*worker),
+            Event::WorkerLeft { worker } => {
+                self.health.remove(worker);
+            }
+            _ => {}
+        }
+        let mut out = Vec::new();
+        self.core.handle(self.now, event, &mut out);
+        self.perform(&out);
+        out
+    }
+
+    /// Lets time pass, calling the core whenever it wants to be called.
+    pub(super) fn wait(&mut self, millis: u64) -> Vec<Action> {
+        let target = Tick(self.now.0 + millis * 1000);
+        let mut all = Vec::new();
+        while let Some(due) = self.core.next_deadline().filter(|due| *due <= target) {
+            let mut out = Vec::new();
+            self.now = self.now.max(due);
+            self.core.tick(self.now, &mut out);
+            let next = self.core.next_deadline();
+            assert!(next.is_none_or(|next| next > self.now), "no progress at {due:?}: {next:?}");
+            self.perform(&out);
+            all.extend(out);
+        }
+        self.now = target;
+        all
+    }
+
+    fn perform(&mut self, actions: &[Action]) {
+        for action in actions {
+            match action {
+                Action::Send { request, worker, .. } => {
+                    let before = self.stages.insert(*request, Stage::Sent(*worker));
+                    assert_eq!(before, Some(Stage::Waiting), "{request} was sent to {worker}");
+                    let health = self.health.get(worker);
+                    assert!(matches!(health, Some(HealthState::Up | HealthState::HalfOpen)), "{worker} is {health:?}");
+                    assert!(!self.draining.contains(worker), "{worker} is draining");
+                    assert!(!self.failed_on.contains(&(*request, *worker)), "{request} failed on {worker} before");
+                }
+                Action::Refuse { request, reason, retry_after } => {
+                    let before = self.stages.insert(*request, Stage::Refused(*reason));
+                    assert_eq!(before, Some(Stage::Waiting), "{request} was refused");
+                    let comes_back = !matches!(reason, Refusal::PoolUnknown | Refusal::TooLarge);
+                    assert_eq!(retry_after.is_some(), comes_back, "{reason}");
+                }
+                Action::Probe { worker } => assert!(self.health.contains_key(worker)),
+                Action::Health { worker, from, to } => {
+                    assert_eq!(self.health.insert(*worker, *to), Some(*from));
+                    assert_ne!(from, to);
+                }
+            }
+            self.log.push((self.now, action.clone()));
+        }
+        assert_eq!(self.core.check(), Ok(()));
+    }
+
+    pub(super) fn in_stage(&self, is: impl Fn(Stage) -> bool) -> Vec<RequestId> {
+        self.stages.iter().filter(|(_, stage)| is(**stage)).map(|(id, _)| *id).collect()
+    }
+
+    pub(super) fn sent(&self) -> Vec<RequestId> {
+        self.in_stage(|stage| matches!(stage, Stage::Sent(_)))
+    }
+
+    pub(super) fn waiting(&self) -> Vec<RequestId> {
+        self.in_stage(|stage| stage == Stage::Waiting)
+    }
+
+    pub(super) fn sent_to(&self, request: u64) -> Option<u32> {
+        match self.stages.get(&RequestId(request)) {
+            Some(Stage::Sent(worker)) => Some(worker.0),
+            _ => None,
+        }
+    }
+
+    pub(super) fn refusal(&self, request: u64) -> Option<Refusal> {
+        match self.stages.get(&RequestId(request)) {
+            Some(Stage::Refused(refusal)) => Some(*refusal),
+            _ => None,
+        }
+    }
+
+    pub(super) fn first_token(&mut self, request: u64) -> Vec<Action> {
+        self.event(Event::FirstToken { request: RequestId(request) })
+    }
+
+    pub(super) fn finish(&mut self, request: u64) -> Vec<Action> {
+        self.end(request, End::Finished { prompt_tokens: 1, cached_tokens: None, output_tokens: 10 })
+    }
+
+    pub(super) fn end(&mut self, request: u64, end: End) -> Vec<Action> {
+        self.event(Event::Ended { request: RequestId(request), end })
+    }
+
+    pub(super) fn fail(&mut self, request: u64, failure: Failure) -> Vec<Action> {
+        self.event(Event::AttemptFailed { request: RequestId(request), failure })
+    }
+
+    pub(super) fn probed(&mut self, worker: u32, healthy: bool) -> Vec<Action> {
+        self.event(Event::Probed { worker: WorkerId(worker), healthy })
+    }
+}

@@ -1,0 +1,325 @@
+//! Everything the core can be told. The shell around it turns sockets, polls and clients into these.
+//!
+//! The life of a request as events: `Arrived`, then either the core refuses it, or it is sent; for each send the shell
+//! answers with exactly one of `AttemptFailed` (nothing has reached the client yet; the core places it again or
+//! refuses it) and `Ended`. `Cancelled` may come at any time before, and is then the last word. Events that name an
+//! unknown request or worker are late and are ignored.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::{PoolId, RequestId, TenantId, WorkerId};
+
+/// Priority class of a request; the order of the variants is the order of service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub enum Class {
+    /// Someone is watching.
+    Interactive,
+    /// What callers get who say nothing.
+    #[default]
+    Default,
+    /// Work that fills what the others leave.
+    Batch,
+}
+
+impl Class {
+    /// Every class, first served first.
+    pub const ALL: [Self; 3] = [Self::Interactive, Self::Default, Self::Batch];
+    /// Number of classes.
+    pub const COUNT: usize = Self::ALL.len();
+}
+
+/// What the core knows of a request. Never the output's true length: that is known only at the end.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Its name; not in use by another live request.
+    pub id: RequestId,
+    /// The pool that serves its model.
+    pub pool: PoolId,
+    /// Whose turn it is counted as.
+    pub tenant: TenantId,
+    /// Its priority.
+    pub class: Class,
+    /// Latest moment of the first token, where the client named one. Bounds the wait here; after the send the caller
+    /// enforces it, since only it can stop the engine.
+    pub deadline: Option<crate::Tick>,
+    /// Prompt tokens, over all prompts of the request.
+    pub prompt_tokens: u32,
+    /// Rolling hashes of the prompt's full blocks, one per [`PoolLimits::block_tokens`] tokens. Each covers all tokens
+    /// before it, so that equal hashes mean equal prefixes at the same position; the salt (model, LoRA, cache salt)
+    /// is in the first.
+    pub blocks: Arc<[u64]>,
+    /// Output tokens to expect from one sequence.
+    pub expected_output: u32,
+    /// The client's own limit on output tokens of one sequence.
+    pub max_output: Option<u32>,
+    /// Sequences the engine will generate: `n` times the number of prompts; at least 1.
+    pub sequences: u32,
+    /// Bytes of the body held in memory while it waits.
+    pub body_bytes: u32,
+    /// Whether the answer is streamed, so that `FirstToken` marks the end of the prefill. For an answer that comes
+    /// whole the first byte is also the last, and says nothing about the prefill.
+    pub streamed: bool,
+}
+
+impl Request {
+    /// Output tokens to plan for, over all sequences.
+    pub(crate) fn planned_output(&self) -> u64 {
+        let each = self.max_output.map_or(self.expected_output, |max| self.expected_output.min(max));
+        u64::from(each) * u64::from(self.sequences.max(1))
+    }
+}
+
+/// Bounds and habits of one pool.
+#[derive(Debug, Clone)]
+pub struct PoolLimits {
+    /// Tokens in one block of [`Request::blocks`] (16: what vLLM uses by default).
+    pub block_tokens: u32,
+    /// Requests that may wait (4096).
+    pub queue_requests_max: u32,
+    /// Body bytes that may wait (256 MiB: bodies live in memory).
+    pub queue_bytes_max: u64,
+    /// Prompt tokens that may wait (16 Mi: about 4 minutes of work for 8 workers at 8000 tokens/s).
+    pub queue_tokens_max: u64,
+    /// Longest wait for a place without a deadline of the client's own (60 s).
+    pub queue_timeout: Duration,
+    /// Sends of one request, the first included (3).
+    pub attempts_max: u32,
+    /// How long a request waits for a worker to return when every one is down (2 s: a restarting proxy or a dropped
+    /// connection goes unnoticed; a dead fleet is reported soon).
+    pub worker_grace: Duration,
+}
+
+impl Default for PoolLimits {
+    fn default() -> Self {
+        Self {
+            block_tokens: 16,
+            queue_requests_max: 4096,
+            queue_bytes_max: 256 << 20,
+            queue_tokens_max: 16 << 20,
+            queue_timeout: Duration::from_secs(60),
+            attempts_max: 3,
+            worker_grace: Duration::from_secs(2),
+        }
+    }
+}
+
+/// What a worker can hold. Unknown facts have defaults that leave the engine in charge.
+#[derive(Debug, Clone)]
+pub struct WorkerSpec {
+    /// Tokens that fit in its KV cache, where it said so.
+    pub kv_tokens: Option<u64>,
+    /// Tokens in one of its KV blocks; reservations are rounded up to it (16).
+    pub block_tokens: u32,
+    /// Sequences to have there at once (256: vLLM's default `max_num_seqs` for servers).
+    pub sequences_max: u32,
+    /// Uncached prompt tokens to have there, not yet prefilled (16384: two steps of vLLM's default 8192).
+    pub window_tokens: u32,
+    /// Prefill speed in tokens/s to assume until it is measured.
+    pub rate_hint: Option<f64>,
+    /// Whether it publishes KV-cache events; then guesses about its cache are kept for a short lease only.
+    pub kv_events: bool,
+}
+
+impl Default for WorkerSpec {
+    fn default() -> Self {
+        Self {
+            kv_tokens: None,
+            block_tokens: 16,
+            sequences_max: 256,
+            window_tokens: 16_384,
+            rate_hint: None,
+            kv_events: false,
+        }
+    }
+}
+
+/// What an engine's own metrics say.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoadReport {
+    /// Sequences in its batch.
+    pub running: u32,
+    /// Requests in its own queue.
+    pub waiting: u32,
+    /// Share of its KV cache in use by live requests, 0 to 1; none where it does not say.
+    pub kv_usage: Option<f64>,
+}
+
+/// What the GPUs under a worker say.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GpuReport {
+    /// Share of its usual speed that it runs at now, above 0 to 1; lower when clocks are throttled.
+    pub derate: f64,
+    /// An error after which its results or its life cannot be trusted (XID, uncorrectable ECC).
+    pub fault: bool,
+}
+
+/// Why one attempt brought nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// No connection: the worker is not there.
+    #[error("cannot connect to the worker")]
+    Connect,
+    /// The connection broke.
+    #[error("the worker closed the connection")]
+    Reset,
+    /// Nothing came in time.
+    #[error("the worker did not answer in time")]
+    Timeout,
+    /// The engine reported an error of its own.
+    #[error("the worker reported an internal error")]
+    Status5xx,
+    /// The engine is full (429, or 503 that says so): load, not illness.
+    #[error("the worker is overloaded")]
+    Overloaded {
+        /// How long it asked to be left alone.
+        retry_after: Option<Duration>,
+    },
+    /// The answer was not in the engine's protocol.
+    #[error("the worker answered with bytes that are not its protocol")]
+    Malformed,
+}
+
+/// How the last attempt of a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It was answered; also with an error that is the client's own fault (then no tokens).
+    Finished {
+        /// Prompt tokens as the engine counted them.
+        prompt_tokens: u32,
+        /// Of these, read from its cache; none where it does not say.
+        cached_tokens: Option<u32>,
+        /// Output tokens over all sequences.
+        output_tokens: u32,
+    },
+    /// It broke after something had reached the client.
+    Failed(Failure),
+    /// The client left.
+    Cancelled,
+}
+
+/// A change in a worker's KV cache, in the hashes of [`Request::blocks`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KvEvent {
+    /// These blocks can be read from its cache.
+    Stored {
+        /// Rolling hashes, each of one block.
+        blocks: Vec<u64>,
+    },
+    /// These can no more.
+    Removed {
+        /// Rolling hashes, each of one block.
+        blocks: Vec<u64>,
+    },
+    /// Nothing can; also when its events have a gap that could not be filled.
+    Cleared,
+}
+
+/// One thing that happened.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A pool exists, or its limits changed.
+    PoolJoined {
+        /// Its name.
+        pool: PoolId,
+        /// Its limits.
+        limits: PoolLimits,
+    },
+    /// A pool is gone with its workers; what waits for it is refused.
+    PoolLeft {
+        /// Its name.
+        pool: PoolId,
+    },
+    /// A worker exists; it is asked for its health before anything is sent. Joining again replaces it.
+    WorkerJoined {
+        /// Its name.
+        worker: WorkerId,
+        /// Where it serves.
+        pool: PoolId,
+        /// What it can hold.
+        spec: WorkerSpec,
+    },
+    /// Nothing new is to be sent to it; what it has may finish.
+    WorkerDraining {
+        /// Which.
+        worker: WorkerId,
+    },
+    /// It is gone. Requests at it are still ended by their own events.
+    WorkerLeft {
+        /// Which.
+        worker: WorkerId,
+    },
+    /// Its metrics were read.
+    Load {
+        /// Whose.
+        worker: WorkerId,
+        /// What they said.
+        report: LoadReport,
+    },
+    /// Its metrics could not be read.
+    LoadLost {
+        /// Whose.
+        worker: WorkerId,
+    },
+    /// Answer to [`crate::Action::Probe`].
+    Probed {
+        /// Who was asked.
+        worker: WorkerId,
+        /// Whether it can serve.
+        healthy: bool,
+    },
+    /// The GPUs under a worker were read.
+    Gpu {
+        /// Whose.
+        worker: WorkerId,
+        /// What they said.
+        report: GpuReport,
+    },
+    /// A worker's KV cache changed.
+    Kv {
+        /// Whose.
+        worker: WorkerId,
+        /// How.
+        change: KvEvent,
+    },
+    /// A tenant's share of the service against others (1 unless told).
+    TenantWeight {
+        /// Which.
+        tenant: TenantId,
+        /// Its weight, above 0.
+        weight: f64,
+    },
+    /// A request wants a place.
+    Arrived(Request),
+    /// Its client left.
+    Cancelled {
+        /// Which.
+        request: RequestId,
+    },
+    /// Its first token came from the worker.
+    FirstToken {
+        /// Which.
+        request: RequestId,
+    },
+    /// Optional and coarse: how much it has generated so far.
+    Progress {
+        /// Which.
+        request: RequestId,
+        /// Output tokens until now, over all sequences.
+        output_tokens: u32,
+    },
+    /// An attempt failed and nothing has reached the client.
+    AttemptFailed {
+        /// Which.
+        request: RequestId,
+        /// Why.
+        failure: Failure,
+    },
+    /// It is over at the worker.
+    Ended {
+        /// Which.
+        request: RequestId,
+        /// How.
+        end: End,
+    },
+}

@@ -1,0 +1,90 @@
+//! Why a request went where it went: the candidates, each term in seconds, and the winner.
+//!
+//! A bounded ring of the latest decisions; the oldest is overwritten. Nothing is formatted here.
+
+use std::collections::VecDeque;
+
+use smallvec::SmallVec;
+
+use crate::placement::TERMS;
+use crate::{RequestId, Tick, WorkerId};
+
+/// What a decision was taken for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// The request arrived.
+    Arrival,
+    /// An attempt failed, its worker went away, or one appeared that it had waited for.
+    Retry,
+    /// It stood at the head of a lane that did not move.
+    Rescore,
+}
+
+/// One worker as it was weighed for one request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Candidate {
+    /// Which.
+    pub worker: WorkerId,
+    /// Prompt tokens it is believed to hold.
+    pub matched_tokens: u32,
+    /// Each term in seconds, in the order of [`crate::term_names`].
+    pub terms: [f64; TERMS.len()],
+}
+
+impl Candidate {
+    /// The score: the sum of the terms, in seconds; lower is better.
+    #[must_use]
+    pub fn seconds(&self) -> f64 {
+        self.terms.iter().sum()
+    }
+}
+
+/// One decision.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decision {
+    /// For which request.
+    pub request: RequestId,
+    /// When.
+    pub at: Tick,
+    /// What for.
+    pub cause: Cause,
+    /// All who were weighed.
+    pub candidates: SmallVec<[Candidate; 8]>,
+    /// Who won.
+    pub winner: WorkerId,
+}
+
+#[derive(Debug)]
+pub(crate) struct Decisions {
+    kept: VecDeque<Decision>,
+    kept_max: usize,
+}
+
+impl Decisions {
+    pub(crate) fn new(kept_max: usize) -> Self {
+        Self { kept: VecDeque::new(), kept_max }
+    }
+
+    pub(crate) fn record(
+        &mut self,
+        (request, at, cause): (RequestId, Tick, Cause),
+        candidates: impl Iterator<Item = Candidate>,
+        winner: WorkerId,
+    ) {
+        if self.kept_max == 0 {
+            return;
+        }
+        let mut list = match self.kept.len() >= self.kept_max {
+            true => self.kept.pop_front().map(|old| old.candidates).unwrap_or_default(),
+            false => SmallVec::new(),
+        };
+        list.clear();
+        list.extend(candidates);
+        self.kept.push_back(Decision { request, at, cause, candidates: list, winner });
+    }
+
+    /// The decisions still kept for a request, oldest first.
+    pub(crate) fn of(&self, request: RequestId) -> impl Iterator<Item = &Decision> {
+        self.kept.iter().filter(move |decision| decision.request == request)
+    }
+}

@@ -1,0 +1,50 @@
+//! Pure scheduling of LLM requests over engines: `(now, event) -> actions`.
+//!
+//! [`Core`] is a state machine. It owns no thread, lock, channel, clock or source of chance; time and seed are
+//! arguments, and the same inputs give the same outputs. The shell around it turns what happens into [`Event`]s, passes
+//! them in one at a time, performs the [`Action`]s, and calls [`Core::tick`] no later than [`Core::next_deadline`].
+//!
+//! A decision binds early and sends late: on arrival a request is bound to the worker with the best score and counts
+//! there at once; it is sent when that worker has room, and moves to another lane when waiting costs more than the cache
+//! it would lose. Queues nest lane (worker), class, tenant, aged order; tenant counters belong to the pool.
+//!
+//! ```text
+//! event ─ core ┬ admission   refuse, place, park, shed
+//!              ├ attempt     send, first token, failure, end
+//!              ├ fleet       workers come, go, fall ill; caches and loads change
+//!              └ settle      fill windows, steal, re-score, timers
+//!         pool ─ lane, fairness, prefix      placement ─ candidates, terms
+//!         worker ─ backlog, load, rate, health
+//! ```
+//!
+//! What it does not do: it knows no engine, wire or byte of a body; it does not stop what was sent (a deadline after the
+//! send is the shell's); it decides where inside a pool, never which model.
+
+mod action;
+mod config;
+mod core;
+mod event;
+mod explain;
+mod fairness;
+mod ids;
+mod lane;
+mod placement;
+mod pool;
+mod prefix;
+mod rng;
+mod time;
+mod timers;
+mod view;
+mod worker;
+
+pub use action::{Action, Refusal};
+pub use config::{Breaker, Config};
+pub use core::Core;
+pub use core::check::Broken;
+pub use event::{Class, End, Event, Failure, GpuReport, KvEvent, LoadReport, PoolLimits, Request, WorkerSpec};
+pub use explain::{Candidate, Cause, Decision};
+pub use ids::{PoolId, RequestId, TenantId, WorkerId};
+pub use placement::term_names;
+pub use time::Tick;
+pub use view::{PoolView, WorkerView};
+pub use worker::health::HealthState;

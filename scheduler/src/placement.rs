@@ -1,0 +1,213 @@
+//! Where a request goes: filter, candidates, score, winner.
+//!
+//! The score is a sum of terms in seconds (a table, one file each), so that nothing has to be normalised or weighted
+//! against another unit. Ties within 1% are broken at random: breaking them by position sends everything to the first.
+//!
+//! Not here: when it is sent (`core::settle`), and what waits before it in a lane (`lane`).
+
+mod candidates;
+mod terms;
+
+use smallvec::SmallVec;
+
+use crate::config::Config;
+use crate::pool::Pool;
+use crate::prefix::Matches;
+use crate::rng::Rng;
+use crate::worker::{Slot, Worker, Workers};
+use crate::{Class, Request, Tick, WorkerId};
+
+pub(crate) use terms::TERMS;
+
+/// Scores this close, as a share of the best, are the same.
+const TIE_SHARE: f64 = 0.01;
+/// Scores this close in seconds are the same.
+const TIE_SECONDS: f64 = 1e-4;
+/// Moving to another lane for less than this many seconds is noise.
+const MOVE_SECONDS_MIN: f64 = 0.01;
+
+/// Names of the score's terms, in the order of [`crate::Candidate::terms`].
+#[must_use]
+pub fn term_names() -> [&'static str; TERMS.len()] {
+    TERMS.map(|(name, _)| name)
+}
+
+/// What a decision may look at.
+#[derive(Clone, Copy)]
+pub(crate) struct Scene<'a> {
+    pub(crate) now: Tick,
+    pub(crate) config: &'a Config,
+    pub(crate) pool: &'a Pool,
+    pub(crate) workers: &'a Workers,
+}
+
+/// One request at one worker: what the terms are computed from.
+pub(crate) struct Prospect<'a> {
+    pub(crate) now: Tick,
+    pub(crate) config: &'a Config,
+    pub(crate) request: &'a Request,
+    pub(crate) worker: &'a Worker,
+    /// Prompt tokens the worker is believed to hold.
+    pub(crate) matched_tokens: u32,
+    /// Prompt tokens to be computed before those of the request.
+    pub(crate) ahead_tokens: f64,
+    /// Sequences that stand before the request or run, foreign ones too.
+    pub(crate) ahead_sequences: f64,
+    /// Prefill speed in tokens/s.
+    pub(crate) speed: f64,
+    pub(crate) overlap_gain: f64,
+}
+
+impl Prospect<'_> {
+    /// Prompt tokens to be computed for the request.
+    pub(crate) fn uncached_tokens(&self) -> u32 {
+        self.request.prompt_tokens.saturating_sub(self.matched_tokens)
+    }
+
+    /// Seconds from now to the first token, as far as we can tell.
+    pub(crate) fn first_token_seconds(&self) -> f64 {
+        terms::drain_time::seconds(self) + terms::prefill::seconds(self) + terms::slot_wait::seconds(self)
+    }
+}
+
+/// Who stands before a request at a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ahead {
+    /// What was sent, and the lane up to its own class: it would be bound there.
+    Lane,
+    /// Only what was sent: it is the lane's head, or would be sent at once.
+    Sent,
+}
+
+/// One candidate, scored.
+#[derive(Debug, Clone)]
+pub(crate) struct Scored {
+    pub(crate) slot: Slot,
+    pub(crate) matched_tokens: u32,
+    pub(crate) uncached_tokens: u32,
+    pub(crate) terms: [f64; TERMS.len()],
+    pub(crate) seconds: f64,
+    pub(crate) first_token_seconds: f64,
+    /// There is work before it.
+    pub(crate) waits: bool,
+    /// It was measured, so that its prediction may be held against a deadline.
+    pub(crate) measured: bool,
+}
+
+/// What became of a decision. The winner is an index into the scored candidates.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Choice {
+    Winner(usize),
+    /// By measured rates, nobody gives the first token before the deadline.
+    Infeasible,
+    Nobody,
+}
+
+impl<'a> Scene<'a> {
+    /// Weighs the candidates for a request, into `scored`. `at_head`: it is the head of this worker's lane, and was
+    /// believed to match so many tokens there when it was bound (by now the index holds what *it* will bring, too).
+    pub(crate) fn choose(
+        &self,
+        request: &Request,
+        failed_on: &[WorkerId],
+        at_head: Option<(Slot, u32)>,
+        rng: &mut Rng,
+        scored: &mut Vec<Scored>,
+    ) -> Choice {
+        scored.clear();
+        let matches = self.pool.index.lookup(self.now, &request.blocks);
+        let bound = at_head.map(|(slot, _)| slot);
+        for slot in candidates::gather(self, request, failed_on, bound, &matches, rng) {
+            let (matched, ahead) = match at_head {
+                Some((bound, matched)) if bound == slot => (matched, Ahead::Sent),
+                _ => (self.matched_tokens(request, held(&matches, slot)), Ahead::Lane),
+            };
+            scored.extend(self.score(request, slot, matched, ahead));
+        }
+        let left = request.deadline.map(|deadline| deadline.seconds_since(self.now));
+        let in_time = |scored: &Scored| left.is_none_or(|left| scored.first_token_seconds <= left);
+        if scored.iter().any(in_time) {
+            scored.retain(in_time);
+        } else if scored.iter().all(|scored| scored.measured) && !scored.is_empty() {
+            return Choice::Infeasible;
+        }
+        winner(scored, rng)
+    }
+
+    /// One request at one worker that holds so many of its tokens.
+    pub(crate) fn score(&self, request: &Request, slot: Slot, matched_tokens: u32, ahead: Ahead) -> Option<Scored> {
+        let prospect = self.prospect(request, slot, matched_tokens, ahead)?;
+        let terms = TERMS.map(|(_, seconds)| seconds(&prospect));
+        Some(Scored {
+            slot,
+            matched_tokens: prospect.matched_tokens,
+            uncached_tokens: prospect.uncached_tokens(),
+            terms,
+            seconds: terms.iter().sum(),
+            first_token_seconds: prospect.first_token_seconds(),
+            waits: prospect.ahead_tokens > 0.0,
+            measured: prospect.worker.measured_rate().is_some(),
+        })
+    }
+
+    /// Prompt tokens in `held` blocks. The last token is always computed: an engine needs its logits.
+    pub(crate) fn matched_tokens(&self, request: &Request, held: u32) -> u32 {
+        held.saturating_mul(self.pool.limits.block_tokens).min(request.prompt_tokens.saturating_sub(1))
+    }
+
+    /// Prompt tokens at a worker before those of a newcomer: ours, and foreign ones that wait in the engine.
+    pub(crate) fn ahead_tokens(&self, worker: &Worker, class: Class, ahead: Ahead) -> f64 {
+        let (now, ttl) = (self.now, self.config.report_ttl);
+        let speed = worker.speed(now, self.pool.fleet_rate(), self.config);
+        let foreign = worker.reported.foreign(now, ttl).map_or(0.0, |foreign| {
+            (f64::from(foreign.waiting) * self.pool.uncached_mean - foreign.age * speed).max(0.0)
+        });
+        let lane = if ahead == Ahead::Lane { worker.lane.tokens_before(class) } else { 0 };
+        let ours = worker.backlog_tokens(now, self.pool.fleet_rate(), self.config) + lane as f64;
+        (ours + foreign) * worker.reported.margin(now, ttl)
+    }
+
+    fn prospect(&self, request: &'a Request, slot: Slot, matched_tokens: u32, ahead: Ahead) -> Option<Prospect<'a>> {
+        let worker = self.workers.get(slot)?;
+        let foreign = worker.reported.foreign(self.now, self.config.report_ttl);
+        let lane = if ahead == Ahead::Lane { worker.lane.sequences_before(request.class) } else { 0 };
+        Some(Prospect {
+            now: self.now,
+            config: self.config,
+            request,
+            worker,
+            matched_tokens,
+            ahead_tokens: self.ahead_tokens(worker, request.class, ahead),
+            ahead_sequences: worker.sequences as f64
+                + f64::from(foreign.map_or(0, |foreign| foreign.running))
+                + lane as f64,
+            speed: worker.speed(self.now, self.pool.fleet_rate(), self.config),
+            overlap_gain: self.pool.overlap_gain(self.config),
+        })
+    }
+}
+
+/// Whether to move from a lane with score `stay` to one with score `go`.
+pub(crate) fn pays(config: &Config, stay: f64, go: f64) -> bool {
+    stay - go > (config.move_gain * go.abs()).max(MOVE_SECONDS_MIN)
+}
+
+/// Blocks that a worker holds, by a lookup's result.
+fn held(matches: &Matches, slot: Slot) -> u32 {
+    let at = matches.binary_search_by_key(&slot, |(slot, _)| *slot);
+    at.ok().and_then(|at| matches.get(at)).map_or(0, |(_, held)| *held)
+}
+
+/// The lowest score, or one of those as good.
+fn winner(scored: &[Scored], rng: &mut Rng) -> Choice {
+    let Some(best) = scored.iter().map(|scored| scored.seconds).min_by(f64::total_cmp) else {
+        return Choice::Nobody;
+    };
+    let limit = best + (best.abs() * TIE_SHARE).max(TIE_SECONDS);
+    let ties: SmallVec<[usize; 32]> =
+        scored.iter().enumerate().filter(|(_, scored)| scored.seconds <= limit).map(|(at, _)| at).collect();
+    match ties.get(if ties.len() > 1 { rng.below(ties.len()) } else { 0 }) {
+        Some(at) => Choice::Winner(*at),
+        None => Choice::Nobody,
+    }
+}

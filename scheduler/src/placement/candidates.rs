@@ -1,0 +1,62 @@
+//! Which workers are weighed for a request.
+//!
+//! A small pool is weighed whole. In a large one: the best holders of the prompt's prefix, those that are ready first,
+//! and a few at random (so that a wrong belief about a worker is found out). This is the one place that decides it.
+
+use smallvec::SmallVec;
+
+use super::Scene;
+use crate::prefix::Matches;
+use crate::rng::Rng;
+use crate::worker::Slot;
+use crate::{Request, WorkerId};
+
+/// Pools up to this size are weighed whole.
+const ALL_MAX: usize = 32;
+const HOLDERS: usize = 8;
+const READY: usize = 8;
+const RANDOM: usize = 4;
+/// How many of those ready first are looked at for `READY` that may take the request.
+const READY_SEEN: usize = 32;
+
+pub(super) type Slots = SmallVec<[Slot; ALL_MAX]>;
+
+/// Eligible workers that fit the request and on which it has not failed; `kept` is weighed in any case.
+pub(super) fn gather(
+    scene: &Scene<'_>,
+    request: &Request,
+    failed_on: &[WorkerId],
+    kept: Option<Slot>,
+    matches: &Matches,
+    rng: &mut Rng,
+) -> Slots {
+    let pool = scene.pool;
+    let may = |slot: &Slot| {
+        scene.workers.get(*slot).is_some_and(|worker| {
+            worker.is_eligible() && worker.holds(request.prompt_tokens) && !failed_on.contains(&worker.id)
+        })
+    };
+    let mut slots: Slots;
+    if pool.workers.len() <= ALL_MAX {
+        slots = pool.workers.iter().copied().filter(may).collect();
+        slots.extend(kept);
+    } else {
+        let mut holders = matches.clone();
+        holders.sort_unstable_by_key(|(slot, held)| (std::cmp::Reverse(*held), *slot));
+        slots = holders.iter().map(|(slot, _)| *slot).filter(may).take(HOLDERS).collect();
+        slots.extend(pool.by_ready.iter().take(READY_SEEN).map(|(_, slot)| *slot).filter(may).take(READY));
+        // slots are dense, so a random one is usually a worker, of some pool
+        let highest = pool.workers.last().map_or(0, |slot| slot.0 as usize + 1);
+        for _ in 0..RANDOM {
+            let at = Slot(u32::try_from(rng.below(highest)).unwrap_or_default());
+            slots.extend(pool.workers.range(at..).next().copied().filter(may));
+        }
+        slots.extend(kept);
+        if slots.is_empty() {
+            slots.extend(pool.workers.iter().copied().find(may));
+        }
+    }
+    slots.sort_unstable();
+    slots.dedup();
+    slots
+}

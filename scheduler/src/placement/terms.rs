@@ -1,0 +1,26 @@
+//! The terms of the score: one file and one line each.
+//!
+//! A term is seconds that the request, or others because of it, will lose at a worker; a gain is negative. It must be
+//! finite for any worker and any request.
+
+pub(super) mod drain_time;
+mod kv_pressure;
+mod overlap_credit;
+pub(super) mod prefill;
+pub(super) mod slot_wait;
+
+use super::Prospect;
+
+type Seconds = fn(&Prospect<'_>) -> f64;
+
+/// The table; its order is that of explanations.
+pub(crate) const TERMS: [(&str, Seconds); 5] = [
+    ("drain_time", drain_time::seconds),
+    ("prefill", prefill::seconds),
+    ("slot_wait", slot_wait::seconds),
+    ("kv_pressure", kv_pressure::seconds),
+    ("overlap_credit", overlap_credit::seconds),
+];
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,12 @@
+//! What a fuller KV cache costs: a barrier `k/(1-k)` that grows steep before the engine preempts and computes again.
+
+use crate::placement::Prospect;
+
+/// Keeps the barrier finite.
+const PRESSURE_MAX: f64 = 0.98;
+
+pub(super) fn seconds(prospect: &Prospect<'_>) -> f64 {
+    let need = prospect.worker.need(prospect.request);
+    let pressure = prospect.worker.kv_pressure(prospect.now, need, prospect.config).unwrap_or(0.0).min(PRESSURE_MAX);
+    prospect.config.kv_pressure_seconds * pressure / (1.0 - pressure)
+}

@@ -1,0 +1,7 @@
+//! Time to compute what the worker does not hold of this prompt.
+
+use crate::placement::Prospect;
+
+pub(in crate::placement) fn seconds(prospect: &Prospect<'_>) -> f64 {
+    f64::from(prospect.uncached_tokens()) / prospect.speed
+}

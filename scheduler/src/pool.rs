@@ -1,0 +1,140 @@
+//! The workers of one model, what waits for them, and what is known of their caches.
+//!
+//! Invariant: the queue's sums are those of every request that waits in the pool, in a lane or in none; the order for
+//! shedding holds exactly these.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use crate::config::Config;
+use crate::fairness::Fairness;
+use crate::lane::Lane;
+use crate::prefix::PrefixIndex;
+use crate::worker::{Slot, Workers};
+use crate::{Class, PoolLimits, Request, RequestId, Tick};
+
+/// Weight of one decision in the running means of a pool.
+const MEAN_WEIGHT: f64 = 0.02;
+/// Prompt tokens of a foreign request before any of ours was seen.
+const PROMPT_TOKENS_ASSUMED: f64 = 1024.0;
+/// How often the fleet's median rate is computed again.
+const MEDIAN_EVERY: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+pub(crate) struct Pool {
+    pub(crate) limits: PoolLimits,
+    pub(crate) workers: BTreeSet<Slot>,
+    /// Eligible workers, by the moment at which they will have prefilled all they were promised.
+    pub(crate) by_ready: BTreeSet<(Tick, Slot)>,
+    /// Workers whose lane is not empty.
+    pub(crate) laden: BTreeSet<Slot>,
+    /// Requests that no worker can be bound to.
+    pub(crate) unbound: Lane,
+    pub(crate) queue: Queue,
+    pub(crate) fairness: Fairness,
+    pub(crate) index: PrefixIndex,
+    /// Share of candidates that had work to do when a request came: how busy the pool is, 0 to 1.
+    pub(crate) busy: f64,
+    /// Mean of the prompt tokens to compute of our own requests.
+    pub(crate) uncached_mean: f64,
+    median: Option<(Tick, f64)>,
+    rate_cold: f64,
+}
+
+/// Sums over all that waits.
+#[derive(Debug, Default)]
+pub(crate) struct Queue {
+    pub(crate) requests: [u32; Class::COUNT],
+    /// Prompt tokens, by class.
+    pub(crate) tokens: [u64; Class::COUNT],
+    pub(crate) bytes: u64,
+    /// The last is the first to be shed: lowest class, newest.
+    pub(crate) shed: BTreeSet<(Class, Tick, RequestId)>,
+}
+
+impl Pool {
+    pub(crate) fn new(limits: PoolLimits, config: &Config) -> Self {
+        Self {
+            limits,
+            workers: BTreeSet::new(),
+            by_ready: BTreeSet::new(),
+            laden: BTreeSet::new(),
+            unbound: Lane::default(),
+            queue: Queue::default(),
+            fairness: Fairness::default(),
+            index: PrefixIndex::new(config.index_bytes_max),
+            busy: 0.0,
+            uncached_mean: PROMPT_TOKENS_ASSUMED,
+            median: None,
+            rate_cold: config.rate_cold,
+        }
+    }
+
+    /// Prefill speed in tokens/s for a worker whose own is not known: the median of those measured.
+    pub(crate) fn fleet_rate(&self) -> f64 {
+        self.median.map_or(self.rate_cold, |(_, rate)| rate)
+    }
+
+    /// A worker measured its rate; computes the median again, if that was not done just now.
+    pub(crate) fn observe_rates(&mut self, now: Tick, workers: &Workers) {
+        if self.median.is_some_and(|(at, _)| now.since(at) < MEDIAN_EVERY) {
+            return;
+        }
+        let mut rates: Vec<f64> = self.workers.iter().filter_map(|slot| workers.get(*slot)?.measured_rate()).collect();
+        let middle = rates.len() / 2;
+        if middle < rates.len() {
+            let (_, median, _) = rates.select_nth_unstable_by(middle, f64::total_cmp);
+            self.median = Some((now, *median));
+        }
+    }
+
+    pub(crate) fn observe_decision(&mut self, busy: f64, uncached: u32) {
+        self.busy += (busy - self.busy) * MEAN_WEIGHT;
+        self.uncached_mean += (f64::from(uncached) - self.uncached_mean) * MEAN_WEIGHT;
+    }
+
+    /// What a cached token is worth now: more when a lost cache costs others too.
+    pub(crate) fn overlap_gain(&self, config: &Config) -> f64 {
+        const CALM: f64 = 0.60;
+        const BUSY: f64 = 0.85;
+        let share = ((self.busy - CALM) / (BUSY - CALM)).clamp(0.0, 1.0);
+        config.overlap_gain_calm + share * (config.overlap_gain_busy - config.overlap_gain_calm)
+    }
+}
+
+impl Queue {
+    pub(crate) fn add(&mut self, request: &Request, arrived: Tick) {
+        self.shed.insert((request.class, arrived, request.id));
+        self.bytes += u64::from(request.body_bytes);
+        if let Some((requests, tokens)) = self.share(request.class) {
+            *requests += 1;
+            *tokens += u64::from(request.prompt_tokens);
+        }
+    }
+
+    pub(crate) fn take(&mut self, request: &Request, arrived: Tick) {
+        if !self.shed.remove(&(request.class, arrived, request.id)) {
+            return;
+        }
+        self.bytes -= u64::from(request.body_bytes);
+        if let Some((requests, tokens)) = self.share(request.class) {
+            *requests -= 1;
+            *tokens -= u64::from(request.prompt_tokens);
+        }
+    }
+
+    pub(crate) fn is_over(&self, limits: &PoolLimits) -> bool {
+        self.shed.len() > limits.queue_requests_max as usize
+            || self.tokens.iter().sum::<u64>() > limits.queue_tokens_max
+            || self.bytes > limits.queue_bytes_max
+    }
+
+    /// Prompt tokens that are served before those of a newcomer of `class`.
+    pub(crate) fn tokens_before(&self, class: Class) -> u64 {
+        self.tokens.iter().take(class as usize + 1).sum()
+    }
+
+    fn share(&mut self, class: Class) -> Option<(&mut u32, &mut u64)> {
+        Some((self.requests.get_mut(class as usize)?, self.tokens.get_mut(class as usize)?))
+    }
+}

@@ -1,0 +1,190 @@
+use super::*;
+use proptest::prelude::*;
+
+const LATER: Tick = Tick(1_000_000);
+const NOW: Tick = Tick(1);
+
+fn chain(seed: u64, len: usize) -> Vec<u64> {
+    let mut hash = seed;
+    (0..len)
+        .map(|_| {
+            hash = (hash ^ 0x9E37).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(17);
+            hash
+        })
+        .collect()
+}
+
+fn matches(index: &PrefixIndex, now: Tick, blocks: &[u64]) -> Vec<(u32, u32)> {
+    index.lookup(now, blocks).into_iter().map(|(slot, held)| (slot.0, held)).collect()
+}
+
+#[test]
+fn holders_of_every_length_are_found() {
+    let blocks = chain(1, 500);
+    for lengths in [[0_usize, 1, 2], [31, 32, 33], [64, 65, 500], [499, 500, 250], [500, 500, 500]] {
+        let mut index = PrefixIndex::new(1 << 20);
+        for (slot, held) in (0..).zip(lengths) {
+            index.expect(Slot(slot), &blocks[..held], LATER);
+        }
+        let expect: Vec<_> = (0..).zip(lengths.map(|held| held as u32)).filter(|(_, held)| *held > 0).collect();
+        assert_eq!(matches(&index, NOW, &blocks), expect, "{lengths:?}");
+        for (slot, held) in (0..).zip(lengths) {
+            assert_eq!(index.held_by(NOW, Slot(slot), &blocks), held as u32);
+        }
+    }
+}
+
+#[test]
+fn nothing_is_found_for_nothing_and_for_another_prompt() {
+    let mut index = PrefixIndex::new(1 << 20);
+    index.expect(Slot(0), &chain(1, 10), LATER);
+    assert_eq!(matches(&index, NOW, &[]), []);
+    assert_eq!(matches(&index, NOW, &chain(2, 10)), []);
+}
+
+#[test]
+fn a_guess_is_a_lease_and_the_engines_word_is_none() {
+    let blocks = chain(1, 40);
+    let mut index = PrefixIndex::new(1 << 20);
+    index.expect(Slot(0), &blocks, LATER);
+    index.confirm(Slot(1), &blocks[..20]);
+    index.expect(Slot(1), &blocks, LATER);
+    assert_eq!(matches(&index, NOW, &blocks), [(0, 40), (1, 40)]);
+    assert_eq!(matches(&index, LATER, &blocks), [(1, 20)]);
+    index.drop_blocks(Slot(1), &blocks[10..20]);
+    assert_eq!(matches(&index, NOW, &blocks), [(0, 40), (1, 40)], "our guess is as young as the engine's word");
+    assert_eq!(matches(&index, LATER, &blocks), [(1, 10)]);
+}
+
+#[test]
+fn a_forgotten_worker_is_not_found_even_when_its_slot_is_used_again() {
+    let blocks = chain(1, 40);
+    let mut index = PrefixIndex::new(1 << 20);
+    index.confirm(Slot(0), &blocks);
+    index.forget(Slot(0));
+    assert_eq!(matches(&index, NOW, &blocks), []);
+    index.expect(Slot(0), &blocks[..3], LATER);
+    assert_eq!(matches(&index, NOW, &blocks), [(0, 3)]);
+    assert_eq!(matches(&index, LATER, &blocks), [], "the old word of the engine does not last");
+}
+
+#[test]
+fn a_block_that_all_hold_names_a_bounded_number() {
+    let blocks = chain(1, 4);
+    let mut index = PrefixIndex::new(1 << 20);
+    for slot in 0..1000 {
+        index.expect(Slot(slot), &blocks, Tick(100 + u64::from(slot)));
+    }
+    let found = matches(&index, NOW, &blocks);
+    assert_eq!(found.len(), HOLDERS_MAX);
+    assert_eq!(found[0].0, 1000 - HOLDERS_MAX as u32, "the newest");
+}
+
+#[test]
+fn what_is_used_stays_and_the_budget_holds() {
+    let mut index = PrefixIndex::new(200 * ENTRY_BYTES);
+    let kept = chain(1, 50);
+    for round in 0..100 {
+        index.expect(Slot(0), &kept, LATER);
+        index.expect(Slot(1), &chain(100 + round, 40), LATER);
+        assert!(index.bytes() <= 200 * ENTRY_BYTES);
+        assert!(index.entries.capacity() <= 200);
+    }
+    assert_eq!(matches(&index, NOW, &kept), [(0, 50)]);
+    assert_eq!(matches(&index, NOW, &chain(100, 40)), []);
+}
+
+#[test]
+fn a_budget_for_nothing_keeps_nothing() {
+    let mut index = PrefixIndex::new(10);
+    index.confirm(Slot(0), &chain(1, 10));
+    assert_eq!((index.len(), index.bytes()), (0, 0));
+}
+
+#[derive(Debug, Clone)]
+enum Change {
+    Expect(u32, u64, usize, u64),
+    Confirm(u32, u64, usize),
+    Drop(u32, u64, usize),
+    Forget(u32),
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    let (slot, seed, len) = (0..6_u32, 0..4_u64, 0..120_usize);
+    prop_oneof![
+        (slot.clone(), seed.clone(), len.clone(), 0..200_u64).prop_map(|(s, c, l, t)| Change::Expect(s, c, l, t)),
+        (slot.clone(), seed.clone(), len.clone()).prop_map(|(s, c, l)| Change::Confirm(s, c, l)),
+        (slot.clone(), seed, len).prop_map(|(s, c, l)| Change::Drop(s, c, l)),
+        slot.prop_map(Change::Forget),
+    ]
+}
+
+proptest! {
+    /// With room for all, lookups equal a plain model of who holds which length; engines drop from the end.
+    #[test]
+    fn lookups_equal_a_plain_model(changes in prop::collection::vec(change(), 0..60), now in 0..200_u64) {
+        let mut index = PrefixIndex::new(1 << 24);
+        // (slot, chain) -> (confirmed length, [(length, until)])
+        let mut model = std::collections::BTreeMap::<(u32, u64), (usize, Vec<(usize, u64)>)>::new();
+        for change in changes {
+            match change {
+                Change::Expect(slot, seed, len, until) => {
+                    index.expect(Slot(slot), &chain(seed, len), Tick(until));
+                    model.entry((slot, seed)).or_default().1.push((len, until));
+                }
+                Change::Confirm(slot, seed, len) => {
+                    index.confirm(Slot(slot), &chain(seed, len));
+                    let held = &mut model.entry((slot, seed)).or_default().0;
+                    *held = len.max(*held);
+                }
+                Change::Drop(slot, seed, keep) => {
+                    let held = model.entry((slot, seed)).or_default();
+                    if held.0 > keep {
+                        index.drop_blocks(Slot(slot), &chain(seed, held.0)[keep..]);
+                        held.0 = keep;
+                    }
+                }
+                Change::Forget(slot) => {
+                    index.forget(Slot(slot));
+                    model.retain(|(held, _), _| *held != slot);
+                }
+            }
+        }
+        for seed in 0..4 {
+            let blocks = chain(seed, 120);
+            let mut expect = Vec::new();
+            for slot in 0..6 {
+                let held = model.get(&(slot, seed)).map_or(0, |(confirmed, guesses)| {
+                    guesses.iter().filter(|(_, until)| *until > now).map(|(len, _)| *len).max().unwrap_or(0).max(*confirmed)
+                });
+                let held = u32::try_from(held).unwrap();
+                prop_assert_eq!(index.held_by(Tick(now), Slot(slot), &blocks) , held);
+                if held > 0 {
+                    expect.push((slot, held));
+                }
+            }
+            prop_assert_eq!(matches(&index, Tick(now), &blocks), expect);
+        }
+    }
+
+    /// Whatever happens, the budget holds and only current workers are named.
+    #[test]
+    fn a_small_budget_holds(changes in prop::collection::vec(change(), 0..60), entries in 1..300_usize) {
+        let mut index = PrefixIndex::new(entries * ENTRY_BYTES);
+        for change in changes {
+            match change {
+                Change::Expect(slot, seed, len, until) => index.expect(Slot(slot), &chain(seed, len), Tick(until)),
+                Change::Confirm(slot, seed, len) => index.confirm(Slot(slot), &chain(seed, len)),
+                Change::Drop(slot, seed, keep) => index.drop_blocks(Slot(slot), &chain(seed, 120)[keep..]),
+                Change::Forget(slot) => {
+                    index.forget(Slot(slot));
+                    for seed in 0..4 {
+                        prop_assert!(matches(&index, NOW, &chain(seed, 120)).iter().all(|(held, _)| *held != slot));
+                    }
+                }
+            }
+            prop_assert!(index.bytes() <= entries * ENTRY_BYTES);
+            prop_assert_eq!(index.places.len(), index.entries.len());
+        }
+    }
+}

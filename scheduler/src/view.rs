@@ -1,0 +1,142 @@
+//! What can be seen of the core from outside: for metrics, listings and `explain`. Copies; nothing is derived from them
+//! inside.
+
+use std::time::Duration;
+
+use crate::core::Core;
+use crate::placement::{Ahead, Scene};
+use crate::worker::Worker;
+use crate::{Class, Decision, HealthState, LoadReport, PoolId, Request, RequestId, Tick, WorkerId};
+
+/// One worker now.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WorkerView {
+    /// Its name.
+    pub worker: WorkerId,
+    /// Where it serves.
+    pub pool: PoolId,
+    /// Its standing.
+    pub health: HealthState,
+    /// Gets nothing new because it is to leave.
+    pub draining: bool,
+    /// Time for which it asked to be left alone.
+    pub busy: Duration,
+    /// Requests sent to it and not ended.
+    pub sent_requests: u32,
+    /// Sequences of these.
+    pub sent_sequences: u64,
+    /// Requests bound to it and not sent.
+    pub lane_requests: u32,
+    /// Prompt tokens promised to it and not prefilled, sent or not.
+    pub promised_tokens: u64,
+    /// KV tokens reserved for what was sent.
+    pub reserved_tokens: u64,
+    /// KV tokens it can hold, where known.
+    pub kv_tokens: Option<u64>,
+    /// Share of its KV cache in use: the greater of our account and the engine's; none where neither is known.
+    pub kv_usage: Option<f64>,
+    /// Prefill speed in tokens/s that decisions use.
+    pub prefill_rate: f64,
+    /// Whether that was measured at this worker.
+    pub rate_measured: bool,
+    /// What its engine said last, and how long ago; none when too old to use.
+    pub reported: Option<(Duration, LoadReport)>,
+}
+
+/// One pool now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolView {
+    /// Its name.
+    pub pool: PoolId,
+    /// Workers in it.
+    pub workers: u32,
+    /// Of these, such that get requests.
+    pub workers_eligible: u32,
+    /// Requests that wait, by [`Class`].
+    pub queued_requests: [u32; Class::COUNT],
+    /// Their prompt tokens, by [`Class`].
+    pub queued_tokens: [u64; Class::COUNT],
+    /// Bytes of their bodies.
+    pub queued_bytes: u64,
+    /// Blocks in the prefix index.
+    pub index_blocks: usize,
+    /// Bytes accounted for the prefix index.
+    pub index_bytes: usize,
+}
+
+impl Core {
+    /// All workers, by name.
+    pub fn worker_views(&self, now: Tick) -> impl Iterator<Item = WorkerView> {
+        self.workers.iter().filter_map(move |(_, worker)| self.view(now, worker))
+    }
+
+    /// One worker.
+    #[must_use]
+    pub fn worker_view(&self, now: Tick, worker: WorkerId) -> Option<WorkerView> {
+        self.view(now, self.workers.get(self.workers.slot(worker)?)?)
+    }
+
+    /// One pool.
+    #[must_use]
+    pub fn pool_view(&self, pool: PoolId) -> Option<PoolView> {
+        let state = self.pools.get(&pool)?;
+        Some(PoolView {
+            pool,
+            workers: u32::try_from(state.workers.len()).unwrap_or(u32::MAX),
+            workers_eligible: u32::try_from(state.by_ready.len()).unwrap_or(u32::MAX),
+            queued_requests: state.queue.requests,
+            queued_tokens: state.queue.tokens,
+            queued_bytes: state.queue.bytes,
+            index_blocks: state.index.len(),
+            index_bytes: state.index.bytes(),
+        })
+    }
+
+    /// Time until the prefill of a newcomer of this class would begin at the worker that is ready first; none when no
+    /// worker may take it.
+    #[must_use]
+    pub fn predicted_wait(&self, now: Tick, pool: PoolId, class: Class) -> Option<Duration> {
+        let state = self.pools.get(&pool)?;
+        let scene = Scene { now, config: &self.config, pool: state, workers: &self.workers };
+        let waits =
+            state.workers.iter().filter_map(|slot| self.workers.get(*slot)).filter(|worker| worker.is_eligible());
+        let seconds = waits.map(|worker| {
+            let speed = worker.speed(now, state.fleet_rate(), &self.config);
+            (scene.ahead_tokens(worker, class, Ahead::Lane) / speed).max(worker.busy_until.seconds_since(now))
+        });
+        seconds.min_by(f64::total_cmp).map(crate::time::duration)
+    }
+
+    /// The latest decisions about a request, oldest first, as far as they are kept.
+    pub fn explain(&self, request: RequestId) -> impl Iterator<Item = &Decision> {
+        self.decisions.of(request)
+    }
+
+    /// A request that has not ended yet.
+    #[must_use]
+    pub fn request(&self, request: RequestId) -> Option<&Request> {
+        self.requests.get(&request).map(|entry| &entry.request)
+    }
+
+    fn view(&self, now: Tick, worker: &Worker) -> Option<WorkerView> {
+        let pool = self.pools.get(&worker.pool)?;
+        let backlog = worker.backlog_tokens(now, pool.fleet_rate(), &self.config);
+        Some(WorkerView {
+            worker: worker.id,
+            pool: worker.pool,
+            health: worker.health.state(),
+            draining: worker.draining,
+            busy: worker.busy_until.since(now),
+            sent_requests: u32::try_from(worker.sent.len()).unwrap_or(u32::MAX),
+            sent_sequences: worker.sequences,
+            lane_requests: worker.lane.requests(),
+            promised_tokens: backlog as u64 + worker.lane.tokens_before(Class::Batch),
+            reserved_tokens: worker.reserved,
+            kv_tokens: worker.spec.kv_tokens,
+            kv_usage: worker.kv_pressure(now, 0, &self.config),
+            prefill_rate: worker.speed(now, pool.fleet_rate(), &self.config),
+            rate_measured: worker.measured_rate().is_some(),
+            reported: worker.reported.fresh(now, self.config.report_ttl).map(|(at, load)| (now.since(at), load)),
+        })
+    }
+}

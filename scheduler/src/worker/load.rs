@@ -1,0 +1,135 @@
+//! What the engine says of its load, corrected by what we know better.
+//!
+//! "The engine says" and "we promised" are never one field: our own counters are exact and come first; the report adds
+//! what is there beyond them (requests that came past us, KV that outgrew its reservation). A report too old to use
+//! leaves our counters alone, with a margin, and neither "full" nor "idle" is concluded from its absence.
+
+use std::time::Duration;
+
+use crate::{LoadReport, Tick};
+
+/// How much more than ours a worker is assumed to hold when its reports stopped coming.
+const UNREPORTED_MARGIN: f64 = 1.3;
+
+#[derive(Debug, Default)]
+pub(crate) struct Reported {
+    last: Option<Report>,
+    /// It has reported at some time.
+    reports: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Report {
+    at: Tick,
+    load: LoadReport,
+    /// Sequences there that are not ours, when the report came.
+    foreign: u32,
+    /// Our reservations in KV tokens, when the report came.
+    reserved: u64,
+}
+
+/// What a report adds to our own counters.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Foreign {
+    /// Sequences that run there and are not ours.
+    pub(crate) running: u32,
+    /// Requests in the engine's queue that are not ours.
+    pub(crate) waiting: u32,
+    /// Age of this knowledge in seconds.
+    pub(crate) age: f64,
+}
+
+impl Reported {
+    pub(crate) fn observe(&mut self, now: Tick, load: LoadReport, sequences: u64, reserved: u64) {
+        let ours = u32::try_from(sequences).unwrap_or(u32::MAX);
+        let foreign = load.running.saturating_add(load.waiting).saturating_sub(ours);
+        let kv_usage = load.kv_usage.filter(|usage| usage.is_finite()).map(|usage| usage.clamp(0.0, 1.0));
+        self.last = Some(Report { at: now, load: LoadReport { kv_usage, ..load }, foreign, reserved });
+        self.reports = true;
+    }
+
+    pub(crate) fn lost(&mut self) {
+        self.last = None;
+    }
+
+    /// The last report and its moment, as long as it can be used.
+    pub(crate) fn fresh(&self, now: Tick, ttl: Duration) -> Option<(Tick, LoadReport)> {
+        self.usable(now, ttl).map(|report| (report.at, report.load))
+    }
+
+    pub(crate) fn foreign(&self, now: Tick, ttl: Duration) -> Option<Foreign> {
+        let report = self.usable(now, ttl).filter(|report| report.foreign > 0)?;
+        // what waits is the youngest; ours are taken to run first
+        let waiting = report.foreign.min(report.load.waiting);
+        Some(Foreign { running: report.foreign - waiting, waiting, age: now.seconds_since(report.at) })
+    }
+
+    /// Share of the KV cache in use, from the report and what we reserved and released since.
+    pub(crate) fn kv_usage(&self, now: Tick, ttl: Duration, reserved: f64, capacity: Option<u64>) -> Option<f64> {
+        let report = self.usable(now, ttl)?;
+        let since = capacity.map_or(0.0, |capacity| (reserved - report.reserved as f64) / capacity.max(1) as f64);
+        Some((report.load.kv_usage? + since).max(0.0))
+    }
+
+    /// By how much to mistrust our own counters.
+    pub(crate) fn margin(&self, now: Tick, ttl: Duration) -> f64 {
+        if self.reports && self.usable(now, ttl).is_none() { UNREPORTED_MARGIN } else { 1.0 }
+    }
+
+    fn usable(&self, now: Tick, ttl: Duration) -> Option<&Report> {
+        self.last.as_ref().filter(|report| now.since(report.at) < ttl)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TTL: Duration = Duration::from_secs(15);
+
+    fn load(running: u32, waiting: u32, kv_usage: f64) -> LoadReport {
+        LoadReport { running, waiting, kv_usage: Some(kv_usage) }
+    }
+
+    #[test]
+    fn only_what_is_beyond_ours_is_foreign() {
+        for (running, waiting, ours, expect) in [
+            (4, 0, 4, None),
+            (4, 2, 9, None),
+            (4, 2, 5, Some((0, 1))),
+            (4, 2, 0, Some((4, 2))),
+            (9, 1, 2, Some((7, 1))),
+            (u32::MAX, u32::MAX, 0, Some((0, u32::MAX))),
+        ] {
+            let mut reported = Reported::default();
+            reported.observe(Tick(0), load(running, waiting, 0.0), ours, 0);
+            let foreign = reported.foreign(Tick(0), TTL).map(|f| (f.running, f.waiting));
+            assert_eq!(foreign, expect, "{running} {waiting} {ours}");
+        }
+    }
+
+    #[test]
+    fn kv_is_corrected_by_what_was_reserved_since() {
+        let mut reported = Reported::default();
+        reported.observe(Tick(0), load(1, 0, 0.5), 1, 300);
+        assert_eq!(reported.kv_usage(Tick(1), TTL, 400.0, Some(1000)), Some(0.6));
+        assert_eq!(reported.kv_usage(Tick(1), TTL, 0.0, Some(1000)), Some(0.2));
+        assert_eq!(reported.kv_usage(Tick(1), TTL, 400.0, None), Some(0.5));
+        reported.observe(Tick(2), load(1, 0, f64::NAN), 1, 300);
+        assert_eq!(reported.kv_usage(Tick(2), TTL, 0.0, Some(1000)), None);
+    }
+
+    #[test]
+    fn a_report_is_a_lease() {
+        let mut reported = Reported::default();
+        assert_eq!(reported.margin(Tick(0), TTL), 1.0, "never reported: nothing is missing");
+        reported.observe(Tick(0), load(99, 99, 1.0), 0, 0);
+        assert_eq!(reported.margin(Tick(0), TTL), 1.0);
+        let later = Tick(0).after(TTL);
+        assert_eq!((reported.foreign(later, TTL), reported.kv_usage(later, TTL, 0.0, Some(1))), (None, None));
+        assert_eq!(reported.margin(later, TTL), UNREPORTED_MARGIN);
+        reported.observe(Tick(1), load(0, 0, 0.0), 0, 0);
+        reported.lost();
+        assert_eq!(reported.margin(Tick(1), TTL), UNREPORTED_MARGIN);
+    }
+}

@@ -1,0 +1,77 @@
+//! Forebay's own request and response headers, and what of a client's headers an engine gets to see.
+
+use std::time::Duration;
+
+use forebay_scheduler::Class;
+use http::header::{HeaderName, HeaderValue};
+use http::{HeaderMap, Response};
+use tokio::time::Instant;
+
+use super::errors::Error;
+use crate::dispatch::Opened;
+use crate::ids::RequestName;
+use crate::routing::Route;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const PRIORITY: &str = "x-forebay-priority";
+const DEADLINE_MS: &str = "x-forebay-deadline-ms";
+const WORKER: HeaderName = HeaderName::from_static("x-forebay-worker");
+const MODEL: HeaderName = HeaderName::from_static("x-forebay-model");
+const QUEUE_MS: HeaderName = HeaderName::from_static("x-forebay-queue-ms");
+const PREDICTED_WAIT_MS: HeaderName = HeaderName::from_static("x-forebay-predicted-wait-ms");
+
+/// What goes on to an engine as it came: trace context, and vLLM's session attribution. Everything else (keys,
+/// cookies, addresses) stays here.
+const FORWARDED: [&str; 3] = ["traceparent", "tracestate", "x-session-id"];
+
+pub(super) fn request_id(headers: &HeaderMap) -> Option<&[u8]> {
+    headers.get(&REQUEST_ID).map(HeaderValue::as_bytes)
+}
+
+pub(super) fn forwarded(headers: &HeaderMap) -> HeaderMap {
+    FORWARDED
+        .iter()
+        .filter_map(|name| headers.get(*name).map(|value| (HeaderName::from_static(name), value.clone())))
+        .collect()
+}
+
+/// The class a request asks for; `default` when it asks for none.
+pub(super) fn class(headers: &HeaderMap) -> Result<Class, Error> {
+    match headers.get(PRIORITY).map(HeaderValue::as_bytes) {
+        None | Some(b"default") => Ok(Class::Default),
+        Some(b"interactive") => Ok(Class::Interactive),
+        Some(b"batch") => Ok(Class::Batch),
+        Some(_) => Err(Error::Header { name: PRIORITY, expected: "interactive, default or batch" }),
+    }
+}
+
+/// The latest first token that a request asks for.
+pub(super) fn deadline(headers: &HeaderMap, arrived: Instant) -> Result<Option<Instant>, Error> {
+    let Some(value) = headers.get(DEADLINE_MS) else { return Ok(None) };
+    match value.to_str().ok().and_then(|text| text.trim().parse::<u32>().ok()) {
+        Some(milliseconds) if milliseconds > 0 => Ok(Some(arrived + Duration::from_millis(milliseconds.into()))),
+        _ => Err(Error::Header { name: DEADLINE_MS, expected: "a whole number of milliseconds above 0" }),
+    }
+}
+
+/// Names the request in its answer.
+pub(super) fn identify<B>(response: &mut Response<B>, name: &RequestName) {
+    if let Ok(value) = HeaderValue::from_str(name.as_str()) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+}
+
+/// Says where and how an answer was made.
+pub(super) fn describe<B>(response: &mut Response<B>, route: &Route, opened: &Opened) {
+    let headers = response.headers_mut();
+    headers.insert(WORKER, opened.worker.header.clone());
+    if let Ok(model) = HeaderValue::from_str(&route.model.name) {
+        headers.insert(MODEL, model);
+    }
+    headers.insert(QUEUE_MS, whole_milliseconds(opened.queued));
+    headers.insert(PREDICTED_WAIT_MS, whole_milliseconds(opened.predicted_wait));
+}
+
+fn whole_milliseconds(duration: Duration) -> HeaderValue {
+    HeaderValue::from(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
+}

@@ -1,0 +1,70 @@
+//! `GET /v1/models` and `GET /v1/models/{id}`: configured models and their aliases.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::response::{IntoResponse, Response};
+use http::HeaderMap;
+use serde::Serialize;
+
+use super::errors::Error;
+use super::{Api, headers};
+use crate::ids::RequestName;
+use crate::pipeline;
+use crate::routing::Model;
+
+/// One entry, in OpenAI's shape with the two fields that vLLM adds and clients read.
+#[derive(Serialize)]
+struct Entry {
+    id: Arc<str>,
+    object: &'static str,
+    created: u64,
+    owned_by: &'static str,
+    /// The model's own name where `id` is an alias.
+    root: Arc<str>,
+    max_model_len: Option<u32>,
+}
+
+#[derive(Serialize)]
+struct List {
+    object: &'static str,
+    data: Vec<Entry>,
+}
+
+fn entry(id: &Arc<str>, model: &Model) -> Entry {
+    Entry {
+        id: Arc::clone(id),
+        object: "model",
+        created: model.created,
+        owned_by: "forebay",
+        root: Arc::clone(&model.name),
+        max_model_len: model.max_model_len,
+    }
+}
+
+pub(super) async fn list(State(api): State<Arc<Api>>, request: HeaderMap) -> Response {
+    let models = api.pipeline.routing.models();
+    let data = models
+        .iter()
+        .flat_map(|model| std::iter::once(&model.name).chain(&model.aliases).map(|id| entry(id, model)))
+        .collect();
+    named(Json(List { object: "list", data }).into_response(), &request)
+}
+
+pub(super) async fn one(State(api): State<Arc<Api>>, Path(id): Path<String>, request: HeaderMap) -> Response {
+    match api.pipeline.routing.route(&id) {
+        Ok(route) => {
+            let model = &route.model;
+            let id = model.aliases.iter().find(|alias| ***alias == *id).unwrap_or(&model.name);
+            named(Json(entry(id, model)).into_response(), &request)
+        }
+        Err(unknown) => Error::Pipeline(pipeline::Error::Route(unknown))
+            .respond(&RequestName::from_client(headers::request_id(&request))),
+    }
+}
+
+fn named(mut response: Response, request: &HeaderMap) -> Response {
+    headers::identify(&mut response, &RequestName::from_client(headers::request_id(request)));
+    response
+}

@@ -1,0 +1,106 @@
+//! OpenAI's inference calls: chat, completions, embeddings.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::response::Response;
+use bytes::Bytes;
+use forebay_proto::peek::{self, Refusal};
+use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use http::{HeaderValue, StatusCode};
+
+use super::errors::Error;
+use super::{Api, body, headers};
+use crate::dispatch::Reply;
+use crate::ids::RequestName;
+use crate::ledger::Entry;
+use crate::pipeline::Call;
+use crate::pipeline::relay::{StreamRelay, WholeRelay};
+use crate::prepare::Asked;
+use crate::telemetry::metrics::Api as ApiName;
+
+/// One of the calls: its name in metrics, its path at engines, its fields.
+struct Kind {
+    api: ApiName,
+    path: &'static str,
+    peek: fn(&[u8]) -> Result<Asked, Refusal>,
+}
+
+pub(super) async fn chat(State(api): State<Arc<Api>>, request: Request) -> Response {
+    let peek = |body: &[u8]| peek::Chat::peek(body).map(Asked::Chat);
+    serve(&api, request, Kind { api: ApiName::Chat, path: "/v1/chat/completions", peek }).await
+}
+
+pub(super) async fn completions(State(api): State<Arc<Api>>, request: Request) -> Response {
+    let peek = |body: &[u8]| peek::Completion::peek(body).map(Asked::Completion);
+    serve(&api, request, Kind { api: ApiName::Completions, path: "/v1/completions", peek }).await
+}
+
+pub(super) async fn embeddings(State(api): State<Arc<Api>>, request: Request) -> Response {
+    let peek = |body: &[u8]| peek::Embedding::peek(body).map(Asked::Embedding);
+    serve(&api, request, Kind { api: ApiName::Embeddings, path: "/v1/embeddings", peek }).await
+}
+
+async fn serve(api: &Api, request: Request, kind: Kind) -> Response {
+    let name = RequestName::from_client(headers::request_id(request.headers()));
+    let mut entry = match api.ledger.open(name.clone(), kind.api) {
+        Ok(entry) => entry,
+        Err(full) => return Error::Ledger(full).respond(&name),
+    };
+    match answer(api, &mut entry, request, &kind).await {
+        Ok(open) => open.respond(api, entry, &name),
+        Err(error) => {
+            entry.end(error.outcome(), error.status().as_u16());
+            error.respond(&name)
+        }
+    }
+}
+
+/// An answer whose first event or byte is here.
+struct Open {
+    route: crate::routing::Route,
+    opened: crate::dispatch::Opened,
+    choices: u32,
+    hide_usage: bool,
+}
+
+async fn answer(api: &Api, entry: &mut Entry, request: Request, kind: &Kind) -> Result<Open, Error> {
+    let class = headers::class(request.headers())?;
+    let deadline = headers::deadline(request.headers(), entry.arrived())?;
+    let forwarded = headers::forwarded(request.headers());
+    let body: Bytes = body::read(request, api.body_bytes_max).await?;
+    let asked = (kind.peek)(&body)?;
+    let choices = asked.choices();
+    let streaming = asked.streaming();
+    entry.streaming(streaming.is_some_and(|streaming| streaming.stream));
+    let hide_usage = streaming.is_some_and(|streaming| streaming.stream && !streaming.include_usage);
+    let call = Call { asked, body, path: kind.path, class, deadline, headers: forwarded };
+    let (route, opened) = api.pipeline.open(entry, call).await?;
+    Ok(Open { route, opened, choices, hide_usage })
+}
+
+impl Open {
+    fn respond(self, api: &Api, entry: Entry, name: &RequestName) -> Response {
+        let mut response = Response::new(Body::empty());
+        headers::identify(&mut response, name);
+        headers::describe(&mut response, &self.route, &self.opened);
+        let place = self.opened.place;
+        match self.opened.reply {
+            Reply::Stream(streamed) => {
+                let fields = response.headers_mut();
+                fields.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+                fields.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+                let closing = api.closing.clone();
+                *response.body_mut() =
+                    Body::new(StreamRelay::new(entry, place, streamed, self.choices, self.hide_usage, closing));
+            }
+            Reply::Whole(whole) => {
+                *response.status_mut() = StatusCode::OK;
+                response.headers_mut().insert(CONTENT_TYPE, whole.content_type.clone());
+                *response.body_mut() = Body::new(WholeRelay::new(entry, place, whole));
+            }
+        }
+        response
+    }
+}

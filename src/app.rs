@@ -1,0 +1,162 @@
+//! Builds each room, hands it what it uses, and hands `server` the finished routers; then receives new configuration.
+//!
+//! Order of the end: stop accepting, say not ready, let answers finish until the drain time is over, cut what is left,
+//! write the last row.
+
+mod catalog;
+mod tokenizers;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use forebay_backends::transport::Transport;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::admin::{self, Admin};
+use crate::api::{self, Api};
+use crate::config::Config;
+use crate::dispatch::Dispatch;
+use crate::ledger::{Journal, Ledger};
+use crate::pipeline::Pipeline;
+use crate::prepare::Prepare;
+use crate::routing::Routing;
+use crate::server::Server;
+use crate::telemetry::{ModelMetrics, Registry};
+use catalog::Catalog;
+
+/// How often recorded metrics are folded into their histograms.
+const METRICS_UPKEEP: Duration = Duration::from_secs(5);
+/// Connections of the ops listener: scrapers and people.
+const OPS_CONNECTIONS_MAX: usize = 256;
+
+/// Time for error events and closing handshakes once the drain time is over.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// What connections are accepted on.
+pub struct Listeners {
+    pub client: TcpListener,
+    pub ops: TcpListener,
+}
+
+/// A running gateway.
+pub struct Gateway {
+    client: SocketAddr,
+    ops: SocketAddr,
+    catalog: Arc<Catalog>,
+    dispatch: Arc<Dispatch>,
+    transport: Transport,
+    journal: Journal,
+    /// Connections and their requests.
+    serving: TaskTracker,
+    /// Everything else: the core's tasks, worker connections.
+    tracker: TaskTracker,
+    stopping: CancellationToken,
+    closing: CancellationToken,
+    abort: CancellationToken,
+    background: CancellationToken,
+}
+
+impl Gateway {
+    /// Starts a gateway that serves `config` on `listeners`.
+    ///
+    /// # Errors
+    /// When a tokenizer cannot be loaded, the data directory cannot be written, or the system refuses a thread.
+    pub async fn start(config: Config, listeners: Listeners, registry: Registry) -> anyhow::Result<Self> {
+        let (serving, tracker) = (TaskTracker::new(), TaskTracker::new());
+        let [stopping, closing, abort, background] = std::array::from_fn(|_| CancellationToken::new());
+        let server = &config.server;
+        let directory = server.data_dir.join("journal");
+        let other = Arc::new(ModelMetrics::register("other"));
+        let (ledger, journal) = Ledger::start(&directory, server.access_log, other)
+            .with_context(|| format!("cannot write the usage journal in {}", directory.display()))?;
+        let transport = Transport::new(tracker.clone());
+        let (dispatch, learned) =
+            Dispatch::start(registry.clone(), transport.clone(), tracker.clone(), background.clone());
+        let routing = Arc::new(Routing::default());
+        let prepare = Arc::new(Prepare::start().context("cannot start the counting threads")?);
+        let (body_bytes_max, connections_max) = (server.body_bytes_max, server.max_connections.get() as usize);
+        let catalog = Arc::new(Catalog::new(Arc::clone(&routing), Arc::clone(&dispatch)));
+        catalog.apply(config).await?;
+        let following = Arc::clone(&catalog);
+        tracker.spawn(background.clone().run_until_cancelled_owned(async move { following.follow(learned).await }));
+        let upkeep = registry.clone();
+        tracker.spawn(background.clone().run_until_cancelled_owned(async move {
+            let mut interval = tokio::time::interval(METRICS_UPKEEP);
+            loop {
+                interval.tick().await;
+                upkeep.upkeep();
+            }
+        }));
+        let pipeline = Pipeline { routing, prepare, dispatch: Arc::clone(&dispatch) };
+        let api = Api { pipeline, ledger, body_bytes_max, closing: closing.clone() };
+        let client = Server::new(listeners.client, api::router(api), connections_max)?;
+        let admin = Admin { registry, dispatch: Arc::clone(&dispatch), stopping: stopping.clone() };
+        let ops = Server::new(listeners.ops, admin::router(admin), OPS_CONNECTIONS_MAX)?;
+        let addresses = (client.address(), ops.address());
+        serving.spawn(client.run(serving.clone(), stopping.clone(), abort.clone()));
+        // The ops listener answers until the very end, so that a drain can be watched.
+        tracker.spawn(ops.run(tracker.clone(), background.clone(), background.clone()));
+        Ok(Self {
+            client: addresses.0,
+            ops: addresses.1,
+            catalog,
+            dispatch,
+            transport,
+            journal,
+            serving,
+            tracker,
+            stopping,
+            closing,
+            abort,
+            background,
+        })
+    }
+
+    /// Where clients connect.
+    #[must_use]
+    pub fn client_address(&self) -> SocketAddr {
+        self.client
+    }
+
+    /// Where operators connect.
+    #[must_use]
+    pub fn ops_address(&self) -> SocketAddr {
+        self.ops
+    }
+
+    /// Takes over new configuration; requests under way keep what they began with.
+    ///
+    /// # Errors
+    /// When a tokenizer of it cannot be loaded; then the old configuration stays whole.
+    pub async fn apply(&self, config: Config) -> anyhow::Result<()> {
+        self.catalog.apply(config).await
+    }
+
+    /// Ends: no new connections, answers under way may finish for `drain`, then everything stops.
+    pub async fn shutdown(self, drain: Duration) {
+        self.stopping.cancel();
+        self.serving.close();
+        if tokio::time::timeout(drain, self.serving.wait()).await.is_err() {
+            tracing::warn!(seconds = drain.as_secs_f64(), "drain time is over, cutting the answers that are left");
+            self.closing.cancel();
+            // Streams still get their error event; a connection whose client does not read it is dropped.
+            let _ = tokio::time::timeout(LAST_WORDS, self.serving.wait()).await;
+            self.abort.cancel();
+            self.serving.wait().await;
+        }
+        self.dispatch.stop();
+        self.background.cancel();
+        self.transport.close();
+        self.tracker.close();
+        let _ = tokio::time::timeout(LAST_WORDS, self.tracker.wait()).await;
+        drop((self.catalog, self.dispatch));
+        let journal = self.journal;
+        if tokio::task::spawn_blocking(move || journal.close()).await.is_err() {
+            tracing::error!("the usage journal was not closed");
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! The command line.
+
+mod check;
+mod demo;
+mod gateway;
+mod serve;
+mod simulated_worker;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// LLM inference front-end that stands directly in front of self-hosted GPU workers.
+#[derive(Debug, Parser)]
+#[command(name = "forebay", version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Serve(serve::Arguments),
+    Demo(demo::Arguments),
+    Check(check::Arguments),
+    SimulatedWorker(simulated_worker::Arguments),
+}
+
+/// The process ended because it was used wrongly: bad arguments or configuration.
+const WRONG_USE: u8 = 2;
+
+/// Runs the command that the process was started with. 0: well, 1: failed, 2: wrong use.
+#[must_use]
+pub fn run() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(WRONG_USE) } else { ExitCode::SUCCESS };
+        }
+    };
+    crate::telemetry::logs::install(std::env::var("FOREBAY_LOG").ok().as_deref());
+    // A second installation (a test's) leaves the first in place, which is the same.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    match arguments.verb {
+        Verb::Check(check) => check::run(&check),
+        Verb::Serve(serve) => block_on(serve::run(serve)),
+        Verb::Demo(demo) => block_on(demo::run(demo)),
+        Verb::SimulatedWorker(worker) => block_on(simulated_worker::run(worker)),
+    }
+}
+
+/// What a verb that was used wrongly says; everything else that fails ends with 1.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct WrongUse(String);
+
+fn block_on(verb: impl Future<Output = anyhow::Result<()>>) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("forebay: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(verb) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<WrongUse>() => {
+            eprintln!("{error}");
+            ExitCode::from(WRONG_USE)
+        }
+        Err(error) => {
+            eprintln!("forebay: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

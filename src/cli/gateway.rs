@@ -1,0 +1,101 @@
+//! What `serve` and `demo` share: reading configuration, opening listeners, waiting for the end, reloading.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use forebay_backends::engines::ENGINES;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::app::Gateway;
+use crate::config::{Config, Environment, Flag, Reader, Watch};
+
+/// How often the configuration file is looked at.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+pub(super) fn reader(flags: Vec<Flag>) -> Reader {
+    Reader {
+        environment: Environment::of_process(),
+        flags,
+        engines: ENGINES.iter().map(|engine| engine.name()).collect(),
+    }
+}
+
+/// Opens a listener at `address`; with `or_next` at the next free port when that one is taken, which is said.
+pub(super) async fn listen(address: SocketAddr, or_next: bool) -> anyhow::Result<TcpListener> {
+    let busy = match TcpListener::bind(address).await {
+        Ok(listener) => return Ok(listener),
+        Err(error) => error,
+    };
+    if or_next && busy.kind() == std::io::ErrorKind::AddrInUse {
+        for port in (1..=64).filter_map(|step| address.port().checked_add(step)) {
+            if let Ok(listener) = TcpListener::bind(SocketAddr::new(address.ip(), port)).await {
+                println!("port {} is taken, using {port}", address.port());
+                return Ok(listener);
+            }
+        }
+    }
+    Err(busy).with_context(|| format!("cannot listen on {address}"))
+}
+
+/// Where a configuration comes from, for reading it again.
+pub(super) struct Source {
+    pub(super) reader: Reader,
+    pub(super) path: PathBuf,
+}
+
+impl Source {
+    /// Reads the file again and hands it to the gateway; a bad file changes nothing and says so.
+    async fn reload(&self, gateway: &Gateway, running: &mut Config) {
+        let mut config = match self.reader.load(&self.path) {
+            Ok(config) => config,
+            Err(mistakes) => {
+                tracing::error!("the new configuration is not taken over, the old one stays:\n{mistakes}");
+                return;
+            }
+        };
+        for refused in config.keep_fixed(running) {
+            tracing::warn!("{refused}");
+        }
+        if config == *running {
+            return;
+        }
+        match gateway.apply(config.clone()).await {
+            Ok(()) => {
+                tracing::info!(file = %self.path.display(), "configuration reloaded");
+                *running = config;
+            }
+            Err(error) => tracing::error!("the new configuration is not taken over, the old one stays: {error:#}"),
+        }
+    }
+}
+
+/// Waits for SIGTERM or SIGINT, reloading on SIGHUP and when the file changes; then drains. A second signal ends the
+/// drain at once.
+pub(super) async fn run(gateway: Gateway, mut config: Config, source: Option<Source>) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
+    let mut watch = source.as_ref().map(|source| Watch::new(source.path.clone()));
+    let mut interval = tokio::time::interval(WATCH_INTERVAL);
+    loop {
+        let reload = tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hang_up.recv() => true,
+            _ = interval.tick() => watch.as_mut().is_some_and(Watch::look),
+        };
+        if let (true, Some(source)) = (reload, &source) {
+            source.reload(&gateway, &mut config).await;
+        }
+    }
+    tracing::info!(seconds = config.server.drain.as_secs_f64(), "stopping: letting answers under way finish");
+    tokio::select! {
+        () = gateway.shutdown(config.server.drain) => {}
+        _ = terminate.recv() => anyhow::bail!("stopped before the answers under way were finished"),
+        _ = interrupt.recv() => anyhow::bail!("stopped before the answers under way were finished"),
+    }
+    Ok(())
+}

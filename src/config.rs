@@ -1,0 +1,174 @@
+//! The configuration: one TOML file, the environment and the flags, checked once.
+//!
+//! [`Reader`] turns text into a [`Config`] whose types cannot hold a bad value, or into [`Mistakes`]: every mistake of
+//! the file at once, each with its place, key, value and remedy. The rest of the program sees neither text nor raw
+//! tables nor the environment.
+//!
+//! Invariants: nothing is ignored in silence (an unknown key, an unknown variable and a key this version cannot act on
+//! are mistakes); no secret is ever shown, in a mistake, in `Debug`, or where one was written by error; the same inputs
+//! give equal values, so that a reload can compare the old with the new. Values given twice: a flag wins over the
+//! environment, the environment over the file, and all of them are checked. Relative paths start at the working
+//! directory of the process.
+//!
+//! Not here: what is found at the engines themselves (models, context lengths, an omitted engine kind), downloading a
+//! tokenizer, and the loop that reloads; [`Watch`] only tells when it is time.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use url::Url;
+
+mod defaults;
+mod log;
+mod mistake;
+mod model;
+mod name;
+mod read;
+mod secret;
+mod server;
+mod tokenizer;
+mod tree;
+mod watch;
+
+#[cfg(test)]
+mod tests;
+
+pub use mistake::{Mistake, Mistakes, Place};
+pub use name::{BadName, Name};
+pub use read::{Environment, Flag, Reader};
+pub use secret::Secret;
+pub use tokenizer::in_hub_cache;
+pub use watch::Watch;
+
+/// Everything an operator decides.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// The gateway itself.
+    pub server: Server,
+    /// What clients may ask for. At least one where a file was read, none without a file. Names and aliases are unique,
+    /// and so are the names of all workers.
+    pub models: Vec<Model>,
+}
+
+/// `[server]`: the process and its listeners.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Server {
+    /// Where clients connect. Port 0 takes any free port.
+    pub listen: SocketAddr,
+    /// Where operators connect: metrics, health, administration. Never the same place as `listen`.
+    pub ops_listen: SocketAddr,
+    /// Where the gateway keeps what must survive a restart. May not exist yet; is no plain file.
+    pub data_dir: PathBuf,
+    /// Whether a listener that other machines reach may serve callers whom nobody authenticated.
+    pub allow_unauthenticated: bool,
+    /// Longest request body that is read; a longer one is 413.
+    pub body_bytes_max: usize,
+    /// Connections of the client listener open at once; one more waits in the listener's backlog.
+    pub max_connections: NonZeroU32,
+    /// How long running requests may go on after SIGTERM.
+    pub drain: Duration,
+    /// Whether each finished request is logged as a line.
+    pub access_log: bool,
+}
+
+/// `[[model]]`: one model that clients ask for by name, and the pool that serves it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Model {
+    pub name: Name,
+    /// Other names for the same model.
+    pub aliases: Vec<Name>,
+    /// A directory that holds `tokenizer.json`; `None`: to be found at the workers.
+    pub tokenizer: Option<PathBuf>,
+    /// Tokens of prompt and output together; `None`: as the workers report.
+    pub max_model_len: Option<NonZeroU32>,
+    /// Requests that may wait for a worker; one more is 503 at once.
+    pub queue_requests_max: NonZeroU32,
+    /// Bytes of the bodies of all waiting requests; never less than `server.body_bytes_max`.
+    pub queue_bytes_max: usize,
+    /// How long a request may wait for a worker; after that it is 504.
+    pub queue_wait_max: Duration,
+    /// Workers tried for one request before it fails, the first included.
+    pub attempts_max: NonZeroU32,
+    /// From the request sent to the first byte of the answer.
+    pub first_byte_timeout: Duration,
+    /// Longest silence of a worker inside an answer.
+    pub idle_timeout: Duration,
+    /// At least one where it comes from a file.
+    pub workers: Vec<Worker>,
+}
+
+impl Model {
+    /// A model as the file would give it with nothing but its name and its workers written.
+    #[must_use]
+    pub fn new(name: Name, workers: Vec<Worker>, server: &Server) -> Self {
+        Self {
+            name,
+            aliases: Vec::new(),
+            tokenizer: None,
+            max_model_len: None,
+            queue_requests_max: defaults::QUEUE_REQUESTS_MAX,
+            queue_bytes_max: defaults::QUEUE_BYTES_MAX.max(server.body_bytes_max),
+            queue_wait_max: defaults::QUEUE_WAIT_MAX,
+            attempts_max: defaults::ATTEMPTS_MAX,
+            first_byte_timeout: defaults::FIRST_BYTE_TIMEOUT,
+            idle_timeout: defaults::IDLE_TIMEOUT,
+            workers,
+        }
+    }
+}
+
+/// `[[model.worker]]`: one engine instance that the model's requests are sent to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Worker {
+    /// The only fact about the worker that clients see (`x-forebay-worker`).
+    pub name: Name,
+    /// `http` or `https` with a host, without user, query and fragment; a path is a prefix of every call.
+    pub url: Url,
+    /// One of the engines that the [`Reader`] was told of; `None`: to be detected.
+    pub engine: Option<&'static str>,
+    /// What the worker calls the model; `None`: detected where it serves one model, else the model's own name.
+    pub model: Option<Name>,
+    /// Sent to the worker as a bearer token.
+    pub api_key: Option<Secret>,
+}
+
+impl Config {
+    /// Puts back what only a start can set, as it was in `running`, and names each such change for the log. Models and
+    /// `drain_seconds` are free to change.
+    pub fn keep_fixed(&mut self, running: &Config) -> Vec<String> {
+        fn keep<T: PartialEq + Clone + fmt::Debug>(key: &str, new: &mut T, old: &T, refused: &mut Vec<String>) {
+            if new != old {
+                refused.push(format!("server.{key} stays {old:?}: {new:?} needs a restart"));
+                new.clone_from(old);
+            }
+        }
+        let old = &running.server;
+        let mut refused = Vec::new();
+        // Named one by one, so that a new key does not pass without a decision.
+        let Server {
+            listen,
+            ops_listen,
+            data_dir,
+            allow_unauthenticated,
+            body_bytes_max,
+            max_connections,
+            drain: _,
+            access_log,
+        } = &mut self.server;
+        keep("listen", listen, &old.listen, &mut refused);
+        keep("ops_listen", ops_listen, &old.ops_listen, &mut refused);
+        keep("data_dir", data_dir, &old.data_dir, &mut refused);
+        // What the listeners were opened with holds as long as they do.
+        keep("allow_unauthenticated", allow_unauthenticated, &old.allow_unauthenticated, &mut refused);
+        keep("body_bytes_max", body_bytes_max, &old.body_bytes_max, &mut refused);
+        keep("max_connections", max_connections, &old.max_connections, &mut refused);
+        keep("access_log", access_log, &old.access_log, &mut refused);
+        for model in &mut self.models {
+            model.queue_bytes_max = model.queue_bytes_max.max(*body_bytes_max);
+        }
+        refused
+    }
+}

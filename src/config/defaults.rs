@@ -1,0 +1,69 @@
+//! What holds where the file is silent: each default once, with its reason.
+//!
+//! Limits on what may be written stand beside the default they bound.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::num::NonZeroU32;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::Server;
+
+/// A day: nothing that the gateway waits for takes longer, and sums of such times cannot overflow.
+pub(super) const SECONDS_MAX: u64 = 86_400;
+
+/// Enough for the longest contexts (a million tokens are some 6 MB of JSON) and a score of photographs in base64; it is
+/// also the limit of Anthropic's Messages API.
+const BODY_BYTES_MAX: usize = 32 << 20;
+/// From the smallest body that makes sense to what one process can still hold several times.
+pub(super) const BODY_BYTES: RangeInclusive<u64> = 1024..=1 << 30;
+
+/// With one more descriptor toward a worker for each busy connection this stays far under systemd's default hard limit
+/// of 524288 open files, and it is several times what a pool of GPUs answers at once.
+const MAX_CONNECTIONS: NonZeroU32 = NonZeroU32::new(20_000).unwrap();
+/// Beyond this the kernel's limits on open files (`fs.nr_open`) refuse first.
+pub(super) const MAX_CONNECTIONS_LIMIT: u32 = 1_000_000;
+
+/// As long as Kubernetes waits by default between SIGTERM and SIGKILL (`terminationGracePeriodSeconds`).
+const DRAIN: Duration = Duration::from_secs(30);
+
+/// Some minutes of work for a busy pool: with more than this in front of it a request would miss
+/// [`QUEUE_WAIT_MAX`] anyway.
+pub(super) const QUEUE_REQUESTS_MAX: NonZeroU32 = NonZeroU32::new(4096).unwrap();
+pub(super) const QUEUE_REQUESTS_LIMIT: u32 = 1_000_000;
+
+/// 64 KiB for each of [`QUEUE_REQUESTS_MAX`] requests, several times a usual chat body: memory that one model's queue
+/// may take.
+pub(super) const QUEUE_BYTES_MAX: usize = 256 << 20;
+pub(super) const QUEUE_BYTES_LIMIT: u64 = 64 << 30;
+
+/// About as long as a person or a proxy waits for a first token; after it the work would be done for nobody.
+pub(super) const QUEUE_WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// Two workers can fail a request in a row by chance; three point at the request itself.
+pub(super) const ATTEMPTS_MAX: NonZeroU32 = NonZeroU32::new(3).unwrap();
+pub(super) const ATTEMPTS_LIMIT: u32 = 16;
+
+/// The whole time that OpenAI's SDKs give an answer (`DEFAULT_TIMEOUT`, 600 s): an answer that is not streamed sends
+/// its first byte when it is complete.
+pub(super) const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// Far more than any step of an engine takes, also while it prefills others' long prompts between two tokens.
+pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+
+impl Default for Server {
+    /// Both listeners on loopback: whoever wants to be reached from outside says so.
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7070)),
+            ops_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7071)),
+            data_dir: PathBuf::from("./forebay-data"),
+            allow_unauthenticated: false,
+            body_bytes_max: BODY_BYTES_MAX,
+            max_connections: MAX_CONNECTIONS,
+            drain: DRAIN,
+            access_log: true,
+        }
+    }
+}

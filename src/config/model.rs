@@ -1,0 +1,176 @@
+//! `[[model]]` and `[[model.worker]]`.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
+use url::Url;
+
+use super::log::{At, Log};
+use super::mistake::quoted;
+use super::tree::{Found, Raw, Refusal, Section};
+use super::{Model, Name, Reader, Worker, defaults, secret, tokenizer};
+
+/// Names that stand already, and where.
+#[derive(Default)]
+struct Taken(BTreeMap<Name, At>);
+
+impl Taken {
+    /// `rule` is what a second owner of the name breaks.
+    fn take(&mut self, log: &Log<'_>, name: &Found<Name>, rule: &str) {
+        match self.0.entry(name.value.clone()) {
+            Entry::Occupied(first) => {
+                let remedy = format!("{rule}: {} has it already", log.mention(first.get()));
+                log.refuse(&name.at, quoted(&name.value), remedy);
+            }
+            Entry::Vacant(place) => {
+                place.insert(name.at.clone());
+            }
+        }
+    }
+}
+
+/// Every model that could be read; what could not is in the log.
+pub(super) fn read_all(root: &mut Section<'_>, reader: &Reader, body_bytes_max: usize) -> Vec<Model> {
+    let (mut names, mut worker_names) = (Taken::default(), Taken::default());
+    let sections = root.tables("model", "model").into_iter();
+    sections.filter_map(|section| read(section, reader, body_bytes_max, &mut names, &mut worker_names)).collect()
+}
+
+fn read(
+    mut section: Section<'_>,
+    reader: &Reader,
+    body_bytes_max: usize,
+    names: &mut Taken,
+    worker_names: &mut Taken,
+) -> Option<Model> {
+    let log = section.log;
+    let own_name = section.required("name", "write the name that clients ask for", name);
+    let aliases = section.list("aliases", name);
+    for name in own_name.iter().chain(&aliases) {
+        names.take(log, name, "must be unique among names and aliases");
+    }
+    let tokenizer = section.read("tokenizer", |raw| tokenizer::directory(raw.text()?, &reader.environment));
+    let max_model_len = section.optional_count("max_model_len", u32::MAX, "to take what the workers report");
+    // A body that may be read must fit into an empty queue.
+    let queue_bytes = (body_bytes_max as u64)..=defaults::QUEUE_BYTES_LIMIT;
+    let queue_bytes_default = defaults::QUEUE_BYTES_MAX.max(body_bytes_max);
+    let queue_bytes_max = section.bytes("queue_bytes_max", queue_bytes, queue_bytes_default);
+    let queue_requests_max =
+        section.count("queue_requests_max", defaults::QUEUE_REQUESTS_LIMIT, defaults::QUEUE_REQUESTS_MAX);
+    let queue_wait_max = section.seconds("queue_seconds_max", 1, defaults::QUEUE_WAIT_MAX);
+    let attempts_max = section.count("attempts_max", defaults::ATTEMPTS_LIMIT, defaults::ATTEMPTS_MAX);
+    let first_byte_timeout = section.seconds("first_byte_seconds", 1, defaults::FIRST_BYTE_TIMEOUT);
+    let idle_timeout = section.seconds("idle_seconds", 1, defaults::IDLE_TIMEOUT);
+    let workers = workers(&mut section, reader, worker_names);
+    section.finish(&["overflow"]);
+    Some(Model {
+        name: own_name?.value,
+        aliases: aliases.into_iter().map(|found| found.value).collect(),
+        tokenizer: tokenizer.map(|found| found.value),
+        max_model_len,
+        queue_requests_max,
+        queue_bytes_max,
+        queue_wait_max,
+        attempts_max,
+        first_byte_timeout,
+        idle_timeout,
+        workers,
+    })
+}
+
+fn workers(model: &mut Section<'_>, reader: &Reader, names: &mut Taken) -> Vec<Worker> {
+    let log = model.log;
+    let sections = model.tables("worker", "model.worker");
+    if sections.is_empty() {
+        log.refuse_absence(&model.at("worker"), "missing", "add a `[[model.worker]]` with its `url` below the model");
+    }
+    let mut workers = Vec::new();
+    // One address may serve a model of ours under two names of its own, but not twice under the same.
+    let mut seen: BTreeMap<(Url, Option<Name>), At> = BTreeMap::new();
+    for Found { value: worker, at } in sections.into_iter().filter_map(|section| worker(section, reader, names)) {
+        match seen.entry((worker.url.clone(), worker.model.clone())) {
+            Entry::Occupied(first) => {
+                let remedy = format!("must stand once in a model: {} is the same", log.mention(first.get()));
+                log.refuse(&at, quoted(worker.url.as_str()), remedy);
+            }
+            Entry::Vacant(place) => {
+                place.insert(at);
+            }
+        }
+        workers.push(worker);
+    }
+    workers
+}
+
+/// The worker and the place of its URL.
+fn worker(mut section: Section<'_>, reader: &Reader, names: &mut Taken) -> Option<Found<Worker>> {
+    let log = section.log;
+    let own_name = section.read("name", name);
+    let url = section.required("url", "write the worker's address, as in url = \"http://gpu-a:8000\"", address);
+    let engine = section.read("engine", |raw| engine(raw, &reader.engines));
+    let model = section.read("model", name);
+    let api_key = section.read("api_key", |raw| secret::read(raw, &reader.environment));
+    section.finish(&["kv_events", "gpus"]);
+    let url = url?;
+    let named = match own_name {
+        Some(found) => found,
+        None => Found { value: url.value.name, at: url.at.clone() },
+    };
+    names.take(log, &named, "must be unique among the names of workers, which are host:port where `name` is omitted");
+    let worker = Worker {
+        name: named.value,
+        url: url.value.url,
+        engine: engine.map(|found| found.value),
+        model: model.map(|found| found.value),
+        api_key: api_key.map(|found| found.value),
+    };
+    Some(Found { value: worker, at: url.at })
+}
+
+fn name(raw: &Raw<'_>) -> Result<Name, Refusal> {
+    Name::new(raw.text()?).map_err(|bad| Refusal::new(bad.to_string()))
+}
+
+fn engine(raw: &Raw<'_>, known: &[&'static str]) -> Result<&'static str, Refusal> {
+    let text = raw.text()?;
+    let engine = known.iter().find(|engine| **engine == text).copied();
+    engine
+        .ok_or_else(|| Refusal::new(format!("must be one of {} (omit the key to have it detected)", known.join(", "))))
+}
+
+/// An address to send to, and the name of a worker there that is given none.
+struct Address {
+    url: Url,
+    name: Name,
+}
+
+/// Whatever might hold a secret is not shown.
+fn address(raw: &Raw<'_>) -> Result<Address, Refusal> {
+    let text = raw.text()?;
+    let refuse = |remedy: &str| {
+        let shown = if text.contains(['@', '?', '#']) { "(redacted)".to_owned() } else { quoted(text) };
+        Err(Refusal::showing(shown, remedy))
+    };
+    let Ok(mut url) = Url::parse(text) else { return refuse(URL_FORM) };
+    if !matches!(url.scheme(), "http" | "https") || url.port() == Some(0) {
+        return refuse(URL_FORM);
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return refuse("must not hold a user or a password: give an `api_key` to the worker");
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        return refuse("must end before `?` or `#`");
+    }
+    let path = url.path().trim_end_matches('/').to_owned();
+    if path.ends_with("/v1") {
+        return refuse("must not end in /v1: write the address in front of it");
+    }
+    url.set_path(&path);
+    let (host, port) = (url.host_str().unwrap_or_default(), url.port_or_known_default().unwrap_or_default());
+    match Name::new(&format!("{host}:{port}")) {
+        Ok(name) => Ok(Address { url, name }),
+        Err(_) => refuse("must name a host of less than 250 characters"),
+    }
+}
+
+const URL_FORM: &str = "must begin with http:// or https:// and name a host, as in http://gpu-a:8000";

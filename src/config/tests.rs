@@ -1,0 +1,604 @@
+//! The whole room from the outside: text in, exact lines or a value out.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use secrecy::ExposeSecret as _;
+
+use super::*;
+
+mod properties;
+
+fn reader<const N: usize>(variables: [(&str, &str); N]) -> Reader {
+    Reader { environment: variables.into_iter().collect(), flags: Vec::new(), engines: vec!["vllm", "openai"] }
+}
+
+/// A model that is well, for tests of what stands around it.
+const MODEL: &str = "[[model]]\nname = 'm'\n[[model.worker]]\nurl = 'http://w:1'\n";
+
+fn check(text: &str, expect: &[&str]) {
+    check_with(&reader([]), text, expect);
+}
+
+fn check_with(reader: &Reader, text: &str, expect: &[&str]) {
+    let lines = match reader.text("f.toml", text) {
+        Ok(_) => String::new(),
+        Err(mistakes) => mistakes.to_string(),
+    };
+    assert_eq!(lines, expect.join("\n"), "\nin\n{text}");
+}
+
+/// As `check`, for `[server]` keys with a good model below.
+fn check_server(keys: &str, expect: &[&str]) {
+    check(&format!("[server]\n{keys}\n{MODEL}"), expect);
+}
+
+/// As `check`, for keys of a model whose name is line 2, its first worker following.
+fn check_model(keys: &str, expect: &[&str]) {
+    check(&format!("[[model]]\nname = 'm'\n{keys}\n[[model.worker]]\nurl = 'http://w:1'\n"), expect);
+}
+
+/// As `check`, for keys of a worker that begin on line 4.
+fn check_worker(keys: &str, expect: &[&str]) {
+    check(&format!("[[model]]\nname = 'm'\n[[model.worker]]\n{keys}\n"), expect);
+}
+
+#[test]
+fn a_full_file_becomes_values() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
+    let text = format!(
+        r#"
+[server]
+listen     = "0.0.0.0:7070"
+ops_listen = "[::1]:7071"
+data_dir   = "/var/lib/forebay"
+allow_unauthenticated = true
+body_bytes_max = 1_048_576
+max_connections = 0x10
+drain_seconds = 5
+access_log = false
+
+[[model]]
+name          = "llama-3.1-8b"
+aliases       = ["llama", "gpt-4o-mini"]
+tokenizer     = "{}"
+max_model_len = 131072
+queue_requests_max = 10
+queue_bytes_max = 2_000_000
+queue_seconds_max = 7
+attempts_max = 2
+first_byte_seconds = 8
+idle_seconds = 9
+
+[[model.worker]]
+name   = "gpu-a:8000"
+url    = "http://gpu-a:8000/"
+engine = "vllm"
+model  = "meta-llama/Llama-3.1-8B-Instruct"
+api_key = {{ env = "VLLM_KEY" }}
+
+[[model.worker]]
+url = "https://gpu-b/engine/"
+
+[[model]]
+name = "other"
+worker = [{{ url = "http://[::1]:8000" }}]
+"#,
+        dir.path().display()
+    );
+    let config = reader([("VLLM_KEY", "k-1\n")]).text("f.toml", &text).unwrap();
+    assert_eq!(
+        config.server,
+        Server {
+            listen: "0.0.0.0:7070".parse().unwrap(),
+            ops_listen: "[::1]:7071".parse().unwrap(),
+            data_dir: PathBuf::from("/var/lib/forebay"),
+            allow_unauthenticated: true,
+            body_bytes_max: 1 << 20,
+            max_connections: NonZeroU32::new(16).unwrap(),
+            drain: Duration::from_secs(5),
+            access_log: false,
+        }
+    );
+    let [first, second] = &config.models[..] else { panic!("{config:?}") };
+    let name = |text: &str| Name::new(text).unwrap();
+    assert_eq!((&*first.name, &first.aliases), ("llama-3.1-8b", &vec![name("llama"), name("gpt-4o-mini")]));
+    assert_eq!(first.tokenizer.as_deref(), Some(dir.path()));
+    assert_eq!(first.max_model_len, NonZeroU32::new(131_072));
+    assert_eq!((first.queue_requests_max.get(), first.queue_bytes_max), (10, 2_000_000));
+    assert_eq!(first.attempts_max.get(), 2);
+    let times = [first.queue_wait_max, first.first_byte_timeout, first.idle_timeout];
+    assert_eq!(times, [7, 8, 9].map(Duration::from_secs));
+    let [a, b] = &first.workers[..] else { panic!("{first:?}") };
+    assert_eq!((&*a.name, a.url.as_str(), a.engine), ("gpu-a:8000", "http://gpu-a:8000/", Some("vllm")));
+    assert_eq!(a.model, Some(name("meta-llama/Llama-3.1-8B-Instruct")));
+    assert_eq!(a.api_key.as_ref().unwrap().inner().expose_secret(), "k-1");
+    assert_eq!((&*b.name, b.url.as_str(), b.engine), ("gpu-b:443", "https://gpu-b/engine", None));
+    assert_eq!((&b.model, &b.api_key), (&None, &None));
+    assert_eq!(*second, Model::new(name("other"), second.workers.clone(), &config.server));
+    assert_eq!(&*second.workers[0].name, "[::1]:8000");
+}
+
+#[test]
+fn the_example_file_is_good() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/examples/forebay.toml");
+    let config = reader([]).load(&path).unwrap_or_else(|mistakes| panic!("{mistakes}"));
+    assert_eq!(config.server, Server::default(), "the example shows the defaults");
+    let model = &config.models[0];
+    let plain = Model::new(model.name.clone(), model.workers.clone(), &config.server);
+    assert_eq!(*model, Model { aliases: model.aliases.clone(), ..plain }, "the example shows the defaults");
+}
+
+#[test]
+fn without_a_file_the_defaults_hold() {
+    let config = reader([]).without_file().unwrap();
+    assert_eq!(config, Config { server: Server::default(), models: Vec::new() });
+    let lines = reader([("FOREBAY__SERVER__LISTEN", "nowhere")]).without_file().unwrap_err().to_string();
+    assert_eq!(
+        lines,
+        "FOREBAY__SERVER__LISTEN: server.listen is \"nowhere\": must be an IP address and a port, as in \"127.0.0.1:7070\" or \"[::1]:7070\""
+    );
+}
+
+#[test]
+fn server_values() {
+    let address = "must be an IP address and a port, as in \"127.0.0.1:7070\" or \"[::1]:7070\"";
+    check_server("listen = 'localhost:0'", &[]);
+    check_server("listen = '[::ffff:127.0.0.1]:1'", &[]);
+    check_server("listen = '7070'", &[&format!("f.toml:2:10: server.listen is \"7070\": {address}")]);
+    check_server("listen = 'gpu-a:7070'", &[&format!("f.toml:2:10: server.listen is \"gpu-a:7070\": {address}")]);
+    check_server("listen = 7070", &["f.toml:2:10: server.listen is 7070: must be a string in quotes"]);
+    check_server(
+        "listen = '0.0.0.0:1'\nops_listen = '[::]:2'",
+        &[
+            "f.toml:2:10: server.listen is \"0.0.0.0:1\": must be a loopback address such as 127.0.0.1 while callers are not authenticated (or set server.allow_unauthenticated = true)",
+            "f.toml:3:14: server.ops_listen is \"[::]:2\": must be a loopback address such as 127.0.0.1 while callers are not authenticated (or set server.allow_unauthenticated = true)",
+        ],
+    );
+    check_server("allow_unauthenticated = true\nlisten = '0.0.0.0:1'", &[]);
+    check_server(
+        "listen = '127.0.0.1:7071'",
+        &[
+            "f.toml:2:10: server.listen is \"127.0.0.1:7071\": the two listeners must differ (server.listen 127.0.0.1:7071, server.ops_listen 127.0.0.1:7071)",
+        ],
+    );
+    check_server(
+        "allow_unauthenticated = true\nlisten = '0.0.0.0:1'\nops_listen = '127.0.0.1:1'",
+        &[
+            "f.toml:4:14: server.ops_listen is \"127.0.0.1:1\": the two listeners must differ (server.listen 0.0.0.0:1, server.ops_listen 127.0.0.1:1)",
+        ],
+    );
+    check_server("listen = '127.0.0.1:0'\nops_listen = '127.0.0.1:0'", &[]);
+    check_server(
+        "data_dir = ''",
+        &[
+            "f.toml:2:12: server.data_dir is \"\": must be the path of a directory (omit the key for the default ./forebay-data)",
+        ],
+    );
+    check_server("access_log = 'off'", &["f.toml:2:14: server.access_log is \"off\": must be true or false"]);
+    check_server(
+        "body_bytes_max = 0\nmax_connections = -1\ndrain_seconds = 1.5\n",
+        &[
+            "f.toml:2:18: server.body_bytes_max is 0: must be at least 1024 (omit the key for the default 33554432)",
+            "f.toml:3:19: server.max_connections is -1: must be at least 1 (omit the key for the default 20000)",
+            "f.toml:4:17: server.drain_seconds is 1.5: must be a whole number from 0 to 86400 (omit the key for the default 30)",
+        ],
+    );
+    check_server(
+        "drain_seconds = 99999999999999999999999999999999999999999999",
+        &[
+            "f.toml:2:17: server.drain_seconds is 99999999999999999999999999999999999999999999: must be at most 86400 (omit the key for the default 30)",
+        ],
+    );
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().display();
+    check_server(
+        &format!("data_dir = '{path}'"),
+        &[&format!(
+            "f.toml:2:12: server.data_dir is \"{path}\": must be a directory, or a path where one can be made: a file is there"
+        )],
+    );
+}
+
+#[test]
+fn unknown_keys() {
+    check_server("lisen = 'secret'", &["f.toml:2:1: server.lisen is not a known key: did you mean `listen`?"]);
+    check_server(
+        "tls = true",
+        &[
+            "f.toml:2:1: server.tls is not a known key: known here: listen, ops_listen, data_dir, allow_unauthenticated, body_bytes_max, max_connections, drain_seconds, access_log",
+        ],
+    );
+    check_server(
+        "\"\\n\" = 1\nlisten.x = 1",
+        &[
+            "f.toml:2:1: server.\"\\n\" is not a known key: known here: listen, ops_listen, data_dir, allow_unauthenticated, body_bytes_max, max_connections, drain_seconds, access_log",
+            "f.toml:3:1: server.listen is a table: must be a string in quotes",
+        ],
+    );
+    check(&format!("sever.listen = 'x'\n{MODEL}"), &["f.toml:1:1: sever is not a known key: did you mean `server`?"]);
+    check_worker(
+        "url = 'http://w:1'\nmax_model_len = 5",
+        &[
+            "f.toml:5:1: model[0].worker[0].max_model_len is not a known key: it is a key of `model[0]`: move it above the header of `model[0].worker[0]`",
+        ],
+    );
+}
+
+#[test]
+fn parts_that_come_later_are_refused() {
+    check(
+        &format!(
+            "[[node]]\nname = 'gpu-a'\n{MODEL}kv_events = 'tcp://w:5557'\ngpus = ['gpu-a/0']\n[model.overflow]\nto = 'cloud'\n[[provider]]\nname = 'cloud'\n"
+        ),
+        &[
+            "f.toml:1:3: node is not supported by this version (array): remove it",
+            "f.toml:7:1: model[0].worker[0].kv_events is not supported by this version (string): remove it",
+            "f.toml:8:1: model[0].worker[0].gpus is not supported by this version (array): remove it",
+            "f.toml:9:8: model[0].overflow is not supported by this version (table): remove it",
+            "f.toml:11:3: provider is not supported by this version (array): remove it",
+        ],
+    );
+}
+
+#[test]
+fn model_values() {
+    check(
+        "",
+        &[
+            "f.toml:1:1: model is missing: add a `[[model]]` and its workers (engines are looked for only where there is no file)",
+        ],
+    );
+    check(
+        "\n[[model]]\n",
+        &[
+            "f.toml:2:1: model[0].name is missing: write the name that clients ask for",
+            "f.toml:2:1: model[0].worker is missing: add a `[[model.worker]]` with its `url` below the model",
+        ],
+    );
+    check(
+        "model = []",
+        &[
+            "f.toml:1:1: model is missing: add a `[[model]]` and its workers (engines are looked for only where there is no file)",
+        ],
+    );
+    check(
+        "[model]\nname = 'm'\n[[model.worker]]\nurl = 'http://w:1'",
+        &["f.toml:1:1: model[0] is a table: must be a list of tables: write `[[model]]`"],
+    );
+    check("model = [1]", &["f.toml:1:10: model[0] is 1: must be a list of tables: write `[[model]]`"]);
+    check_model(
+        "queue_requests_max = 0\nmax_model_len = '8k'\nattempts_max = 17\nidle_seconds = 0\nqueue_bytes_max = 1",
+        &[
+            "f.toml:3:22: model[0].queue_requests_max is 0: must be at least 1 (omit the key for the default 4096)",
+            "f.toml:4:17: model[0].max_model_len is \"8k\": must be a whole number from 1 to 4294967295 (omit the key to take what the workers report)",
+            "f.toml:5:16: model[0].attempts_max is 17: must be at most 16 (omit the key for the default 3)",
+            "f.toml:6:16: model[0].idle_seconds is 0: must be at least 1 (omit the key for the default 60)",
+            "f.toml:7:19: model[0].queue_bytes_max is 1: must be at least 33554432 (omit the key for the default 268435456)",
+        ],
+    );
+    let bad_name = "must be 1 to 256 bytes long, without control characters and without spaces at its ends";
+    check_model(
+        "aliases = ['é', '', 3]",
+        &[
+            &format!("f.toml:3:17: model[0].aliases[1] is \"\": {bad_name}"),
+            "f.toml:3:21: model[0].aliases[2] is 3: must be a string in quotes",
+        ],
+    );
+    check_model("aliases = 'a'", &["f.toml:3:11: model[0].aliases is \"a\": must be a list in square brackets"]);
+}
+
+#[test]
+fn names_are_unique() {
+    check(
+        "[[model]]\nname = 'a'\naliases = ['b', 'b']\n[[model.worker]]\nurl = 'http://w:1'\n\
+         [[model]]\nname = 'b'\naliases = ['a']\n[[model.worker]]\nname = 'w:1'\nurl = 'http://w:2'\n",
+        &[
+            "f.toml:3:17: model[0].aliases[1] is \"b\": must be unique among names and aliases: `model[0].aliases[0]` (f.toml:3:12) has it already",
+            "f.toml:7:8: model[1].name is \"b\": must be unique among names and aliases: `model[0].aliases[0]` (f.toml:3:12) has it already",
+            "f.toml:8:12: model[1].aliases[0] is \"a\": must be unique among names and aliases: `model[0].name` (f.toml:2:8) has it already",
+            "f.toml:10:8: model[1].worker[0].name is \"w:1\": must be unique among the names of workers, which are host:port where `name` is omitted: `model[0].worker[0].url` (f.toml:5:7) has it already",
+        ],
+    );
+    check_worker(
+        "url = 'http://w:1'\n[[model.worker]]\nname = 'other'\nurl = 'http://w:1/'\n",
+        &[
+            "f.toml:7:7: model[0].worker[1].url is \"http://w:1/\": must stand once in a model: `model[0].worker[0].url` (f.toml:4:7) is the same",
+        ],
+    );
+    check_worker(
+        "url = 'http://w:1'\nmodel = 'x'\n[[model.worker]]\nname = 'other'\nmodel = 'y'\nurl = 'http://w:1'\n",
+        &[],
+    );
+}
+
+#[test]
+fn worker_values() {
+    let form = "must begin with http:// or https:// and name a host, as in http://gpu-a:8000";
+    let check_url = |shown: &str, url: &str, remedy: &str| {
+        check_worker(
+            &format!("url = \"{url}\""),
+            &[&format!("f.toml:4:7: model[0].worker[0].url is {shown}: {remedy}")],
+        );
+    };
+    check_worker(
+        "name = 'w'",
+        &[
+            "f.toml:3:1: model[0].worker[0].url is missing: write the worker's address, as in url = \"http://gpu-a:8000\"",
+        ],
+    );
+    check_url("\"gpu-a:8000\"", "gpu-a:8000", form);
+    check_url("\"10.0.0.1:8000\"", "10.0.0.1:8000", form);
+    check_url("\"http://\"", "http://", form);
+    check_url("\"tcp://w:1\"", "tcp://w:1", form);
+    check_url("\"http://w:0\"", "http://w:0", form);
+    check_url("\"http://w:99999\"", "http://w:99999", form);
+    check_url("\"http://w:1/v1/\"", "http://w:1/v1/", "must not end in /v1: write the address in front of it");
+    check_url(
+        "(redacted)",
+        "http://user:hunter2@w:1",
+        "must not hold a user or a password: give an `api_key` to the worker",
+    );
+    check_url("(redacted)", "http://user:hunter2@w:xx", form);
+    check_url("(redacted)", "http://w:1?key=hunter2", "must end before `?` or `#`");
+    check_worker(
+        "url = 'http://w:1'\nengine = 'vlm'",
+        &[
+            "f.toml:5:10: model[0].worker[0].engine is \"vlm\": must be one of vllm, openai (omit the key to have it detected)",
+        ],
+    );
+}
+
+#[test]
+fn secrets_are_read_and_never_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let [key, empty, absent] = ["key", "empty", "absent"].map(|name| dir.path().join(name).display().to_string());
+    std::fs::write(&key, "hunter2\n").unwrap();
+    std::fs::write(&empty, "\n").unwrap();
+    let reader = reader([("KEY", "hunter2"), ("EMPTY", ""), ("TWO_LINES", "hunter2\nhunter3")]);
+    let text =
+        |api_key: &str| format!("[[model]]\nname = 'm'\n[[model.worker]]\nurl = 'http://w:1'\napi_key = {api_key}\n");
+
+    let from = |api_key: &str| reader.text("f.toml", &text(api_key)).unwrap();
+    let (a, b) = (from("{ env = 'KEY' }"), from(&format!("{{ file = '{key}' }}")));
+    assert_eq!(a, b);
+    assert_eq!(a.models[0].workers[0].api_key.as_ref().unwrap().inner().expose_secret(), "hunter2");
+    assert!(format!("{a:?}").contains("api_key: Some((redacted))"));
+    assert!(!format!("{a:?} {reader:?}").contains("hunter"));
+
+    let check = |api_key: &str, shown: &str, remedy: &str| {
+        check_with(
+            &reader,
+            &text(api_key),
+            &[&format!("f.toml:5:11: model[0].worker[0].api_key is {shown}: {remedy}")],
+        );
+    };
+    let (form, holds) = (
+        "must be { env = \"NAME\" } or { file = \"PATH\" }",
+        "must hold a key: one line of printable ASCII, not empty",
+    );
+    let unset = "must name a variable that is set in the environment of this process";
+    check("'hunter2'", "(redacted)", form);
+    check("5", "(redacted)", form);
+    check("{ key = 'hunter2' }", "(redacted)", form);
+    check("{ env = 'KEY', file = 'hunter2' }", "(redacted)", form);
+    check("{}", "(redacted)", form);
+    check("{ env = 'NONE' }", "{ env = \"NONE\" }", unset);
+    check("{ env = 'hunter2' }", "{ env = (redacted) }", unset);
+    check("{ env = 'EMPTY' }", "{ env = \"EMPTY\" }", holds);
+    check("{ env = 'TWO_LINES' }", "{ env = \"TWO_LINES\" }", holds);
+    check(
+        "{ file = 'hunter2' }",
+        "{ file = (redacted) }",
+        "must name a file that this process can read (entity not found)",
+    );
+    check(
+        &format!("{{ file = '{absent}' }}"),
+        &format!("{{ file = \"{absent}\" }}"),
+        "must name a file that this process can read (entity not found)",
+    );
+    check(&format!("{{ file = '{empty}' }}"), &format!("{{ file = \"{empty}\" }}"), holds);
+}
+
+#[test]
+fn tokenizers_are_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let make = |path: &str, text: &str| {
+        let path = dir.path().join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    };
+    make("hub/models--org--main/refs/main", "c2\n");
+    make("hub/models--org--main/snapshots/c1/tokenizer.json", "{}");
+    make("hub/models--org--main/snapshots/c2/tokenizer.json", "{}");
+    make("hub/models--org--loose/snapshots/c1/tokenizer.json", "{}");
+    make("hub/models--org--none/snapshots/c1/config.json", "{}");
+    make("plain/config.json", "{}");
+    let root = dir.path().display().to_string();
+    let hub = dir.path().join("hub");
+    let found = |variables: &[(&str, &str)], repository: &str| {
+        variables.iter().copied().collect::<Environment>().cached_tokenizer(repository)
+    };
+    let home = [("HF_HOME", &*root)];
+    assert_eq!(found(&home, "org/main"), Some(hub.join("models--org--main/snapshots/c2")));
+    assert_eq!(found(&home, "org/loose"), Some(hub.join("models--org--loose/snapshots/c1")));
+    let cache = hub.display().to_string();
+    assert!(found(&[("HF_HUB_CACHE", &cache), ("HF_HOME", "/nowhere")], "org/loose").is_some());
+    assert_eq!(found(&[], "org/main"), None);
+    for absent in ["org/none", "org/unknown", "", "/", "org/", "../x", "a/b/c", "org/..", "org/ma in"] {
+        assert_eq!(found(&home, absent), None, "{absent:?}");
+    }
+
+    let check = |tokenizer: &str, remedy: &str| {
+        let text = format!("[[model]]\nname = 'm'\ntokenizer = '{tokenizer}'\n[[model.worker]]\nurl = 'http://w:1'\n");
+        check_with(&reader(home), &text, &[&format!("f.toml:3:13: model[0].tokenizer is \"{tokenizer}\": {remedy}")]);
+    };
+    check(&format!("{root}/absent"), "must be a directory that exists, or hf:org/name");
+    check(&format!("{root}/plain"), "must be a directory that holds tokenizer.json");
+    check(&format!("{root}/plain/config.json"), "must be a directory that exists, or hf:org/name");
+    check(
+        "hf:org/none",
+        "must be hf:org/name of a repository in the local cache with its tokenizer.json: fetch it with `hf download org/name`, or write the path of a directory",
+    );
+}
+
+#[test]
+fn broken_toml_hides_no_other_mistake() {
+    // Several syntax errors, and a value mistake after them; the blanked lines are not called missing.
+    check(
+        "[server]\nlisten = 0.0.0.0:7070\ndata_dir = \"/tmp\n[[model]]\nname = m\nidle_seconds = 0\n[[model.worker]]\nurl = 'http://w:1'\n",
+        &[
+            "f.toml:2:13: the text is not valid TOML: invalid float, expected nothing",
+            "f.toml:3:17: the text is not valid TOML: invalid basic string, expected `\"`",
+            "f.toml:5:8: the text is not valid TOML: string values must be quoted, expected literal string",
+            "f.toml:6:16: model[0].idle_seconds is 0: must be at least 1 (omit the key for the default 60)",
+        ],
+    );
+    check(&format!("{MODEL}url = 'http://w:2'\n"), &["f.toml:5:1: the text is not valid TOML: duplicate key"]);
+    // A broken header: what stands below would seem to belong elsewhere.
+    check(
+        "[[model]\nname = 'm'\nidle_seconds = 0\n",
+        &["f.toml:1:9: the text is not valid TOML: unclosed array table, expected `]`"],
+    );
+    // The secret of a broken line is not repeated.
+    check(
+        "[[model]]\nname = 'm'\n[[model.worker]]\nurl = 'http://w:1'\napi_key = \"hunter2\nmodel = hunter2",
+        &[
+            "f.toml:5:19: the text is not valid TOML: invalid basic string, expected `\"`",
+            "f.toml:6:9: the text is not valid TOML: string values must be quoted, expected literal string",
+        ],
+    );
+    // Columns count characters.
+    check(
+        "'é' = 1 1",
+        &["f.toml:1:7: the text is not valid TOML: string values must be quoted, expected literal string"],
+    );
+    check(
+        "\u{feff}'é' = 1 1\r\nx = y\r\n",
+        &[
+            "f.toml:1:7: the text is not valid TOML: string values must be quoted, expected literal string",
+            "f.toml:2:5: the text is not valid TOML: string values must be quoted, expected literal string",
+        ],
+    );
+}
+
+#[test]
+fn a_queue_takes_the_longest_body() {
+    let config = reader([]).text("f.toml", &format!("[server]\nbody_bytes_max = 1_073_741_824\n{MODEL}")).unwrap();
+    assert_eq!(config.models[0].queue_bytes_max, 1 << 30);
+}
+
+#[test]
+fn files_that_cannot_be_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("f.toml");
+    let shown = path.display();
+    let lines = || reader([]).load(&path).unwrap_err().to_string();
+    assert_eq!(
+        lines(),
+        format!(
+            "{shown}: the file is not readable (No such file or directory (os error 2)): check the path and its permissions"
+        )
+    );
+    std::fs::write(&path, b"\n[server]\n# \xff\n").unwrap();
+    assert_eq!(lines(), format!("{shown}:3:3: the text is not UTF-8 here: save the file as UTF-8"));
+    std::fs::write(&path, MODEL).unwrap();
+    assert!(reader([]).load(&path).is_ok());
+}
+
+#[test]
+fn environment_and_flags_override_the_file() {
+    let flag = |value: &str| Flag { name: "--listen", key: "listen", value: value.to_owned() };
+    let text = format!("[server]\nlisten = '127.0.0.1:1'\ndata_dir = 'file'\ndrain_seconds = 1\n{MODEL}");
+    let mut reader = reader([
+        ("FOREBAY__SERVER__LISTEN", "127.0.0.1:2"),
+        ("FOREBAY__SERVER__DRAIN_SECONDS", "1_0"),
+        ("FOREBAY__SERVER__ACCESS_LOG", "false"),
+        ("FOREBAY_DATA_DIR", "variable"),
+        ("FOREBAY_PORT", "tcp://10.0.0.1:80"),
+        ("FOREBAY_SERVICE_HOST", "10.0.0.1"),
+    ]);
+    let server = reader.text("f.toml", &text).unwrap().server;
+    assert_eq!((server.listen.port(), server.drain.as_secs(), server.access_log), (2, 10, false));
+    assert_eq!(server.data_dir, Path::new("variable"));
+    reader.flags.push(flag("127.0.0.1:3"));
+    assert_eq!(reader.text("f.toml", &text).unwrap().server.listen.port(), 3);
+    reader.flags.push(flag("0.0.0.0:3"));
+    check_with(
+        &reader,
+        &text,
+        &[
+            "--listen: server.listen is \"0.0.0.0:3\": must be a loopback address such as 127.0.0.1 while callers are not authenticated (or set server.allow_unauthenticated = true)",
+        ],
+    );
+}
+
+#[test]
+fn mistakes_in_the_environment() {
+    let reader = reader([
+        ("FOREBAY__SERVER__LISEN", "x"),
+        ("FOREBAY__SERVER__DRAIN_SECONDS", "soon"),
+        ("FOREBAY__MODEL__0__NAME", "x"),
+    ]);
+    // The file's own value is checked although the flag wins.
+    let flags = vec![Flag { name: "--ops-listen", key: "ops_listen", value: "127.0.0.1:9".to_owned() }];
+    check_with(
+        &Reader { flags, ..reader },
+        &format!("server.ops_listen = 'x'\n{MODEL}"),
+        &[
+            "f.toml:1:21: server.ops_listen is \"x\": must be an IP address and a port, as in \"127.0.0.1:7070\" or \"[::1]:7070\"",
+            "FOREBAY__MODEL__0__NAME: model.0.name is not for the environment: write it in the config file (variables give the keys of one table, `FOREBAY__SERVER__…`)",
+            "FOREBAY__SERVER__DRAIN_SECONDS: server.drain_seconds is \"soon\": must be a whole number from 0 to 86400 (omit the key for the default 30)",
+            "FOREBAY__SERVER__LISEN: server.lisen is not a known key: did you mean `listen`?",
+        ],
+    );
+}
+
+#[test]
+fn a_variable_that_is_no_text() {
+    use std::os::unix::ffi::OsStringExt as _;
+    let value = std::ffi::OsString::from_vec(vec![0xff]);
+    let environment = [("FOREBAY_DATA_DIR", value)].into_iter().collect();
+    check_with(
+        &Reader { environment, ..reader([]) },
+        MODEL,
+        &["FOREBAY_DATA_DIR: server.data_dir is not UTF-8: must be readable text"],
+    );
+}
+
+#[test]
+fn a_reload_keeps_what_a_running_gateway_cannot_change() {
+    let read = |keys: &str| reader([]).text("f.toml", &format!("[server]\n{keys}\n{MODEL}")).unwrap();
+    let running =
+        read("allow_unauthenticated = true\nlisten = '0.0.0.0:1'\ndata_dir = 'a'\nbody_bytes_max = 1_000_000_000");
+    let mut new = read(
+        "listen = '127.0.0.1:1'\nops_listen = '127.0.0.1:9'\ndata_dir = 'b'\ndrain_seconds = 1\nmax_connections = 7\naccess_log = false",
+    );
+    assert_eq!(
+        new.keep_fixed(&running),
+        [
+            "server.listen stays 0.0.0.0:1: 127.0.0.1:1 needs a restart",
+            "server.ops_listen stays 127.0.0.1:7071: 127.0.0.1:9 needs a restart",
+            "server.data_dir stays \"a\": \"b\" needs a restart",
+            "server.allow_unauthenticated stays true: false needs a restart",
+            "server.body_bytes_max stays 1000000000: 33554432 needs a restart",
+            "server.max_connections stays 20000: 7 needs a restart",
+            "server.access_log stays true: false needs a restart",
+        ]
+    );
+    assert_eq!(new.models[0].queue_bytes_max, 1_000_000_000);
+    assert_eq!(new.server, Server { drain: Duration::from_secs(1), ..running.server.clone() });
+    assert_eq!(new.keep_fixed(&running), Vec::<String>::new());
+}
+
+#[test]
+fn a_text_full_of_mistakes_stays_readable() {
+    let text = (0..5000).fold(String::new(), |mut text, n| {
+        writeln!(text, "key{n} = {n}").unwrap();
+        text
+    });
+    let mistakes = reader([]).text("f.toml", &text).unwrap_err();
+    assert_eq!(mistakes.iter().count(), 200);
+    assert!(mistakes.to_string().ends_with("\nand 4801 more"), "{mistakes}");
+}

@@ -1,0 +1,204 @@
+//! When and where inside a pool: the scheduler's core and what happens at its word.
+//!
+//! [`Dispatch::open`] asks the core for a place, sends the request there and waits for the first event or byte of the
+//! answer. An attempt that fails before that is placed again by the core, elsewhere where it can; afterwards nothing
+//! is ever retried. A [`Place`] is the core's promise for one request; dropping it gives the place back.
+//!
+//! Here: `driver` owns the core, `attempt` speaks with one worker, `intake` owns the tasks that feed the core with
+//! what workers report. Not here: another model or a cloud when a pool cannot (`pipeline`).
+
+mod attempt;
+mod driver;
+mod intake;
+mod workers;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use forebay_backends::transport::Body;
+use forebay_proto::error::ApiError;
+use forebay_proto::sse::{Event, Splitter};
+use forebay_scheduler::{Class, PoolId, Refusal, Request, TenantId};
+use http::{HeaderMap, HeaderValue, StatusCode};
+use tokio::time::Instant;
+
+use crate::prepare::{Asked, Prompt};
+use crate::telemetry::Registry;
+use attempt::Failed;
+pub use driver::Place;
+use driver::{Driver, Verdict};
+use intake::Intake;
+pub use intake::{Learned, PoolSpec, WorkerSpec};
+pub use workers::Worker;
+use workers::Workers;
+
+/// Output tokens to expect of a request that names no maximum, until the scheduler learns better.
+const EXPECTED_OUTPUT: u32 = 256;
+
+/// One request for a pool.
+pub struct Job<'a> {
+    pub pool: PoolId,
+    pub class: Class,
+    /// Latest first token.
+    pub deadline: Option<Instant>,
+    pub prompt: Prompt,
+    pub asked: &'a Asked,
+    pub body: Bytes,
+    pub path: &'static str,
+    pub headers: HeaderMap,
+}
+
+/// An answer that has begun.
+pub struct Opened {
+    pub place: Place,
+    pub worker: Arc<Worker>,
+    /// Waited in lanes, over all attempts.
+    pub queued: Duration,
+    /// What the core expected when it sent the request: from then to the first token.
+    pub predicted_wait: Duration,
+    /// Prompt tokens the core expected in the worker's cache.
+    pub matched_tokens: u32,
+    pub attempts: u32,
+    pub reply: Reply,
+}
+
+/// The answer's form.
+pub enum Reply {
+    Stream(Streamed),
+    Whole(Whole),
+}
+
+/// A stream whose first event is here.
+pub struct Streamed {
+    pub first: VecDeque<Event>,
+    pub splitter: Splitter,
+    pub body: Body,
+}
+
+/// A document, whole or as much of it as is held back for a retry.
+pub struct Whole {
+    pub status: StatusCode,
+    pub content_type: HeaderValue,
+    pub head: VecDeque<Bytes>,
+    pub rest: Option<Body>,
+    /// Bytes of the whole document, where known.
+    pub length: Option<u64>,
+}
+
+/// Why no worker answered.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{reason}")]
+    Refused { reason: Refusal, retry_after: Option<Duration> },
+    /// An engine's own error: its refusal of the request (4xx), or the last of several failures.
+    #[error("the engine answered {status}: {}", .error.message)]
+    Engine { status: StatusCode, error: ApiError, retry_after: Option<Duration> },
+}
+
+/// The room: pools, workers and the core.
+pub struct Dispatch {
+    driver: Arc<Driver>,
+    workers: Arc<Workers>,
+    intake: Arc<Intake>,
+    registry: Registry,
+}
+
+impl Dispatch {
+    /// Brings `job` to a worker of its pool.
+    ///
+    /// Dropping the future withdraws the request: from its lane, or from the engine by closing the connection.
+    ///
+    /// # Errors
+    /// See [`Error`]; the client has seen nothing, and no engine works on the request any more.
+    pub async fn open(&self, job: Job<'_>) -> Result<Opened, Error> {
+        let deadline = job.deadline;
+        match deadline {
+            Some(deadline) => tokio::time::timeout_at(deadline, self.attempts(job))
+                .await
+                .unwrap_or(Err(Error::Refused { reason: Refusal::TimedOut, retry_after: None })),
+            None => self.attempts(job).await,
+        }
+    }
+
+    async fn attempts(&self, job: Job<'_>) -> Result<Opened, Error> {
+        let class = job.class as usize;
+        let (mut place, mut verdict) = self.driver.arrive(|id| request(id, &job, &self.driver));
+        let mut queued = Duration::ZERO;
+        let mut attempts = 0;
+        let mut last: Option<Error> = None;
+        loop {
+            let waiting_since = Instant::now();
+            let sent = match verdict.wait().await {
+                Verdict::Sent(sent) => sent,
+                Verdict::Refused { reason: reason @ Refusal::AttemptsExhausted { .. }, retry_after } => {
+                    return Err(last.unwrap_or(Error::Refused { reason, retry_after }));
+                }
+                Verdict::Refused { reason, retry_after } => return Err(Error::Refused { reason, retry_after }),
+            };
+            let waited = waiting_since.elapsed();
+            self.registry.queue_waited(class, waited.as_secs_f64());
+            queued += waited;
+            attempts += 1;
+            let Some(worker) = self.workers.get(sent.worker) else {
+                // It left between the decision and now.
+                verdict = place.attempt_failed(forebay_scheduler::Failure::Connect);
+                continue;
+            };
+            match attempt::attempt(&worker, &job).await {
+                Ok(reply) => {
+                    place.first_token();
+                    return Ok(Opened {
+                        place,
+                        worker,
+                        queued,
+                        predicted_wait: sent.predicted_wait,
+                        matched_tokens: sent.matched_tokens,
+                        attempts,
+                        reply,
+                    });
+                }
+                Err(Failed::Final(error)) => {
+                    place.answered_with_refusal();
+                    return Err(error);
+                }
+                Err(Failed::Elsewhere { failure, shown }) => {
+                    tracing::info!(worker = &*worker.name, %failure, attempts, "an attempt failed before its first byte");
+                    self.registry.retried(attempt::reason(failure));
+                    last = shown.or(last);
+                    verdict = place.attempt_failed(failure);
+                }
+            }
+        }
+    }
+
+    /// Writes the gauges that describe pools and workers; called when someone reads the metrics.
+    pub fn publish(&self) {
+        self.workers.publish(&self.driver);
+    }
+
+    /// How many workers take requests.
+    #[must_use]
+    pub fn workers_up(&self) -> usize {
+        self.driver.workers_up()
+    }
+}
+
+fn request(id: forebay_scheduler::RequestId, job: &Job<'_>, driver: &Driver) -> Request {
+    let max_output = job.asked.max_output();
+    Request {
+        id,
+        pool: job.pool,
+        tenant: TenantId(0),
+        class: job.class,
+        deadline: job.deadline.map(|deadline| driver.tick(deadline)),
+        prompt_tokens: job.prompt.tokens,
+        blocks: Arc::clone(&job.prompt.blocks),
+        expected_output: max_output.unwrap_or(EXPECTED_OUTPUT),
+        max_output,
+        sequences: job.asked.choices().max(1),
+        body_bytes: u32::try_from(job.body.len()).unwrap_or(u32::MAX),
+        streamed: job.asked.streaming().is_some_and(|streaming| streaming.stream),
+    }
+}

@@ -1,0 +1,191 @@
+//! One attempt at one worker: the request as the engine wants it, and the answer up to its first event or byte.
+//!
+//! Until then nothing has been said to the client, so that a failure here can be tried elsewhere and a real status
+//! can still be given. Keep-alive comments are no first event.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use forebay_backends::transport::{Body, Outgoing, Response};
+use forebay_proto::error::{ApiError, from_engine};
+use forebay_proto::splice::Edits;
+use forebay_proto::sse::{Event, Splitter};
+use forebay_proto::stream::{self, Chunk};
+use forebay_scheduler::Failure;
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderName, RETRY_AFTER};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
+
+use super::{Error, Job, Reply, Streamed, Whole, Worker};
+use crate::ids::RequestName;
+use crate::telemetry::metrics::RETRY_REASONS;
+
+/// How much of a whole answer is held back, so that one that breaks off can be had elsewhere.
+const HELD_BYTES_MAX: usize = 1 << 20;
+/// An engine's error answer is read up to here.
+const ERROR_BYTES_MAX: usize = 64 << 10;
+/// Longest stream event: a chunk with the log probabilities of many tokens is some 100 KiB.
+const EVENT_BYTES_MAX: usize = 8 << 20;
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+
+/// An attempt without an answer.
+pub(super) enum Failed {
+    /// Another worker may be tried; `shown` is what the engine said, if it is the last.
+    Elsewhere { failure: Failure, shown: Option<Error> },
+    /// The request itself is at fault; no other worker would take it.
+    Final(Error),
+}
+
+impl Failed {
+    fn elsewhere(failure: Failure) -> Self {
+        Self::Elsewhere { failure, shown: None }
+    }
+}
+
+impl From<forebay_backends::Error> for Failed {
+    fn from(error: forebay_backends::Error) -> Self {
+        Self::elsewhere(error.failure())
+    }
+}
+
+/// The metric's name for a failure, as an index into [`RETRY_REASONS`].
+pub(super) fn reason(failure: Failure) -> usize {
+    let name = match failure {
+        Failure::Connect => "connect",
+        Failure::Reset => "reset",
+        Failure::Timeout => "timeout",
+        Failure::Status5xx => "status",
+        Failure::Overloaded { .. } => "overloaded",
+        Failure::Malformed => "malformed",
+    };
+    RETRY_REASONS.iter().position(|reason| *reason == name).unwrap_or(0)
+}
+
+/// Sends `job` to `worker` and waits for the beginning of its answer.
+pub(super) async fn attempt(worker: &Worker, job: &Job<'_>) -> Result<Reply, Failed> {
+    worker.traffic.note();
+    let opening = open(worker, job);
+    // The transport bounds silence; this also bounds an engine that sends nothing but keep-alive comments.
+    tokio::time::timeout(worker.first_byte, opening).await.unwrap_or(Err(Failed::elsewhere(Failure::Timeout)))
+}
+
+async fn open(worker: &Worker, job: &Job<'_>) -> Result<Reply, Failed> {
+    let response = worker.channel.send(outgoing(worker, job)).await?;
+    if !response.status.is_success() {
+        return Err(refused(response).await);
+    }
+    let streamed = job.asked.streaming().is_some_and(|streaming| streaming.stream);
+    if streamed && is_event_stream(&response.headers) { stream(response.body).await } else { whole(response).await }
+}
+
+fn outgoing(worker: &Worker, job: &Job<'_>) -> Outgoing {
+    let mut edits = Edits::new();
+    if let Some(identity) = &*worker.identity.load() {
+        edits.model(job.asked.model(), &identity.model);
+    }
+    if let Some(streaming) = job.asked.streaming()
+        && streaming.stream
+    {
+        edits.usage(streaming);
+    }
+    let mut headers = job.headers.clone();
+    // Engines name their own requests after it: a name used twice would meet itself in vLLM.
+    if let Ok(name) = HeaderValue::from_str(RequestName::fresh().as_str()) {
+        headers.insert(REQUEST_ID, name);
+    }
+    headers.insert(CONTENT_TYPE, JSON);
+    let path = PathAndQuery::from_static(job.path);
+    Outgoing { method: Method::POST, path, headers, body: edits.apply(&job.body) }
+}
+
+fn is_event_stream(headers: &HeaderMap) -> bool {
+    let content_type = headers.get(CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    content_type.get(..17).is_some_and(|start| start.eq_ignore_ascii_case(b"text/event-stream"))
+}
+
+/// Reads until the first event that carries data.
+async fn stream(mut body: Body) -> Result<Reply, Failed> {
+    let mut splitter = Splitter::new(EVENT_BYTES_MAX);
+    loop {
+        while let Some(event) = splitter.next().map_err(|_| Failed::elsewhere(Failure::Malformed))? {
+            if event.data.is_some() {
+                return begin(event, splitter, body);
+            }
+        }
+        match body.next().await {
+            Some(bytes) => splitter.push(bytes?),
+            None => return Err(Failed::elsewhere(Failure::Reset)),
+        }
+    }
+}
+
+fn begin(event: Event, splitter: Splitter, body: Body) -> Result<Reply, Failed> {
+    match event.data.as_deref().map(stream::read) {
+        Some(Chunk::Delta(_)) => Ok(Reply::Stream(Streamed { first: VecDeque::from([event]), splitter, body })),
+        Some(Chunk::Error { error, status }) => {
+            let status = status.and_then(|status| StatusCode::from_u16(status).ok());
+            Err(engine_error(status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR), error, None))
+        }
+        _ => Err(Failed::elsewhere(Failure::Malformed)),
+    }
+}
+
+async fn whole(response: Response) -> Result<Reply, Failed> {
+    let Response { status, headers, mut body } = response;
+    let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    let content_type = headers.get(CONTENT_TYPE).cloned().unwrap_or(JSON);
+    let mut head = VecDeque::new();
+    let mut held = 0;
+    while held < HELD_BYTES_MAX {
+        match body.next().await {
+            Some(bytes) => {
+                let bytes: Bytes = bytes?;
+                held += bytes.len();
+                head.push_back(bytes);
+            }
+            None => {
+                let length = Some(held as u64);
+                return Ok(Reply::Whole(Whole { status, content_type, head, rest: None, length }));
+            }
+        }
+    }
+    Ok(Reply::Whole(Whole { status, content_type, head, rest: Some(body), length }))
+}
+
+/// What an engine's error status means for the request.
+async fn refused(response: Response) -> Failed {
+    let Response { status, headers, mut body } = response;
+    let mut bytes = BytesMut::new();
+    while bytes.len() < ERROR_BYTES_MAX
+        && let Some(Ok(piece)) = body.next().await
+    {
+        bytes.extend_from_slice(&piece);
+    }
+    let retry_after = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse::<f64>().ok());
+    let retry_after = retry_after.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    engine_error(status, from_engine(status.as_u16(), &bytes), retry_after)
+}
+
+fn engine_error(status: StatusCode, error: ApiError, retry_after: Option<Duration>) -> Failed {
+    let failure = match status {
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => Failure::Overloaded { retry_after },
+        // The engine does not accept the key that this gateway has for it: nothing the client did.
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::PROXY_AUTHENTICATION_REQUIRED => {
+            tracing::warn!(%status, "a worker does not accept the gateway's key");
+            return Failed::elsewhere(Failure::Status5xx);
+        }
+        // TGI's "generation error", and a server that gave up waiting.
+        StatusCode::FAILED_DEPENDENCY | StatusCode::REQUEST_TIMEOUT => Failure::Status5xx,
+        status if status.is_client_error() => return Failed::Final(Error::Engine { status, error, retry_after }),
+        status if status.is_server_error() => Failure::Status5xx,
+        // A redirect (vLLM answers a trailing slash with one to its own address) or stranger.
+        _ => return Failed::elsewhere(Failure::Malformed),
+    };
+    let shown = match failure {
+        Failure::Overloaded { .. } => None,
+        _ => Some(Error::Engine { status: StatusCode::BAD_GATEWAY, error, retry_after }),
+    };
+    Failed::Elsewhere { failure, shown }
+}

@@ -1,0 +1,330 @@
+//! The tasks that feed the core: probes it asks for, and what each worker reports of its load.
+//!
+//! A probe also asks who the worker is (engine, model, context length), each time anew, since a worker that returns
+//! may be another one. What is learned of a model goes out as [`Learned`]; the gateway's routing table is made of it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use forebay_backends::engines::{self, Api, Detected};
+use forebay_backends::signals::{Pace, Signal, Signals, Traffic};
+use forebay_backends::transport::{Channel, Endpoint, Timeouts, Transport};
+use forebay_scheduler::{Action, Event, PoolId, PoolLimits, WorkerId};
+use http::HeaderValue;
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::Dispatch;
+use super::driver::Driver;
+use super::workers::{Identity, Worker, Workers};
+use crate::telemetry::{ModelMetrics, Registry, WorkerMetrics};
+
+/// Probes and notices that may wait for the task that carries them out. The core asks again for what is lost.
+const ACTIONS_MAX: usize = 4096;
+/// Facts that may wait for the routing table.
+const LEARNED_MAX: usize = 1024;
+
+/// A pool as configured.
+#[derive(Clone)]
+pub struct PoolSpec {
+    pub pool: PoolId,
+    /// The model's configured name.
+    pub model: Arc<str>,
+    pub limits: PoolLimits,
+    pub metrics: Arc<ModelMetrics>,
+    pub workers: Vec<WorkerSpec>,
+}
+
+/// A worker as configured. Two equal specs are the same worker; a change makes a new one.
+#[derive(Clone, PartialEq)]
+pub struct WorkerSpec {
+    pub name: Arc<str>,
+    pub endpoint: Endpoint,
+    /// `None`: to be detected.
+    pub engine: Option<&'static str>,
+    /// The model's name at the worker; `None`: detected.
+    pub model: Option<String>,
+    pub first_byte: Duration,
+    pub idle: Duration,
+}
+
+/// What a worker said about the model it serves.
+pub struct Learned {
+    pub pool: PoolId,
+    pub max_model_len: Option<u32>,
+    /// Tokens in one KV block, where the engine says so.
+    pub block_tokens: Option<u32>,
+    /// Where the worker has the model's files: a directory, perhaps also on this machine, or a hub name.
+    pub root: Option<String>,
+    /// For counting by the engine itself, where it can.
+    pub tokenizer: Option<(Channel, String)>,
+}
+
+/// What belongs to one configured worker while it is here.
+struct Member {
+    pool: PoolId,
+    spec: WorkerSpec,
+    worker: Arc<Worker>,
+    /// Ends its tasks.
+    gone: CancellationToken,
+}
+
+/// Puts configured pools and workers into the core and keeps their tasks.
+pub(super) struct Intake {
+    driver: Arc<Driver>,
+    workers: Arc<Workers>,
+    transport: Transport,
+    tracker: TaskTracker,
+    learned: mpsc::Sender<Learned>,
+    members: Mutex<Members>,
+}
+
+#[derive(Default)]
+struct Members {
+    next: u32,
+    pools: HashMap<PoolId, Arc<str>>,
+    workers: HashMap<WorkerId, Member>,
+}
+
+impl Dispatch {
+    /// Starts the core with its tasks on `tracker`, which end with `stop`. What workers say about models comes out of
+    /// the receiver.
+    pub fn start(
+        registry: Registry,
+        transport: Transport,
+        tracker: TaskTracker,
+        stop: CancellationToken,
+    ) -> (Arc<Self>, mpsc::Receiver<Learned>) {
+        let (actions, mut to_do) = mpsc::channel(ACTIONS_MAX);
+        let (learned, facts) = mpsc::channel(LEARNED_MAX);
+        let driver = Arc::new(Driver::new(registry.clone(), move |action| {
+            if actions.try_send(action).is_err() {
+                tracing::warn!("too many probes wait, one is left out");
+            }
+        }));
+        let workers = Arc::new(Workers::default());
+        let intake = Arc::new(Intake {
+            driver: Arc::clone(&driver),
+            workers: Arc::clone(&workers),
+            transport,
+            tracker: tracker.clone(),
+            learned,
+            members: Mutex::default(),
+        });
+        let timers = Arc::clone(&driver);
+        let timers_stop = stop.clone();
+        tracker.spawn(async move { timers_stop.run_until_cancelled(timers.run_timers()).await });
+        let acting = Arc::clone(&intake);
+        tracker.spawn(stop.run_until_cancelled_owned(async move {
+            while let Some(action) = to_do.recv().await {
+                acting.act(action);
+            }
+        }));
+        (Arc::new(Self { driver, workers, intake, registry }), facts)
+    }
+
+    /// Makes the core's pools and workers those of `pools`. Workers that stay keep their connections and load.
+    pub fn apply(&self, pools: &[PoolSpec]) {
+        self.intake.apply(pools);
+    }
+
+    /// Ends every worker's tasks; requests under way are not touched.
+    pub fn stop(&self) {
+        for member in self.intake.members.lock().workers.values() {
+            member.gone.cancel();
+        }
+    }
+}
+
+impl Intake {
+    fn apply(self: &Arc<Self>, pools: &[PoolSpec]) {
+        let mut members = self.members.lock();
+        let wanted = |id: PoolId, spec: &WorkerSpec| pools.iter().any(|p| p.pool == id && p.workers.contains(spec));
+        let mut left: Vec<_> =
+            members.workers.iter().filter(|(_, m)| !wanted(m.pool, &m.spec)).map(|(id, _)| *id).collect();
+        left.sort_unstable();
+        for id in left {
+            if let Some(member) = members.workers.remove(&id) {
+                tracing::info!(worker = &*member.worker.name, "worker left");
+                member.gone.cancel();
+                self.driver.tell(Event::WorkerLeft { worker: id });
+            }
+        }
+        let mut pools_left: Vec<_> =
+            members.pools.keys().filter(|id| !pools.iter().any(|pool| pool.pool == **id)).copied().collect();
+        pools_left.sort_unstable();
+        for pool in pools_left {
+            members.pools.remove(&pool);
+            self.driver.tell(Event::PoolLeft { pool });
+        }
+        let mut joined = Vec::new();
+        for pool in pools {
+            members.pools.insert(pool.pool, Arc::clone(&pool.model));
+            self.driver.tell(Event::PoolJoined { pool: pool.pool, limits: pool.limits.clone() });
+            for spec in &pool.workers {
+                if !members.workers.values().any(|member| member.pool == pool.pool && member.spec == *spec) {
+                    let id = WorkerId(members.next);
+                    members.next += 1;
+                    joined.push(id);
+                    members.workers.insert(id, self.member(id, pool, spec));
+                }
+            }
+        }
+        // The table comes before the event: the core may send at once.
+        let table: Vec<_> = members.workers.values().map(|member| Arc::clone(&member.worker)).collect();
+        self.workers.apply(&table, pools.iter().map(|pool| (pool.pool, Arc::clone(&pool.metrics))).collect());
+        for id in joined {
+            if let Some(Member { pool, .. }) = members.workers.get(&id) {
+                let spec = forebay_scheduler::WorkerSpec::default();
+                self.driver.tell(Event::WorkerJoined { worker: id, pool: *pool, spec });
+            }
+        }
+    }
+
+    fn member(&self, id: WorkerId, pool: &PoolSpec, spec: &WorkerSpec) -> Member {
+        let timeouts = Timeouts { first_byte: Some(spec.first_byte), idle: spec.idle, ..Timeouts::default() };
+        let worker = Arc::new(Worker {
+            id,
+            pool: pool.pool,
+            name: Arc::clone(&spec.name),
+            header: HeaderValue::from_str(&spec.name).unwrap_or_else(|_| HeaderValue::from_static("worker")),
+            channel: self.transport.channel(spec.endpoint.clone(), timeouts),
+            first_byte: spec.first_byte,
+            identity: ArcSwapOption::empty(),
+            traffic: Traffic::default(),
+            metrics: WorkerMetrics::register(&spec.name),
+        });
+        Member { pool: pool.pool, spec: spec.clone(), worker, gone: CancellationToken::new() }
+    }
+
+    fn act(self: &Arc<Self>, action: Action) {
+        match action {
+            Action::Probe { worker } => {
+                let intake = Arc::clone(self);
+                self.tracker.spawn(async move { intake.probe(worker).await });
+            }
+            Action::Health { worker, from, to } => {
+                let name = self.workers.get(worker).map(|worker| Arc::clone(&worker.name));
+                tracing::info!(worker = name.as_deref(), ?from, ?to, "worker health changed");
+            }
+            Action::Send { .. } | Action::Refuse { .. } => {}
+        }
+    }
+
+    async fn probe(self: Arc<Self>, id: WorkerId) {
+        let Some((spec, gone, model)) = self.member_facts(id) else { return };
+        let Some(worker) = self.workers.get(id) else { return };
+        let asked = gone.run_until_cancelled(identify(&worker.channel, &spec)).await;
+        let healthy = match asked {
+            None => return,
+            Some(None) => false,
+            Some(Some(detected)) => {
+                let first = worker.identity.load().is_none();
+                self.identified(&worker, &spec, &model, &detected);
+                if first {
+                    self.watch(&worker, &gone, detected.engine);
+                }
+                true
+            }
+        };
+        self.driver.tell(Event::Probed { worker: id, healthy });
+    }
+
+    fn member_facts(&self, id: WorkerId) -> Option<(WorkerSpec, CancellationToken, Arc<str>)> {
+        let members = self.members.lock();
+        let member = members.workers.get(&id)?;
+        let model = members.pools.get(&member.pool)?;
+        Some((member.spec.clone(), member.gone.clone(), Arc::clone(model)))
+    }
+
+    fn identified(&self, worker: &Arc<Worker>, spec: &WorkerSpec, model: &str, detected: &Detected) {
+        let served = match &spec.model {
+            Some(name) => name.clone(),
+            None => only_model(detected).unwrap_or(model).to_owned(),
+        };
+        let facts = detected.models.iter().find(|candidate| candidate.id == served);
+        if facts.is_none() && !detected.models.is_empty() {
+            tracing::warn!(worker = &*worker.name, model = served, "the worker does not list this model");
+        }
+        let counts = detected.engine.serves(Api::Tokenize);
+        let learned = Learned {
+            pool: worker.pool,
+            max_model_len: facts.and_then(|facts| facts.max_model_len),
+            block_tokens: None,
+            root: facts.and_then(|facts| facts.root.clone()),
+            tokenizer: counts.then(|| (worker.channel.clone(), served.clone())),
+        };
+        worker.identity.store(Some(Arc::new(Identity { model: served })));
+        if self.learned.try_send(learned).is_err() {
+            tracing::warn!(worker = &*worker.name, "too many workers report at once, facts about a model are left out");
+        }
+    }
+
+    /// Follows the worker's own load reports until it is gone.
+    fn watch(self: &Arc<Self>, worker: &Arc<Worker>, gone: &CancellationToken, engine: &'static dyn engines::Engine) {
+        let (intake, worker) = (Arc::clone(self), Arc::clone(worker));
+        self.tracker.spawn(gone.clone().run_until_cancelled_owned(async move {
+            let (channel, traffic) = (worker.channel.clone(), worker.traffic.clone());
+            let Some(mut signals) = Signals::new(channel, engine, traffic, Pace::default()) else { return };
+            let mut block_tokens = None;
+            loop {
+                match signals.next().await {
+                    Signal::Load(load) => {
+                        if load.block_tokens.is_some() && load.block_tokens != block_tokens {
+                            block_tokens = load.block_tokens;
+                            intake.block_size(&worker, block_tokens);
+                        }
+                        let gauges = &worker.metrics;
+                        gauges.running.set(f64::from(load.running));
+                        gauges.waiting.set(f64::from(load.waiting));
+                        gauges.kv_usage.set(load.kv_usage.unwrap_or(0.0));
+                        let report = load.report();
+                        intake.driver.tell(Event::Load { worker: worker.id, report });
+                    }
+                    Signal::Lost => intake.driver.tell(Event::LoadLost { worker: worker.id }),
+                }
+            }
+        }));
+    }
+
+    fn block_size(&self, worker: &Worker, block_tokens: Option<u32>) {
+        let learned = Learned { pool: worker.pool, max_model_len: None, block_tokens, root: None, tokenizer: None };
+        let _ = self.learned.try_send(learned);
+    }
+}
+
+/// Asks a worker who it is and whether it can serve; `None` when it cannot.
+async fn identify(channel: &Channel, spec: &WorkerSpec) -> Option<Detected> {
+    let asked = async {
+        let detected = match spec.engine.and_then(engines::by_name) {
+            // A server whose engine is configured need not list its models.
+            Some(engine) => {
+                let models = engines::models(channel).await.unwrap_or_default();
+                Detected { engine, models, version: None }
+            }
+            None => engines::detect(channel).await?,
+        };
+        engines::probe(channel, detected.engine).await?;
+        Ok::<_, forebay_backends::Error>(detected)
+    };
+    match asked.await {
+        Ok(detected) => Some(detected),
+        Err(error) => {
+            tracing::debug!(worker = &*spec.name, %error, "a probe failed");
+            None
+        }
+    }
+}
+
+/// The one base model a worker serves; adapters do not count.
+fn only_model(detected: &Detected) -> Option<&str> {
+    let mut bases = detected.models.iter().filter(|model| model.parent.is_none());
+    match (bases.next(), bases.next()) {
+        (Some(only), None) => Some(&only.id),
+        _ => None,
+    }
+}

@@ -1,0 +1,80 @@
+//! The workers as the shell knows them: name, connection, engine, and what it calls the model.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use forebay_backends::signals::Traffic;
+use forebay_backends::transport::Channel;
+use forebay_scheduler::{HealthState, PoolId, WorkerId};
+use http::HeaderValue;
+
+use super::driver::{Driver, takes_requests};
+use crate::telemetry::{ModelMetrics, WorkerMetrics};
+
+/// One engine instance.
+pub struct Worker {
+    pub id: WorkerId,
+    pub pool: PoolId,
+    pub name: Arc<str>,
+    /// The name as `x-forebay-worker` shows it.
+    pub header: HeaderValue,
+    pub channel: Channel,
+    /// Longest wait for an answer's first event or byte.
+    pub(super) first_byte: std::time::Duration,
+    pub(super) identity: ArcSwapOption<Identity>,
+    /// Tells the polls of its load that requests go there.
+    pub(super) traffic: Traffic,
+    pub(super) metrics: WorkerMetrics,
+}
+
+/// What is known once the worker has been asked.
+pub(super) struct Identity {
+    /// What it calls the model.
+    pub(super) model: String,
+}
+
+/// All workers and the models' queue gauges, as a snapshot.
+#[derive(Default)]
+pub(super) struct Workers {
+    table: ArcSwap<HashMap<WorkerId, Arc<Worker>>>,
+    pools: ArcSwap<Vec<(PoolId, Arc<ModelMetrics>)>>,
+}
+
+impl Workers {
+    pub(super) fn get(&self, id: WorkerId) -> Option<Arc<Worker>> {
+        self.table.load().get(&id).cloned()
+    }
+
+    pub(super) fn apply(&self, workers: &[Arc<Worker>], pools: Vec<(PoolId, Arc<ModelMetrics>)>) {
+        let table = workers.iter().map(|worker| (worker.id, Arc::clone(worker))).collect();
+        self.table.store(Arc::new(table));
+        self.pools.store(Arc::new(pools));
+    }
+
+    pub(super) fn publish(&self, driver: &Driver) {
+        let table = self.table.load();
+        driver.read(|core, now| {
+            for view in core.worker_views(now) {
+                if let Some(worker) = table.get(&view.worker) {
+                    let gauges = &worker.metrics;
+                    gauges.up.set(flag(takes_requests(&view)));
+                    gauges.breaker_open.set(flag(view.health == HealthState::Open));
+                    #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^52")]
+                    gauges.promised_tokens.set(view.promised_tokens as f64);
+                }
+            }
+            for (pool, metrics) in self.pools.load().iter() {
+                if let Some(view) = core.pool_view(*pool) {
+                    for (class, waiting) in view.queued_requests.iter().enumerate() {
+                        metrics.queue_depth(class, *waiting as usize);
+                    }
+                }
+            }
+        });
+    }
+}
+
+fn flag(set: bool) -> f64 {
+    f64::from(u8::from(set))
+}

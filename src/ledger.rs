@@ -1,0 +1,180 @@
+//! What every request cost and how it ended: exactly one durable row each, whatever happens.
+//!
+//! An [`Entry`] is opened before anything else is done for a request and dropped last; its `Drop` writes the row, so
+//! completion, refusal, upstream failure, a client that leaves and shutdown all end the same way. Opening takes a
+//! place in the journal's bounded channel: a full channel (the disk stands still) refuses new requests, and a row
+//! whose request was let in can never be lost for want of room.
+//!
+//! Not here: prices and stored usage (they read the journal), and who is asked to pay.
+
+mod journal;
+mod row;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use forebay_proto::stream::Usage;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use crate::ids::RequestName;
+use crate::telemetry::ModelMetrics;
+use crate::telemetry::metrics::Api;
+
+pub use journal::Journal;
+pub use row::{Outcome, Row, TokensFrom};
+
+/// Rows that may be open or waiting for the disk at one time, and so the most requests inside the gateway. A row is
+/// some 300 bytes.
+pub const OPEN_ROWS_MAX: usize = 65_536;
+
+/// The ledger cannot take another row now: the disk does not keep up.
+#[derive(Debug, thiserror::Error)]
+#[error("the usage journal is full")]
+pub struct Full;
+
+/// Opens entries.
+#[derive(Debug, Clone)]
+pub struct Ledger {
+    rows: mpsc::Sender<Row>,
+    /// What requests for models that nobody configured count as.
+    other: Arc<ModelMetrics>,
+}
+
+impl Ledger {
+    /// Starts the journal in `directory` (made when absent). With `access_log`, each row also goes to standard
+    /// output as a line of JSON, dropped rather than waited for when nobody reads it.
+    ///
+    /// # Errors
+    /// When the directory cannot be made or written.
+    pub fn start(directory: &Path, access_log: bool, other: Arc<ModelMetrics>) -> std::io::Result<(Self, Journal)> {
+        let (rows, receiver) = mpsc::channel(OPEN_ROWS_MAX);
+        let journal = Journal::start(directory, access_log, receiver)?;
+        Ok((Self { rows, other }, journal))
+    }
+
+    /// Opens the row of a request that arrived just now.
+    ///
+    /// # Errors
+    /// [`Full`] when the journal has no room.
+    pub fn open(&self, name: RequestName, api: Api) -> Result<Entry, Full> {
+        let permit = self.rows.clone().try_reserve_owned().map_err(|_| Full)?;
+        Ok(Entry {
+            permit: Some(permit),
+            metrics: Arc::clone(&self.other),
+            arrived: Instant::now(),
+            first: None,
+            row: Box::new(Row::new(name, api, SystemTime::now())),
+        })
+    }
+}
+
+/// One request's row in the making. Dropping it writes the row.
+#[derive(Debug)]
+pub struct Entry {
+    permit: Option<mpsc::OwnedPermit<Row>>,
+    metrics: Arc<ModelMetrics>,
+    arrived: Instant,
+    first: Option<Instant>,
+    row: Box<Row>,
+}
+
+impl Entry {
+    #[must_use]
+    pub fn name(&self) -> &RequestName {
+        &self.row.request
+    }
+
+    #[must_use]
+    pub fn arrived(&self) -> Instant {
+        self.arrived
+    }
+
+    /// Names the configured model that will answer.
+    pub fn routed(&mut self, model: &Arc<str>, metrics: &Arc<ModelMetrics>) {
+        self.row.model = Some(Arc::clone(model));
+        self.metrics = Arc::clone(metrics);
+    }
+
+    /// Notes the prompt's length; `exact` when counted with the model's own tokenizer.
+    pub fn prompt(&mut self, tokens: u32, exact: bool) {
+        self.row.prompt_tokens = tokens;
+        self.row.prompt_tokens_from = if exact { TokensFrom::Tokenizer } else { TokensFrom::Estimate };
+    }
+
+    /// Notes the worker of the attempt that answers, after `queued` in lanes and `attempts` tries in all.
+    pub fn placed(&mut self, worker: &Arc<str>, queued: Duration, attempts: u32) {
+        self.row.worker = Some(Arc::clone(worker));
+        self.row.queue_ms = milliseconds(queued);
+        self.row.attempts = attempts;
+    }
+
+    pub fn streaming(&mut self, stream: bool) {
+        self.row.stream = stream;
+    }
+
+    /// The answer's first event or byte is here.
+    pub fn first_byte(&mut self) {
+        let now = Instant::now();
+        self.first = Some(now);
+        self.row.ttft_ms = Some(milliseconds(now.duration_since(self.arrived)));
+    }
+
+    /// Notes what the engine says it used; it wins over our own counts.
+    pub fn used(&mut self, usage: &Usage) {
+        let tokens = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+        self.row.prompt_tokens = tokens(usage.prompt_tokens);
+        self.row.prompt_tokens_from = TokensFrom::Engine;
+        self.row.output_tokens = tokens(usage.completion_tokens);
+        self.row.output_tokens_from = TokensFrom::Engine;
+        self.row.cached_tokens = usage.cached_tokens.map(tokens);
+    }
+
+    /// Notes one event with content, for answers whose usage never comes.
+    pub fn produced(&mut self) {
+        if self.row.output_tokens_from != TokensFrom::Engine {
+            self.row.output_tokens = self.row.output_tokens.saturating_add(1);
+            self.row.output_tokens_from = TokensFrom::Events;
+        }
+    }
+
+    #[must_use]
+    pub fn row(&self) -> &Row {
+        &self.row
+    }
+
+    /// Says how the request ended; the last word counts. An entry that is dropped without it was left by its client.
+    pub fn end(&mut self, outcome: Outcome, status: u16) {
+        self.row.outcome = outcome;
+        self.row.status = status;
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        let total = now.duration_since(self.arrived);
+        self.row.total_ms = milliseconds(total);
+        self.metrics.answered(self.row.api, self.row.status, total.as_secs_f64());
+        let row = &self.row;
+        self.metrics.prompt_tokens.increment(u64::from(if row.worker.is_some() { row.prompt_tokens } else { 0 }));
+        self.metrics.cached_tokens.increment(u64::from(row.cached_tokens.unwrap_or(0)));
+        self.metrics.output_tokens.increment(u64::from(row.output_tokens));
+        if let (Some(first), true) = (self.first, row.stream) {
+            self.metrics.ttft.record(first.duration_since(self.arrived).as_secs_f64());
+            if row.output_tokens > 1 {
+                let gaps = f64::from(row.output_tokens - 1);
+                self.metrics.tpot.record(now.duration_since(first).as_secs_f64() / gaps);
+            }
+        }
+        if let Some(permit) = self.permit.take() {
+            permit.send(Row::clone(&self.row));
+        }
+    }
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    // Microseconds are as fine as anyone reads; it keeps the rows short.
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}

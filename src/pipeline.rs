@@ -1,0 +1,80 @@
+//! One request's way through the rooms, in order: route, count, place; then its answer's way back ([`relay`]).
+//!
+//! Nothing is released by hand: the entry of the ledger and the place at the worker move into the answer's body and
+//! end when it is dropped, whether at its last byte or because the client left.
+
+pub mod relay;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use forebay_scheduler::Class;
+use http::HeaderMap;
+use tokio::time::Instant;
+
+use crate::dispatch::{self, Dispatch, Job, Opened};
+use crate::ledger::Entry;
+use crate::prepare::{self, Asked, Prepare};
+use crate::routing::{Route, Routing, UnknownModel};
+
+/// A request as its room of arrival understood it.
+#[derive(Debug)]
+pub struct Call {
+    pub asked: Asked,
+    /// The client's body, to the byte; the spans in `asked` lie in it.
+    pub body: Bytes,
+    /// Where an engine takes this kind of request.
+    pub path: &'static str,
+    pub class: Class,
+    /// Latest first token.
+    pub deadline: Option<Instant>,
+    /// Headers that go to the engine as they came.
+    pub headers: HeaderMap,
+}
+
+/// Why a request got no answer from a worker.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Route(#[from] UnknownModel),
+    #[error(transparent)]
+    Prepare(#[from] prepare::Error),
+    #[error(transparent)]
+    Dispatch(#[from] dispatch::Error),
+    #[error("the deadline passed before the prompt was counted")]
+    Deadline,
+}
+
+/// The rooms a request passes.
+#[derive(Clone)]
+pub struct Pipeline {
+    pub routing: Arc<Routing>,
+    pub prepare: Arc<Prepare>,
+    pub dispatch: Arc<Dispatch>,
+}
+
+impl Pipeline {
+    /// Brings a request to a worker and waits for the first event or byte of its answer.
+    ///
+    /// # Errors
+    /// Nothing has been said to the client yet, and nothing is held any more.
+    pub async fn open(&self, entry: &mut Entry, call: Call) -> Result<(Route, Opened), Error> {
+        let Call { asked, body, path, class, deadline, headers } = call;
+        let route = self.routing.route(&asked.model().name)?;
+        let model = &route.model;
+        entry.routed(&model.name, &model.metrics);
+        let asked = Arc::new(asked);
+        let counting = self.prepare.prompt(model, &asked, &body);
+        let prompt = match deadline {
+            Some(deadline) => tokio::time::timeout_at(deadline, counting).await.map_err(|_| Error::Deadline)??,
+            None => counting.await?,
+        };
+        entry.prompt(prompt.tokens, prompt.exact);
+        let job = Job { pool: model.pool, class, deadline, prompt, asked: &asked, body, path, headers };
+        let opened = self.dispatch.open(job).await?;
+        model.metrics.prefix_hit_tokens.increment(u64::from(opened.matched_tokens));
+        entry.placed(&opened.worker.name, opened.queued, opened.attempts);
+        entry.first_byte();
+        Ok((route, opened))
+    }
+}

@@ -1,0 +1,357 @@
+//! An answer on its way to the client: bytes with back-pressure, each event as soon as it is whole.
+//!
+//! A body owns the ledger's entry and the place at the worker; dropping it (the client left) drops the upstream
+//! connection with them, which is how the engine learns of it. Events leave as the bytes they came in. What is read
+//! of them: errors, finish reasons and usage.
+//!
+//! Rules of a stream: it is a success when every choice has a finish reason and no error event came; then a missing
+//! `[DONE]` is added. Whatever else ends it, the client gets one error event and nothing after it.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use forebay_backends::transport::Body;
+use forebay_proto::error::{ApiError, openai_event};
+use forebay_proto::peek::Span;
+use forebay_proto::splice::Edits;
+use forebay_proto::sse::{self, Event, Splitter};
+use forebay_proto::stream::{self, Chunk, Completeness};
+use forebay_proto::tap::Tap;
+use forebay_scheduler::{End, Failure};
+use http_body::{Frame, SizeHint};
+use tokio::time::Sleep;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+
+use crate::dispatch::{Place, Streamed, Whole};
+use crate::ledger::{Entry, Outcome};
+
+/// How long an engine may keep a stream open after every choice has finished (for usage and `[DONE]`).
+const AFTER_FINISH_MAX: Duration = Duration::from_secs(2);
+/// Events in a row that are not JSON before the stream counts as garbage.
+const MALFORMED_IN_A_ROW_MAX: u32 = 8;
+const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
+
+/// A streamed answer.
+pub struct StreamRelay {
+    entry: Entry,
+    place: Place,
+    state: State,
+    upstream: Option<Body>,
+    splitter: Splitter,
+    first: VecDeque<Event>,
+    /// The client did not ask for the usage we asked for.
+    hide_usage: bool,
+    completeness: Completeness,
+    malformed: u32,
+    after_finish: Option<Pin<Box<Sleep>>>,
+    closing: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Events pass.
+    Flowing,
+    /// The client has everything; the engine's end of the body is still awaited, so that its connection can be used
+    /// again.
+    Ending,
+    Over,
+}
+
+impl StreamRelay {
+    /// `choices` as many choices must finish; `closing` cuts the stream when the gateway's drain time is over.
+    #[must_use]
+    pub fn new(
+        mut entry: Entry,
+        place: Place,
+        streamed: Streamed,
+        choices: u32,
+        hide_usage: bool,
+        closing: CancellationToken,
+    ) -> Self {
+        entry.streaming(true);
+        let Streamed { first, splitter, body } = streamed;
+        Self {
+            entry,
+            place,
+            state: State::Flowing,
+            upstream: Some(body),
+            splitter,
+            first,
+            hide_usage,
+            completeness: Completeness::new(choices),
+            malformed: 0,
+            after_finish: None,
+            closing: Box::pin(closing.cancelled_owned()),
+        }
+    }
+
+    /// What the client gets of one event.
+    fn pass(&mut self, event: &Event) -> Option<Bytes> {
+        let Some(data) = &event.data else { return Some(event.raw.clone()) };
+        match stream::read(data) {
+            Chunk::Done if self.completeness.complete() => {
+                self.succeed(State::Ending);
+                Some(event.raw.clone())
+            }
+            Chunk::Done => {
+                Some(self.cut("the worker ended the stream before the answer was finished", Failure::Malformed))
+            }
+            Chunk::Error { error, .. } => Some(self.fail(&error, Failure::Status5xx)),
+            Chunk::Malformed => {
+                self.malformed += 1;
+                tracing::warn!(request = self.entry.name().as_str(), "skipped a stream event that is not JSON");
+                (self.malformed >= MALFORMED_IN_A_ROW_MAX)
+                    .then(|| self.cut("the worker sent garbage", Failure::Malformed))
+            }
+            Chunk::Delta(delta) => {
+                self.malformed = 0;
+                self.completeness.observe(&delta);
+                if delta.has_content {
+                    self.entry.produced();
+                }
+                if let Some(usage) = &delta.usage {
+                    self.entry.used(usage);
+                }
+                match delta.usage_member {
+                    Some(_) if self.hide_usage && delta.usage_only => None,
+                    Some(member) if self.hide_usage => Some(without(data, member)),
+                    _ => Some(event.raw.clone()),
+                }
+            }
+        }
+    }
+
+    /// The next whole event that has come, if any.
+    fn event(&mut self) -> Result<Option<Event>, Bytes> {
+        if let Some(event) = self.first.pop_front() {
+            return Ok(Some(event));
+        }
+        self.splitter.next().map_err(|_| self.cut("the worker sent an event without end", Failure::Malformed))
+    }
+
+    /// The upstream has ended; says what the client still has to get.
+    fn finish(&mut self) -> Bytes {
+        let splitter = std::mem::replace(&mut self.splitter, Splitter::new(0));
+        let last = match splitter.finish() {
+            Some(sse::End::Whole(event)) => Some(event),
+            // Some servers leave out the last line end; half an event is none.
+            Some(sse::End::Cut(event))
+                if event.data.as_deref().is_some_and(|d| stream::read(d) != Chunk::Malformed) =>
+            {
+                Some(Event { raw: [&event.raw, &b"\n\n"[..]].concat().into(), ..event })
+            }
+            _ => None,
+        };
+        let mut bytes = last.and_then(|event| self.pass(&event)).unwrap_or_default();
+        if self.state == State::Flowing {
+            let end = if self.completeness.complete() {
+                self.succeed(State::Over);
+                DONE
+            } else {
+                self.cut("the worker broke off before the answer was finished", Failure::Reset)
+            };
+            bytes = if bytes.is_empty() { end } else { [bytes, end].concat().into() };
+        }
+        self.over();
+        bytes
+    }
+
+    fn succeed(&mut self, next: State) {
+        self.entry.end(Outcome::Completed, 200);
+        self.place.ended(finished(&self.entry));
+        self.state = next;
+    }
+
+    fn cut(&mut self, message: &str, failure: Failure) -> Bytes {
+        let error = ApiError {
+            message: message.to_owned(),
+            kind: "server_error".to_owned(),
+            param: None,
+            code: Some("upstream_error".to_owned()),
+        };
+        self.fail(&error, failure)
+    }
+
+    fn fail(&mut self, error: &ApiError, failure: Failure) -> Bytes {
+        self.entry.end(Outcome::Cut, 200);
+        self.place.ended(End::Failed(failure));
+        self.over();
+        openai_event(error)
+    }
+
+    /// Nothing more goes to the client. An engine that is not at its end loses the connection.
+    fn over(&mut self) {
+        self.state = State::Over;
+        self.upstream = None;
+        self.first.clear();
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        loop {
+            if self.state == State::Flowing {
+                match self.event() {
+                    Ok(Some(event)) => match self.pass(&event) {
+                        Some(bytes) => return Poll::Ready(Some(bytes)),
+                        None => continue,
+                    },
+                    Ok(None) => {}
+                    Err(last) => return Poll::Ready(Some(last)),
+                }
+            }
+            let Some(upstream) = &mut self.upstream else { return Poll::Ready(None) };
+            match (upstream.poll_data(context), self.state) {
+                (Poll::Pending, _) => return self.poll_limits(context),
+                (Poll::Ready(Some(Ok(bytes))), State::Flowing) => self.splitter.push(bytes),
+                (Poll::Ready(Some(Ok(_))), _) => {}
+                (Poll::Ready(None), State::Flowing) => return Poll::Ready(Some(self.finish())),
+                (Poll::Ready(Some(Err(error))), State::Flowing) => return Poll::Ready(Some(self.broken(&error))),
+                (Poll::Ready(_), _) => self.over(),
+            }
+        }
+    }
+
+    /// Nothing is there to send: the clocks that end a stream all the same.
+    fn poll_limits(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        if self.state == State::Flowing && self.closing.as_mut().poll(context).is_ready() {
+            return Poll::Ready(Some(self.cut("the gateway is shutting down", Failure::Reset)));
+        }
+        if self.completeness.complete() {
+            let sleep = self.after_finish.get_or_insert_with(|| Box::pin(tokio::time::sleep(AFTER_FINISH_MAX)));
+            if sleep.as_mut().poll(context).is_ready() {
+                if self.state == State::Flowing {
+                    return Poll::Ready(Some(self.finish()));
+                }
+                self.over();
+                return Poll::Ready(None);
+            }
+        }
+        Poll::Pending
+    }
+
+    fn broken(&mut self, error: &forebay_backends::Error) -> Bytes {
+        if self.completeness.complete() {
+            return self.finish();
+        }
+        let message = match error {
+            forebay_backends::Error::Timeout { .. } => "the worker went silent before the answer was finished",
+            _ => "the connection to the worker broke before the answer was finished",
+        };
+        self.cut(message, error.failure())
+    }
+}
+
+impl http_body::Body for StreamRelay {
+    type Data = Bytes;
+    type Error = forebay_backends::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        self.get_mut().poll(context).map(|bytes| bytes.map(|bytes| Ok(Frame::data(bytes))))
+    }
+}
+
+/// The event again without the member that only our asking for usage put there.
+fn without(data: &Bytes, member: Span) -> Bytes {
+    let mut edits = Edits::new();
+    edits.replace(member, Bytes::new());
+    let data = edits.apply(data);
+    let mut event = BytesMut::with_capacity(data.len() + 8);
+    event.extend_from_slice(b"data: ");
+    event.extend_from_slice(&data);
+    event.extend_from_slice(b"\n\n");
+    event.freeze()
+}
+
+/// The end of an answer that is complete, with the tokens that its row says.
+fn finished(entry: &Entry) -> End {
+    let row = entry.row();
+    End::Finished {
+        prompt_tokens: row.prompt_tokens,
+        cached_tokens: row.cached_tokens,
+        output_tokens: row.output_tokens,
+    }
+}
+
+/// An answer that is one JSON document.
+pub struct WholeRelay {
+    entry: Entry,
+    place: Place,
+    status: u16,
+    head: VecDeque<Bytes>,
+    upstream: Option<Body>,
+    tap: Tap,
+    /// Bytes still to go, where known.
+    left: Option<u64>,
+}
+
+impl WholeRelay {
+    #[must_use]
+    pub fn new(entry: Entry, place: Place, whole: Whole) -> Self {
+        let Whole { status, head, rest, length, .. } = whole;
+        let mut relay =
+            Self { entry, place, status: status.as_u16(), head, upstream: rest, tap: Tap::new(), left: length };
+        if relay.is_all() {
+            relay.complete();
+        }
+        relay
+    }
+
+    /// Whether the client has all of it. A server that knows the length does not ask for more.
+    fn is_all(&self) -> bool {
+        self.left == Some(0) || (self.head.is_empty() && self.upstream.is_none())
+    }
+
+    fn passed(&mut self, bytes: Bytes) -> Frame<Bytes> {
+        self.tap.feed(&bytes);
+        self.left = self.left.map(|left| left.saturating_sub(bytes.len() as u64));
+        if self.is_all() {
+            self.complete();
+        }
+        Frame::data(bytes)
+    }
+
+    fn complete(&mut self) {
+        if let Some(usage) = std::mem::take(&mut self.tap).finish() {
+            self.entry.used(&usage);
+        }
+        self.entry.end(Outcome::Completed, self.status);
+        self.place.ended(finished(&self.entry));
+    }
+}
+
+impl http_body::Body for WholeRelay {
+    type Data = Bytes;
+    type Error = forebay_backends::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        let this = self.get_mut();
+        if let Some(bytes) = this.head.pop_front() {
+            return Poll::Ready(Some(Ok(this.passed(bytes))));
+        }
+        let Some(upstream) = &mut this.upstream else { return Poll::Ready(None) };
+        match upstream.poll_data(context) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Some(Ok(bytes))) => Poll::Ready(Some(Ok(this.passed(bytes)))),
+            Poll::Ready(Some(Err(error))) => {
+                // The status line is out: only a cut connection tells the client that this is not the whole answer.
+                this.entry.end(Outcome::Cut, this.status);
+                this.place.ended(End::Failed(error.failure()));
+                this.upstream = None;
+                Poll::Ready(Some(Err(error)))
+            }
+            Poll::Ready(None) => {
+                this.upstream = None;
+                if this.left.is_none() {
+                    this.complete();
+                }
+                Poll::Ready(None)
+            }
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.left.map_or_else(SizeHint::default, SizeHint::with_exact)
+    }
+}

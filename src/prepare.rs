@@ -1,0 +1,227 @@
+//! How much work is a request: its exact token count and the hashes of its prefix blocks.
+//!
+//! Counting runs on a bounded pool of threads of its own ([`cpu`]), since it takes about a microsecond a token.
+//! A [`Prompt`] proves that the prompt was counted and fits the model's context; a count that is only an estimate is
+//! marked so and never a reason to refuse.
+//!
+//! Not here: limits of tenants, and the queue.
+
+mod count;
+mod cpu;
+mod hashes;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use forebay_backends::tokenize;
+use forebay_backends::transport::Channel;
+use forebay_proto::peek::{self, Input, Source, Span};
+use forebay_proto::splice::Edits;
+use forebay_tokens::Special;
+
+use crate::routing::{Counting, Model};
+use count::Counted;
+pub use count::Tokenized;
+use cpu::CpuPool;
+
+/// Prompts whose text is no longer than this are counted where they are: some 40 tokens, less than 50 µs.
+const INLINE_BYTES_MAX: usize = 128;
+/// Token-id prompts up to this length are hashed where they are (about 1 ns an id).
+const INLINE_IDS_MAX: usize = 16_384;
+/// Typical bytes a token, for counts that are only estimates.
+const BYTES_PER_TOKEN: usize = 4;
+/// How long an engine may take to count for us before an estimate must do.
+const ENGINE_COUNT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The checked fields of a request's body.
+#[derive(Debug)]
+pub enum Asked {
+    Chat(peek::Chat),
+    Completion(peek::Completion),
+    Embedding(peek::Embedding),
+}
+
+impl Asked {
+    #[must_use]
+    pub fn model(&self) -> &peek::Model {
+        match self {
+            Self::Chat(chat) => &chat.model,
+            Self::Completion(completion) => &completion.model,
+            Self::Embedding(embedding) => &embedding.model,
+        }
+    }
+
+    #[must_use]
+    pub fn streaming(&self) -> Option<&peek::Streaming> {
+        match self {
+            Self::Chat(chat) => Some(&chat.streaming),
+            Self::Completion(completion) => Some(&completion.streaming),
+            Self::Embedding(_) => None,
+        }
+    }
+
+    /// The most tokens the client wants of each choice, where it said so.
+    #[must_use]
+    pub fn max_output(&self) -> Option<u32> {
+        match self {
+            Self::Chat(chat) => chat.max_tokens,
+            Self::Completion(completion) => completion.max_tokens,
+            Self::Embedding(_) => Some(0),
+        }
+    }
+
+    /// How many choices the answer will have: `n` for each prompt.
+    #[must_use]
+    pub fn choices(&self) -> u32 {
+        match self {
+            Self::Chat(chat) => chat.n,
+            Self::Completion(completion) => {
+                completion.n.saturating_mul(u32::try_from(completion.prompt.count()).unwrap_or(u32::MAX))
+            }
+            Self::Embedding(_) => 0,
+        }
+    }
+
+    fn text_bytes(&self) -> usize {
+        let input = |input: &Input| match input {
+            Input::Text(text) => text.len(),
+            Input::Texts(texts) => texts.iter().map(String::len).sum(),
+            Input::Ids(ids) => ids.len() * BYTES_PER_TOKEN,
+            Input::IdLists(lists) => lists.iter().map(|ids| ids.len() * BYTES_PER_TOKEN).sum(),
+        };
+        match self {
+            Self::Chat(chat) => chat.messages.len() + chat.tools.as_ref().map_or(0, Span::len),
+            Self::Completion(completion) => input(&completion.prompt),
+            Self::Embedding(embedding) => match &embedding.input {
+                Source::Plain(plain) => input(plain),
+                Source::Messages(messages) => messages.len(),
+            },
+        }
+    }
+
+    fn is_small(&self) -> bool {
+        let small = |input: &Input| match input {
+            Input::Ids(ids) => ids.len() <= INLINE_IDS_MAX,
+            Input::IdLists(lists) => lists.iter().map(Vec::len).sum::<usize>() <= INLINE_IDS_MAX,
+            Input::Text(_) | Input::Texts(_) => self.text_bytes() <= INLINE_BYTES_MAX,
+        };
+        match self {
+            // A template takes some 20 µs by itself.
+            Self::Chat(_) => false,
+            Self::Completion(completion) => small(&completion.prompt),
+            Self::Embedding(embedding) => matches!(&embedding.input, Source::Plain(input) if small(input)),
+        }
+    }
+}
+
+/// A counted prompt that fits its model.
+#[derive(Debug, Clone)]
+pub struct Prompt {
+    /// All prompts of the request together.
+    pub tokens: u32,
+    /// False for an estimate.
+    pub exact: bool,
+    /// Rolling hash of each full KV block of the (first) prompt.
+    pub blocks: Arc<[u64]>,
+}
+
+/// Why a prompt cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the prompt has {tokens} tokens and {output} more are asked for, the context is {limit}")]
+    TooLong { tokens: u32, output: u32, limit: u32 },
+    /// The model's chat template refuses the messages, in its own words.
+    #[error("{0}")]
+    Template(String),
+    #[error("no tokenizer is known for this model")]
+    NoTokenizer,
+    /// Every counting thread has a full queue of work.
+    #[error("too many prompts wait to be counted")]
+    Busy,
+}
+
+impl From<forebay_tokens::Error> for Error {
+    fn from(error: forebay_tokens::Error) -> Self {
+        Self::Template(error.to_string())
+    }
+}
+
+/// Counts prompts.
+#[derive(Debug)]
+pub struct Prepare {
+    pool: CpuPool,
+}
+
+impl Prepare {
+    /// Starts one counting thread a core.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn start() -> std::io::Result<Self> {
+        Ok(Self { pool: CpuPool::start()? })
+    }
+
+    /// Counts `asked` (whose spans lie in `body`) for `model`.
+    ///
+    /// # Errors
+    /// See [`Error`]; nothing is held afterwards.
+    pub async fn prompt(&self, model: &Arc<Model>, asked: &Arc<Asked>, body: &Bytes) -> Result<Prompt, Error> {
+        let counted = match &model.counting {
+            Counting::Tokenizer(tokenizer) if asked.is_small() => count::exactly(tokenizer, model, asked, body)?,
+            Counting::Tokenizer(tokenizer) => {
+                let (tokenizer, model, asked) = (Arc::clone(tokenizer), Arc::clone(model), Arc::clone(asked));
+                let body = body.clone();
+                self.pool.run(move || count::exactly(&tokenizer, &model, &asked, &body)).await.ok_or(Error::Busy)??
+            }
+            Counting::Engine { channel, model: name } => match by_engine(channel, name, asked, body).await {
+                Some(ids) => Counted::of(&[ids], model, asked, true),
+                None => count::estimate(model, asked),
+            },
+            Counting::Estimate => count::estimate(model, asked),
+        };
+        let output = asked.max_output();
+        if let (true, Some(limit)) = (counted.exact, model.max_model_len) {
+            // An engine needs room for one token of output at least, also when the client names no maximum.
+            let needed = output.unwrap_or(1);
+            if counted.longest.saturating_add(needed) > limit {
+                return Err(Error::TooLong { tokens: counted.longest, output: output.unwrap_or(0), limit });
+            }
+        }
+        Ok(Prompt { tokens: counted.tokens, exact: counted.exact, blocks: counted.blocks })
+    }
+
+    /// Token ids of what `/tokenize` was asked.
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`] when this gateway has none for the model; else as [`Prepare::prompt`].
+    pub async fn tokenize(&self, model: &Model, asked: peek::Tokenize, body: Bytes) -> Result<Tokenized, Error> {
+        let Counting::Tokenizer(tokenizer) = &model.counting else { return Err(Error::NoTokenizer) };
+        let tokenizer = Arc::clone(tokenizer);
+        self.pool.run(move || count::tokenized(&tokenizer, &asked, &body)).await.ok_or(Error::Busy)?
+    }
+
+    /// Text of token ids, special tokens kept.
+    ///
+    /// # Errors
+    /// As [`Prepare::tokenize`].
+    pub async fn detokenize(&self, model: &Model, ids: Vec<u32>) -> Result<String, Error> {
+        let Counting::Tokenizer(tokenizer) = &model.counting else { return Err(Error::NoTokenizer) };
+        let tokenizer = Arc::clone(tokenizer);
+        Ok(self.pool.run(move || tokenizer.decode(&ids, Special::Add)).await.ok_or(Error::Busy)??)
+    }
+}
+
+/// Token ids by the engine's own word. A chat or completion body is a `/tokenize` body too: the fields that shape the
+/// prompt have the same names there, and the others are ignored. One prompt a call, so lists are left to the estimate.
+async fn by_engine(channel: &Channel, model: &str, asked: &Asked, body: &Bytes) -> Option<Vec<u32>> {
+    match asked {
+        Asked::Chat(_) => {}
+        Asked::Completion(completion) if matches!(completion.prompt, Input::Text(_)) => {}
+        _ => return None,
+    }
+    let mut edits = Edits::new();
+    edits.model(asked.model(), model);
+    let counting = tokenize::tokenize(channel, edits.apply(body));
+    tokio::time::timeout(ENGINE_COUNT_TIMEOUT, counting).await.ok()?.ok()
+}

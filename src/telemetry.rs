@@ -1,0 +1,10 @@
+//! What operators see: metrics and logs.
+//!
+//! The one table of metric names is [`metrics`]; no other room touches the `metrics` macros. Handles are made
+//! when configuration is applied, so that a request only increments what is already registered, and every label
+//! comes from a closed set: nothing a client sends mints a series.
+
+pub mod logs;
+pub mod metrics;
+
+pub use metrics::{ModelMetrics, Registry, WorkerMetrics};

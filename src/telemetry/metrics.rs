@@ -1,0 +1,240 @@
+//! The metric names, their labels and buckets, and the handles that rooms hold.
+
+use metrics::{Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram};
+use metrics::{gauge, histogram};
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+
+const REQUESTS: &str = "forebay_requests_total";
+const REQUEST_SECONDS: &str = "forebay_request_seconds";
+const TTFT_SECONDS: &str = "forebay_ttft_seconds";
+const TPOT_SECONDS: &str = "forebay_tpot_seconds";
+const QUEUE_WAIT_SECONDS: &str = "forebay_queue_wait_seconds";
+const QUEUE_DEPTH: &str = "forebay_queue_depth";
+const TOKENS: &str = "forebay_tokens_total";
+const PREFIX_HIT_TOKENS: &str = "forebay_prefix_hit_tokens_total";
+const DECISION_SECONDS: &str = "forebay_decision_seconds";
+const WORKER_RUNNING: &str = "forebay_worker_running";
+const WORKER_WAITING: &str = "forebay_worker_waiting";
+const WORKER_KV_USAGE: &str = "forebay_worker_kv_usage_ratio";
+const WORKER_PROMISED: &str = "forebay_worker_promised_tokens";
+const WORKER_UP: &str = "forebay_worker_up";
+const BREAKER_OPEN: &str = "forebay_breaker_open";
+const RETRIES: &str = "forebay_retries_total";
+
+/// Status codes that answers can have; 499 is "the client left" (nginx's number). Others count as `other`.
+const CODES: [u16; 15] = [200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 499, 500, 502, 503, 504];
+/// Reasons for a retry, as `forebay_retries_total{reason}` names them.
+pub const RETRY_REASONS: [&str; 6] = ["connect", "reset", "timeout", "status", "overloaded", "malformed"];
+/// Request classes in the order of the scheduler's enum.
+pub const CLASSES: [&str; 3] = ["interactive", "default", "batch"];
+
+/// Where a request came in, as metrics and the ledger name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Api {
+    Chat,
+    Completions,
+    Embeddings,
+    Tokenize,
+    Detokenize,
+}
+
+impl Api {
+    pub const ALL: [Self; 5] = [Self::Chat, Self::Completions, Self::Embeddings, Self::Tokenize, Self::Detokenize];
+
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Chat => "chat",
+            Self::Completions => "completions",
+            Self::Embeddings => "embeddings",
+            Self::Tokenize => "tokenize",
+            Self::Detokenize => "detokenize",
+        }
+    }
+}
+
+/// The process's metrics registry.
+#[derive(Clone)]
+pub struct Registry {
+    handle: PrometheusHandle,
+    pub decision_seconds: Histogram,
+    queue_wait: [Histogram; CLASSES.len()],
+    retries: [Counter; RETRY_REASONS.len()],
+}
+
+impl Registry {
+    /// Installs the process-wide recorder.
+    ///
+    /// # Errors
+    /// When a recorder is already installed in this process.
+    pub fn install() -> Result<Self, BuildError> {
+        let seconds = |name: &str, buckets: &[f64], builder: PrometheusBuilder| {
+            builder.set_buckets_for_metric(Matcher::Full(name.to_owned()), buckets)
+        };
+        // OpenTelemetry's bucket advice for gen_ai.server.* durations, extended downwards where we are faster.
+        let long =
+            [0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 300.0];
+        let ttft = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0];
+        let tpot = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5];
+        let wait = [0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+        let decision = [1e-6, 2e-6, 3e-6, 5e-6, 1e-5, 1.5e-5, 3e-5, 6e-5, 1e-4, 1e-3, 1e-2];
+        let mut builder = PrometheusBuilder::new();
+        builder = seconds(REQUEST_SECONDS, &long, builder)?;
+        builder = seconds(TTFT_SECONDS, &ttft, builder)?;
+        builder = seconds(TPOT_SECONDS, &tpot, builder)?;
+        builder = seconds(QUEUE_WAIT_SECONDS, &wait, builder)?;
+        builder = seconds(DECISION_SECONDS, &decision, builder)?;
+        let handle = builder.install_recorder()?;
+        describe();
+        Ok(Self {
+            handle,
+            decision_seconds: histogram!(DECISION_SECONDS),
+            queue_wait: CLASSES.map(|class| histogram!(QUEUE_WAIT_SECONDS, "class" => class)),
+            retries: RETRY_REASONS.map(|reason| counter!(RETRIES, "reason" => reason)),
+        })
+    }
+
+    /// The text that `/metrics` answers with (Prometheus exposition format 0.0.4).
+    #[must_use]
+    pub fn render(&self) -> String {
+        self.handle.render()
+    }
+
+    /// Folds recorded samples into the histograms; call every few seconds, else they grow until the next scrape.
+    pub fn upkeep(&self) {
+        self.handle.run_upkeep();
+    }
+
+    pub fn queue_waited(&self, class: usize, seconds: f64) {
+        if let Some(histogram) = self.queue_wait.get(class) {
+            histogram.record(seconds);
+        }
+    }
+
+    /// Counts one retry; `reason` is an index into [`RETRY_REASONS`].
+    pub fn retried(&self, reason: usize) {
+        if let Some(counter) = self.retries.get(reason) {
+            counter.increment(1);
+        }
+    }
+}
+
+impl std::fmt::Debug for Registry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Registry").finish_non_exhaustive()
+    }
+}
+
+fn describe() {
+    describe_counter!(REQUESTS, "requests by model, api and status code");
+    describe_histogram!(REQUEST_SECONDS, Unit::Seconds, "arrival of a request to the last byte of its answer");
+    describe_histogram!(TTFT_SECONDS, Unit::Seconds, "arrival to the first event of a streamed answer");
+    describe_histogram!(TPOT_SECONDS, Unit::Seconds, "mean gap between output tokens after the first");
+    describe_histogram!(QUEUE_WAIT_SECONDS, Unit::Seconds, "arrival at the scheduler to being sent, by class");
+    describe_gauge!(QUEUE_DEPTH, "requests waiting in lanes, by model and class");
+    describe_counter!(TOKENS, "tokens by model and kind (prompt, cached, output)");
+    describe_counter!(PREFIX_HIT_TOKENS, "prompt tokens that the chosen worker was expected to hold in its KV cache");
+    describe_histogram!(DECISION_SECONDS, Unit::Seconds, "time the scheduler took for one event");
+    describe_gauge!(WORKER_RUNNING, "sequences running, as the engine reported last");
+    describe_gauge!(WORKER_WAITING, "sequences waiting in the engine, as it reported last");
+    describe_gauge!(WORKER_KV_USAGE, "share of the KV cache held by live requests, as the engine reported last");
+    describe_gauge!(WORKER_PROMISED, "uncached prompt tokens promised to the worker and not yet prefilled");
+    describe_gauge!(WORKER_UP, "1 when the worker takes requests");
+    describe_gauge!(BREAKER_OPEN, "1 while the worker's circuit breaker is open");
+    describe_counter!(RETRIES, "attempts that failed before the first byte and were placed again, by reason");
+}
+
+/// One model's handles, registered when the model is configured.
+#[derive(Clone)]
+pub struct ModelMetrics {
+    requests: Vec<([Counter; CODES.len()], Counter, Histogram)>,
+    pub ttft: Histogram,
+    pub tpot: Histogram,
+    pub prompt_tokens: Counter,
+    pub cached_tokens: Counter,
+    pub output_tokens: Counter,
+    pub prefix_hit_tokens: Counter,
+    queue_depth: [Gauge; CLASSES.len()],
+}
+
+impl std::fmt::Debug for ModelMetrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ModelMetrics").finish_non_exhaustive()
+    }
+}
+
+impl ModelMetrics {
+    /// `model` must be a configured name; requests for names that nobody configured share `other`.
+    #[must_use]
+    pub fn register(model: &str) -> Self {
+        let model = || model.to_owned();
+        let tokens = |kind: &'static str| counter!(TOKENS, "model" => model(), "kind" => kind);
+        let requests = Api::ALL
+            .iter()
+            .map(|api| {
+                let code = |code: String| counter!(REQUESTS, "model" => model(), "api" => api.name(), "code" => code);
+                (
+                    CODES.map(|number| code(number.to_string())),
+                    code("other".to_owned()),
+                    histogram!(REQUEST_SECONDS, "model" => model(), "api" => api.name()),
+                )
+            })
+            .collect();
+        Self {
+            requests,
+            ttft: histogram!(TTFT_SECONDS, "model" => model()),
+            tpot: histogram!(TPOT_SECONDS, "model" => model()),
+            prompt_tokens: tokens("prompt"),
+            cached_tokens: tokens("cached"),
+            output_tokens: tokens("output"),
+            prefix_hit_tokens: counter!(PREFIX_HIT_TOKENS, "model" => model()),
+            queue_depth: CLASSES.map(|class| gauge!(QUEUE_DEPTH, "model" => model(), "class" => class)),
+        }
+    }
+
+    /// Counts one answered request and its duration.
+    pub fn answered(&self, api: Api, code: u16, seconds: f64) {
+        let Some((codes, other, duration)) = self.requests.get(api as usize) else { return };
+        let known = CODES.iter().position(|known| *known == code).and_then(|at| codes.get(at));
+        known.unwrap_or(other).increment(1);
+        duration.record(seconds);
+    }
+
+    pub fn queue_depth(&self, class: usize, requests: usize) {
+        if let Some(gauge) = self.queue_depth.get(class) {
+            #[expect(clippy::cast_precision_loss, reason = "queues are bounded far below 2^52")]
+            gauge.set(requests as f64);
+        }
+    }
+}
+
+/// One worker's gauges.
+pub struct WorkerMetrics {
+    pub running: Gauge,
+    pub waiting: Gauge,
+    pub kv_usage: Gauge,
+    pub promised_tokens: Gauge,
+    pub up: Gauge,
+    pub breaker_open: Gauge,
+}
+
+impl std::fmt::Debug for WorkerMetrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WorkerMetrics").finish_non_exhaustive()
+    }
+}
+
+impl WorkerMetrics {
+    #[must_use]
+    pub fn register(worker: &str) -> Self {
+        let one = |name: &'static str| gauge!(name, "worker" => worker.to_owned());
+        Self {
+            running: one(WORKER_RUNNING),
+            waiting: one(WORKER_WAITING),
+            kv_usage: one(WORKER_KV_USAGE),
+            promised_tokens: one(WORKER_PROMISED),
+            up: one(WORKER_UP),
+            breaker_open: one(BREAKER_OPEN),
+        }
+    }
+}

@@ -1,0 +1,4 @@
+//! Wire tests: a real gateway process, real simulated-engine processes, raw sockets on both sides.
+
+mod architecture;
+mod support;

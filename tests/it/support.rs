@@ -1,0 +1,26 @@
+//! What the wire tests stand on: processes that end with their test, a worker that records bytes, a client that sends
+//! them. Plain threads and blocking sockets: a second implementation beside the gateway's own.
+
+pub(crate) mod client;
+pub(crate) mod process;
+pub(crate) mod recorder;
+
+use std::time::{Duration, Instant};
+
+/// Longest wait for anything in a test. Machines are shared: generous, and never waited for when all is well.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Asks `condition` again and again until it says `Some`.
+///
+/// # Panics
+/// After [`PATIENCE`], with `what` was waited for.
+pub(crate) fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = condition() {
+            return found;
+        }
+        assert!(began.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -1,0 +1,242 @@
+//! Processes under test: started on free ports, killed when the test ends.
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+
+use super::client::{self, Answer};
+use super::{PATIENCE, eventually};
+
+/// A running `forebay`.
+pub(crate) struct Process {
+    child: Child,
+    lines: Receiver<String>,
+    /// Everything it wrote to standard output until now.
+    pub(crate) stdout: Arc<Mutex<String>>,
+    /// Everything it wrote to standard error until now.
+    pub(crate) stderr: Arc<Mutex<String>>,
+}
+
+impl Process {
+    pub(crate) fn start(arguments: &[&str], directory: &Path, environment: &[(&str, &str)]) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_forebay"));
+        command.args(arguments).current_dir(directory).env_clear();
+        for name in ["PATH", "HOME"] {
+            command.envs(std::env::var_os(name).map(|value| (name, value)));
+        }
+        command.envs(environment.iter().copied());
+        let mut child =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("forebay starts");
+        let (sender, lines) = channel();
+        let stdout = Arc::new(Mutex::new(String::new()));
+        let stderr = Arc::new(Mutex::new(String::new()));
+        let out = child.stdout.take().expect("piped");
+        let all = Arc::clone(&stdout);
+        std::thread::spawn(move || {
+            for line in BufReader::new(out).lines().map_while(Result::ok) {
+                let mut text = all.lock().unwrap();
+                text.push_str(&line);
+                text.push('\n');
+                let _ = sender.send(line);
+            }
+        });
+        let err = child.stderr.take().expect("piped");
+        let all = Arc::clone(&stderr);
+        std::thread::spawn(move || {
+            for line in BufReader::new(err).lines().map_while(Result::ok) {
+                let mut text = all.lock().unwrap();
+                text.push_str(&line);
+                text.push('\n');
+            }
+        });
+        Self { child, lines, stdout, stderr }
+    }
+
+    /// The next line of standard output that `pick` takes.
+    pub(crate) fn line<T>(&mut self, pick: impl Fn(&str) -> Option<T>) -> T {
+        loop {
+            match self.lines.recv_timeout(PATIENCE) {
+                Ok(line) => {
+                    if let Some(found) = pick(&line) {
+                        return found;
+                    }
+                }
+                Err(_) => panic!("the line never came; stdout: {}\nstderr: {}", self.out(), self.err()),
+            }
+        }
+    }
+
+    pub(crate) fn out(&self) -> String {
+        self.stdout.lock().unwrap().clone()
+    }
+
+    pub(crate) fn err(&self) -> String {
+        self.stderr.lock().unwrap().clone()
+    }
+
+    /// Sends a signal by name (`TERM`, `HUP`, `KILL`).
+    pub(crate) fn signal(&self, name: &str) {
+        let status = Command::new("kill").arg(format!("-{name}")).arg(self.child.id().to_string()).status();
+        assert!(status.expect("kill runs").success());
+    }
+
+    pub(crate) fn exited(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("waiting works")
+    }
+
+    /// Waits for the end.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        eventually("the process to end", || self.exited())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs `forebay` to its end: exit code, standard output, standard error.
+pub(crate) fn run(arguments: &[&str], directory: &Path, environment: &[(&str, &str)]) -> (i32, String, String) {
+    let mut process = Process::start(arguments, directory, environment);
+    let status = process.wait();
+    // The readers see the end of the pipes right after.
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    (status.code().unwrap_or(-1), process.out(), process.err())
+}
+
+/// A simulated engine in a process of its own.
+pub(crate) struct Worker {
+    pub(crate) process: Process,
+    pub(crate) address: SocketAddr,
+    _directory: tempfile::TempDir,
+}
+
+impl Worker {
+    /// Started with these flags on top of a free port and a speed at which tests do not wait.
+    pub(crate) fn start(flags: &[&str]) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut arguments = vec!["simulated-worker", "--port", "0"];
+        if !flags.contains(&"--speed") {
+            arguments.extend(["--speed", "50"]);
+        }
+        arguments.extend(flags);
+        let mut process = Process::start(&arguments, directory.path(), &[]);
+        let address = process.line(|line| line.split("http://").nth(1)?.trim().parse().ok());
+        Self { process, address, _directory: directory }
+    }
+
+    /// Sets what goes wrong from now on: a JSON array of faults.
+    pub(crate) fn faults(&self, json: &str) {
+        let answer = client::post(self.address, "/simulated/faults", json);
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+
+    /// The value of one series of `/metrics`, by the start of its line.
+    pub(crate) fn metric(&self, start: &str) -> f64 {
+        metric(&client::get(self.address, "/metrics").text(), start)
+    }
+}
+
+/// A gateway in a process of its own.
+pub(crate) struct Gateway {
+    pub(crate) process: Process,
+    pub(crate) client: SocketAddr,
+    pub(crate) ops: SocketAddr,
+    pub(crate) directory: tempfile::TempDir,
+}
+
+impl Gateway {
+    /// Serves these models: TOML after the `[server]` table, which is made here. Returns when it is ready.
+    pub(crate) fn start(models: &str) -> Self {
+        let gateway = Self::start_unready("", models, &[]);
+        gateway.until_ready();
+        gateway
+    }
+
+    /// As [`Gateway::start`], with more keys for `[server]` and variables, and no wait for a worker to be up.
+    pub(crate) fn start_unready(server: &str, models: &str, environment: &[(&str, &str)]) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let file = directory.path().join("forebay.toml");
+        std::fs::write(&file, configuration(server, models)).expect("the file is written");
+        let file = file.to_str().expect("UTF-8");
+        let mut process = Process::start(&["serve", "--config", file], directory.path(), environment);
+        let (client, ops) = process.line(|line| {
+            let mut addresses = line.split("http://").skip(1).map(|part| part.split_whitespace().next());
+            Some((addresses.next()??.parse().ok()?, addresses.next()??.parse().ok()?))
+        });
+        Self { process, client, ops, directory }
+    }
+
+    /// One model `m` on these workers, counted with the tokenizer of the simulated engine.
+    pub(crate) fn before(workers: &[SocketAddr]) -> Self {
+        Self::start(&model("m", workers, &format!("tokenizer = {:?}\n", tokenizer())))
+    }
+
+    pub(crate) fn until_ready(&self) {
+        eventually("a worker to be up", || (client::get(self.ops, "/readyz").status == 200).then_some(()));
+    }
+
+    /// Writes the configuration anew; the gateway sees it within a second, or at once on SIGHUP.
+    pub(crate) fn configure(&self, server: &str, models: &str) {
+        let file = self.directory.path().join("forebay.toml");
+        std::fs::write(file, configuration(server, models)).expect("the file is written");
+    }
+
+    pub(crate) fn metric(&self, start: &str) -> f64 {
+        metric(&client::get(self.ops, "/metrics").text(), start)
+    }
+
+    /// All rows of the journal, oldest first.
+    pub(crate) fn rows(&self) -> Vec<serde_json::Value> {
+        let mut files: Vec<PathBuf> = std::fs::read_dir(self.directory.path().join("data/journal"))
+            .expect("the journal's directory")
+            .map(|entry| entry.expect("an entry").path())
+            .collect();
+        files.sort();
+        let mut rows = Vec::new();
+        for file in files {
+            let mut text = String::new();
+            std::fs::File::open(file).and_then(|mut file| file.read_to_string(&mut text)).expect("a journal file");
+            rows.extend(text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("a row")));
+        }
+        rows
+    }
+
+    /// The row of the request with this `x-request-id`, as soon as it is there.
+    pub(crate) fn row(&self, request: &str) -> serde_json::Value {
+        eventually("a row in the journal", || self.rows().into_iter().find(|row| row["request"] == request))
+    }
+
+    pub(crate) fn post(&self, path: &str, body: &str) -> Answer {
+        client::post(self.client, path, body)
+    }
+}
+
+fn configuration(server: &str, models: &str) -> String {
+    format!("[server]\nlisten = \"127.0.0.1:0\"\nops_listen = \"127.0.0.1:0\"\ndata_dir = \"data\"\n{server}\n{models}")
+}
+
+/// TOML of one model on these workers, which are named `w0`, `w1`, …; `extra` are more keys of the model.
+pub(crate) fn model(name: &str, workers: &[SocketAddr], extra: &str) -> String {
+    let mut text = format!("[[model]]\nname = {name:?}\n{extra}\n");
+    for (index, address) in workers.iter().enumerate() {
+        text += &format!("[[model.worker]]\nname = \"w{index}\"\nurl = \"http://{address}\"\n");
+    }
+    text
+}
+
+/// The directory of the simulated engine's own tokenizer.
+pub(crate) fn tokenizer() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("backends/simulated-engine/model")
+}
+
+/// The value of the series whose line begins so; 0 when there is none.
+pub(crate) fn metric(text: &str, start: &str) -> f64 {
+    let line = text.lines().find(|line| line.starts_with(start));
+    line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0.0)
+}
