@@ -22,7 +22,6 @@ pub struct Admin {
 }
 
 /// The router of the ops listener.
-#[must_use]
 pub fn router(admin: Admin) -> Router {
     Router::new()
         .route("/metrics", get(metrics))

@@ -34,7 +34,6 @@ pub struct Api {
 }
 
 /// The router of the client listener.
-#[must_use]
 pub fn router(api: Api) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(openai::chat))

@@ -23,6 +23,7 @@ use forebay_proto::sse::{Event, Splitter};
 use forebay_scheduler::{Class, PoolId, Refusal, Request, TenantId};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::Instant;
+use tracing::Instrument;
 
 use crate::prepare::{Asked, Prompt};
 use crate::telemetry::Registry;
@@ -130,7 +131,7 @@ impl Dispatch {
         let mut last: Option<Error> = None;
         loop {
             let waiting_since = Instant::now();
-            let sent = match verdict.wait().await {
+            let sent = match verdict.wait().instrument(tracing::debug_span!("queue")).await {
                 Verdict::Sent(sent) => sent,
                 Verdict::Refused { reason: reason @ Refusal::AttemptsExhausted { .. }, retry_after } => {
                     return Err(last.unwrap_or(Error::Refused { reason, retry_after }));
@@ -146,7 +147,8 @@ impl Dispatch {
                 verdict = place.attempt_failed(forebay_scheduler::Failure::Connect);
                 continue;
             };
-            match attempt::attempt(&worker, &job).await {
+            let span = tracing::debug_span!("attempt", worker = &*worker.name, number = attempts);
+            match attempt::attempt(&worker, &job).instrument(span).await {
                 Ok(reply) => {
                     place.first_token();
                     return Ok(Opened {
@@ -161,12 +163,12 @@ impl Dispatch {
                 }
                 Err(Failed::Final(error)) => {
                     place.answered_with_refusal();
-                    return Err(error);
+                    return Err(*error);
                 }
                 Err(Failed::Elsewhere { failure, shown }) => {
                     tracing::info!(worker = &*worker.name, %failure, attempts, "an attempt failed before its first byte");
                     self.registry.retried(attempt::reason(failure));
-                    last = shown.or(last);
+                    last = shown.map(|shown| *shown).or(last);
                     verdict = place.attempt_failed(failure);
                 }
             }

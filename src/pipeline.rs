@@ -11,6 +11,7 @@ use bytes::Bytes;
 use forebay_scheduler::Class;
 use http::HeaderMap;
 use tokio::time::Instant;
+use tracing::Instrument;
 
 use crate::dispatch::{self, Dispatch, Job, Opened};
 use crate::ledger::Entry;
@@ -64,7 +65,7 @@ impl Pipeline {
         let model = &route.model;
         entry.routed(&model.name, &model.metrics);
         let asked = Arc::new(asked);
-        let counting = self.prepare.prompt(model, &asked, &body);
+        let counting = self.prepare.prompt(model, &asked, &body).instrument(tracing::debug_span!("prepare"));
         let prompt = match deadline {
             Some(deadline) => tokio::time::timeout_at(deadline, counting).await.map_err(|_| Error::Deadline)??,
             None => counting.await?,

@@ -29,6 +29,8 @@ use cpu::CpuPool;
 const INLINE_BYTES_MAX: usize = 128;
 /// Token-id prompts up to this length are hashed where they are (about 1 ns an id).
 const INLINE_IDS_MAX: usize = 16_384;
+/// Bodies up to this length are read where they are: some 40 µs of JSON.
+const INLINE_BODY_BYTES_MAX: usize = 32 << 10;
 /// Typical bytes a token, for counts that are only estimates.
 const BYTES_PER_TOKEN: usize = 4;
 /// How long an engine may take to count for us before an estimate must do.
@@ -160,6 +162,22 @@ impl Prepare {
     /// When the system gives no thread.
     pub fn start() -> std::io::Result<Self> {
         Ok(Self { pool: CpuPool::start()? })
+    }
+
+    /// Reads a body's fields with `peek`; a long one on the counting threads.
+    ///
+    /// # Errors
+    /// [`Error::Busy`]; what `peek` says comes inside.
+    pub async fn read(
+        &self,
+        body: &Bytes,
+        peek: fn(&[u8]) -> Result<Asked, peek::Refusal>,
+    ) -> Result<Result<Asked, peek::Refusal>, Error> {
+        if body.len() <= INLINE_BODY_BYTES_MAX {
+            return Ok(peek(body));
+        }
+        let body = body.clone();
+        self.pool.run(move || peek(&body)).await.ok_or(Error::Busy)
     }
 
     /// Counts `asked` (whose spans lie in `body`) for `model`.

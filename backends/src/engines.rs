@@ -30,6 +30,8 @@ pub static ENGINES: [&dyn Engine; 3] = [&vllm::Vllm, &llamacpp::LlamaCpp, &opena
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 /// A list of models: some 500 bytes each.
 const MODELS_BYTES_MAX: usize = 4 << 20;
+/// vLLM 0.32 writes 67 KB of metrics for one rank.
+const METRICS_BYTES_MAX: usize = 8 << 20;
 /// Answers of which nothing or one short value is read.
 const SMALL_BYTES_MAX: usize = 64 << 10;
 
@@ -172,6 +174,17 @@ pub async fn probe(channel: &Channel, engine: &dyn Engine) -> Result<(), Error> 
     // The list of models of a server whose health path it is can be long; none of it is kept.
     let (status, _) = channel.get(engine.health_path(), ANSWER_LIMIT, MODELS_BYTES_MAX).await?;
     require_success(status)
+}
+
+/// What the engine says of its load now; `None` where it publishes none that can be read.
+///
+/// # Errors
+/// When it does not answer, or refuses.
+pub async fn load(channel: &Channel, engine: &dyn Engine) -> Result<Option<Load>, Error> {
+    let Some(path) = engine.metrics_path() else { return Ok(None) };
+    let (status, text) = channel.get(path, ANSWER_LIMIT, METRICS_BYTES_MAX).await?;
+    require_success(status)?;
+    Ok(engine.read_load(&text))
 }
 
 /// A version is for people to read: without one, all works.

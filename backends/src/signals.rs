@@ -21,15 +21,12 @@ use std::{
 use tokio::time::{Instant, sleep_until};
 
 use crate::{
-    engines::{Engine, Load},
+    engines::{self, Engine, Load},
     transport::Channel,
 };
 
 /// Part of a period by which it is shortened or lengthened at random.
 const JITTER: f64 = 0.1;
-const ANSWER_LIMIT: Duration = Duration::from_secs(2);
-/// vLLM 0.32 writes 67 KB for one rank.
-const METRICS_BYTES_MAX: usize = 8 << 20;
 
 /// How often to ask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +73,6 @@ impl Traffic {
 pub struct Signals {
     channel: Channel,
     engine: &'static dyn Engine,
-    path: &'static str,
     traffic: Traffic,
     pace: Pace,
     next_look: Instant,
@@ -97,9 +93,9 @@ impl Signals {
     /// The signals of the engine behind `channel`; `None` for an engine that publishes no load.
     #[must_use]
     pub fn new(channel: Channel, engine: &'static dyn Engine, traffic: Traffic, pace: Pace) -> Option<Self> {
-        let path = engine.metrics_path()?;
+        engine.metrics_path()?;
         let now = Instant::now();
-        Some(Self { channel, engine, path, traffic, pace, next_look: now, poll_by: now, told: Told::Nothing })
+        Some(Self { channel, engine, traffic, pace, next_look: now, poll_by: now, told: Told::Nothing })
     }
 
     /// Waits for the next signal; the first comes at once. Cancel-safe: a poll that is cut short is begun again by the
@@ -134,18 +130,11 @@ impl Signals {
     }
 
     async fn poll(&self) -> Option<Load> {
-        match self.channel.get(self.path, ANSWER_LIMIT, METRICS_BYTES_MAX).await {
-            Ok((status, text)) if status.is_success() => self.engine.read_load(&text),
-            Ok((status, _)) => {
-                tracing::debug!(endpoint = %self.channel.endpoint(), %status, "the engine refuses its metrics");
-                None
-            }
-            Err(error) => {
-                let error: &dyn std::error::Error = &error;
-                tracing::debug!(endpoint = %self.channel.endpoint(), error, "the engine's metrics cannot be read");
-                None
-            }
-        }
+        engines::load(&self.channel, self.engine).await.unwrap_or_else(|error| {
+            let error: &dyn std::error::Error = &error;
+            tracing::debug!(endpoint = %self.channel.endpoint(), error, "the engine's metrics cannot be read");
+            None
+        })
     }
 }
 

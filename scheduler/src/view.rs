@@ -107,6 +107,15 @@ impl Core {
         seconds.min_by(f64::total_cmp).map(crate::time::duration)
     }
 
+    /// Tokens of a prompt, given by its blocks as in [`Request::blocks`], that some worker of the pool is believed to
+    /// hold: what would be lost by serving it elsewhere.
+    #[must_use]
+    pub fn matched_tokens(&self, now: Tick, pool: PoolId, blocks: &[u64]) -> u32 {
+        let Some(state) = self.pools.get(&pool) else { return 0 };
+        let longest = state.index.lookup(now, blocks).iter().map(|(_, held)| *held).max().unwrap_or(0);
+        longest.saturating_mul(state.limits.block_tokens)
+    }
+
     /// The latest decisions about a request, oldest first, as far as they are kept.
     pub fn explain(&self, request: RequestId) -> impl Iterator<Item = &Decision> {
         self.decisions.of(request)

@@ -9,14 +9,15 @@ use bytes::Bytes;
 use forebay_proto::peek::{self, Refusal};
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http::{HeaderValue, StatusCode};
+use tracing::Instrument;
 
 use super::errors::Error;
 use super::{Api, body, headers};
 use crate::dispatch::Reply;
 use crate::ids::RequestName;
 use crate::ledger::Entry;
-use crate::pipeline::Call;
 use crate::pipeline::relay::{StreamRelay, WholeRelay};
+use crate::pipeline::{self, Call};
 use crate::prepare::Asked;
 use crate::telemetry::metrics::Api as ApiName;
 
@@ -48,7 +49,8 @@ async fn serve(api: &Api, request: Request, kind: Kind) -> Response {
         Ok(entry) => entry,
         Err(full) => return Error::Ledger(full).respond(&name),
     };
-    match answer(api, &mut entry, request, &kind).await {
+    let span = tracing::debug_span!("request", id = name.as_str(), api = kind.api.name());
+    match answer(api, &mut entry, request, &kind).instrument(span).await {
         Ok(open) => open.respond(api, entry, &name),
         Err(error) => {
             entry.end(error.outcome(), error.status().as_u16());
@@ -70,7 +72,7 @@ async fn answer(api: &Api, entry: &mut Entry, request: Request, kind: &Kind) -> 
     let deadline = headers::deadline(request.headers(), entry.arrived())?;
     let forwarded = headers::forwarded(request.headers());
     let body: Bytes = body::read(request, api.body_bytes_max).await?;
-    let asked = (kind.peek)(&body)?;
+    let asked = api.pipeline.prepare.read(&body, kind.peek).await.map_err(pipeline::Error::from)??;
     let choices = asked.choices();
     let streaming = asked.streaming();
     entry.streaming(streaming.is_some_and(|streaming| streaming.stream));

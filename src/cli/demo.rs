@@ -152,10 +152,10 @@ async fn show(client: SocketAddr, tracker: &TaskTracker) -> anyhow::Result<()> {
     let answer = caller.ask("/v1/chat/completions", &chat("What is a forebay?", false)).await?;
     let counted =
         caller.ask("/tokenize", &json!({ "model": MODEL, "messages": messages("What is a forebay?") })).await?;
-    let (ours, theirs) = (&counted.json["count"], &answer.json["usage"]["prompt_tokens"]);
+    let (ours, theirs) = (number(&counted.json, "/count"), number(&answer.json, "/usage/prompt_tokens"));
     println!("   {} says: {}", answer.worker, text(&answer.json));
     println!("   prompt tokens: {ours} by the gateway, {theirs} by the engine");
-    anyhow::ensure!(ours == theirs && ours.as_u64() > Some(0), "the gateway counted other tokens than the engine");
+    anyhow::ensure!(ours == theirs && ours > 0, "the gateway counted other tokens than the engine");
 
     println!("2. A stream, each event as soon as it is there");
     let stream = caller.stream(&chat("How many turbines are there?", true)).await?;
@@ -184,14 +184,18 @@ async fn show(client: SocketAddr, tracker: &TaskTracker) -> anyhow::Result<()> {
 
     println!("5. Embeddings");
     let answer = caller.ask("/v1/embeddings", &json!({ "model": MODEL, "input": ["water", "turbine"] })).await?;
-    println!("   {} vectors from {}", answer.json["data"].as_array().map_or(0, Vec::len), answer.worker);
+    println!(
+        "   {} vectors from {}",
+        answer.json.pointer("/data").and_then(Value::as_array).map_or(0, Vec::len),
+        answer.worker
+    );
 
     println!("6. A prompt that is too long is refused before any worker sees it");
     let long = solo(&"water ".repeat(60_000));
     let refused = caller.send("/v1/chat/completions", &long).await?;
     let status = refused.status;
     let body: Value = serde_json::from_slice(&refused.body.collect(1 << 20).await?)?;
-    println!("   {status}: {}", body["error"]["message"].as_str().unwrap_or_default());
+    println!("   {status}: {}", string(&body, "/error/message"));
     anyhow::ensure!(status == StatusCode::BAD_REQUEST, "expected status 400, got {status}");
     Ok(())
 }
@@ -209,7 +213,15 @@ fn solo(question: &str) -> Value {
 }
 
 fn text(answer: &Value) -> &str {
-    answer["choices"][0]["message"]["content"].as_str().unwrap_or_default()
+    string(answer, "/choices/0/message/content")
+}
+
+fn string<'a>(json: &'a Value, pointer: &str) -> &'a str {
+    json.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
+}
+
+fn number(json: &Value, pointer: &str) -> u64 {
+    json.pointer(pointer).and_then(Value::as_u64).unwrap_or_default()
 }
 
 struct Caller(forebay_backends::transport::Channel);

@@ -33,9 +33,9 @@ const JSON: HeaderValue = HeaderValue::from_static("application/json");
 /// An attempt without an answer.
 pub(super) enum Failed {
     /// Another worker may be tried; `shown` is what the engine said, if it is the last.
-    Elsewhere { failure: Failure, shown: Option<Error> },
+    Elsewhere { failure: Failure, shown: Option<Box<Error>> },
     /// The request itself is at fault; no other worker would take it.
-    Final(Error),
+    Final(Box<Error>),
 }
 
 impl Failed {
@@ -178,14 +178,16 @@ fn engine_error(status: StatusCode, error: ApiError, retry_after: Option<Duratio
         }
         // TGI's "generation error", and a server that gave up waiting.
         StatusCode::FAILED_DEPENDENCY | StatusCode::REQUEST_TIMEOUT => Failure::Status5xx,
-        status if status.is_client_error() => return Failed::Final(Error::Engine { status, error, retry_after }),
+        status if status.is_client_error() => {
+            return Failed::Final(Box::new(Error::Engine { status, error, retry_after }));
+        }
         status if status.is_server_error() => Failure::Status5xx,
         // A redirect (vLLM answers a trailing slash with one to its own address) or stranger.
         _ => return Failed::elsewhere(Failure::Malformed),
     };
     let shown = match failure {
         Failure::Overloaded { .. } => None,
-        _ => Some(Error::Engine { status: StatusCode::BAD_GATEWAY, error, retry_after }),
+        _ => Some(Box::new(Error::Engine { status: StatusCode::BAD_GATEWAY, error, retry_after })),
     };
     Failed::Elsewhere { failure, shown }
 }

@@ -96,7 +96,7 @@ impl Dispatch {
     pub fn start(
         registry: Registry,
         transport: Transport,
-        tracker: TaskTracker,
+        tracker: &TaskTracker,
         stop: CancellationToken,
     ) -> (Arc<Self>, mpsc::Receiver<Learned>) {
         let (actions, mut to_do) = mpsc::channel(ACTIONS_MAX);
@@ -121,7 +121,7 @@ impl Dispatch {
         let acting = Arc::clone(&intake);
         tracker.spawn(stop.run_until_cancelled_owned(async move {
             while let Some(action) = to_do.recv().await {
-                acting.act(action);
+                acting.act(&action);
             }
         }));
         (Arc::new(Self { driver, workers, intake, registry }), facts)
@@ -201,14 +201,14 @@ impl Intake {
         Member { pool: pool.pool, spec: spec.clone(), worker, gone: CancellationToken::new() }
     }
 
-    fn act(self: &Arc<Self>, action: Action) {
+    fn act(self: &Arc<Self>, action: &Action) {
         match action {
             Action::Probe { worker } => {
-                let intake = Arc::clone(self);
+                let (intake, worker) = (Arc::clone(self), *worker);
                 self.tracker.spawn(async move { intake.probe(worker).await });
             }
             Action::Health { worker, from, to } => {
-                let name = self.workers.get(worker).map(|worker| Arc::clone(&worker.name));
+                let name = self.workers.get(*worker).map(|worker| Arc::clone(&worker.name));
                 tracing::info!(worker = name.as_deref(), ?from, ?to, "worker health changed");
             }
             Action::Send { .. } | Action::Refuse { .. } => {}
@@ -273,6 +273,9 @@ impl Intake {
             let mut block_tokens = None;
             loop {
                 match signals.next().await {
+                    Signal::Load(load) if load.sleeping => {
+                        intake.driver.tell(Event::Probed { worker: worker.id, healthy: false });
+                    }
                     Signal::Load(load) => {
                         if load.block_tokens.is_some() && load.block_tokens != block_tokens {
                             block_tokens = load.block_tokens;
@@ -309,10 +312,12 @@ async fn identify(channel: &Channel, spec: &WorkerSpec) -> Option<Detected> {
             None => engines::detect(channel).await?,
         };
         engines::probe(channel, detected.engine).await?;
-        Ok::<_, forebay_backends::Error>(detected)
+        // vLLM's health path answers 200 while the model sleeps.
+        let asleep = engines::load(channel, detected.engine).await.is_ok_and(|load| load.is_some_and(|l| l.sleeping));
+        Ok::<_, forebay_backends::Error>((!asleep).then_some(detected))
     };
     match asked.await {
-        Ok(detected) => Some(detected),
+        Ok(detected) => detected,
         Err(error) => {
             tracing::debug!(worker = &*spec.name, %error, "a probe failed");
             None

@@ -36,7 +36,8 @@ impl Journal {
         std::fs::create_dir_all(directory)?;
         let files = Files::open(directory)?;
         let access = if access_log { Some(access_log_writer()?) } else { None };
-        let thread = std::thread::Builder::new().name("journal".into()).spawn(move || write(rows, files, access))?;
+        let thread =
+            std::thread::Builder::new().name("journal".into()).spawn(move || write(rows, files, access.as_ref()))?;
         Ok(Self { thread })
     }
 
@@ -48,7 +49,7 @@ impl Journal {
     }
 }
 
-fn write(mut rows: mpsc::Receiver<Row>, mut files: Files, access: Option<Sender<Vec<u8>>>) {
+fn write(mut rows: mpsc::Receiver<Row>, mut files: Files, access: Option<&Sender<Vec<u8>>>) {
     let mut batch = Vec::with_capacity(BATCH_ROWS_MAX);
     let mut lines = Vec::new();
     while rows.blocking_recv_many(&mut batch, BATCH_ROWS_MAX) > 0 {
@@ -59,7 +60,7 @@ fn write(mut rows: mpsc::Receiver<Row>, mut files: Files, access: Option<Sender<
             }
         }
         files.append(&lines);
-        if let Some(access) = &access {
+        if let Some(access) = access {
             // A full channel drops the lines: the access log never holds up the journal.
             let _ = access.try_send(lines.clone());
         }

@@ -68,7 +68,7 @@ const CHAT_TEMPLATE: &str = r#"
 type Trained = (String, String);
 
 /// Gives `tokenizer.json` and `tokenizer_config.json`.
-pub fn train() -> tokenizers::Result<Trained> {
+pub(crate) fn train() -> tokenizers::Result<Trained> {
     let byte_level = ByteLevel::new(false, false, false);
     let split = Split::new(SplitPattern::Regex(PATTERN.into()), SplitDelimiterBehavior::Isolated, false)?;
     let pre_tokenizer = Sequence::new(vec![split.into(), byte_level.into()]);

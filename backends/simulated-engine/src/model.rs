@@ -4,12 +4,16 @@ use std::{path::Path, sync::Arc, time::SystemTime};
 
 use forebay_tokens::{Cache, Chat, Parts, Special, Tokenizer};
 use serde_json::Value;
+use tokio::runtime::{Handle, RuntimeFlavor};
 
 /// What the model says, one sentence a line.
 const PROSE: &str = include_str!("../model/prose.txt");
 
 /// Memory of the cache for long prompts, in bytes.
 const CACHE_BYTES: usize = 32 << 20;
+
+/// Bytes or tokens from which work takes longer than a task should hold its thread.
+const ASIDE_FROM: usize = 8192;
 
 /// The files of a model directory.
 #[derive(Clone, Copy, Debug)]
@@ -100,7 +104,7 @@ impl Model {
     /// The ids of a text. A text that the tokenizer cannot write has none.
     pub(crate) fn encode(&self, text: &str, add_special: bool) -> Vec<u32> {
         let special = if add_special { Special::Add } else { Special::Omit };
-        self.tokenizer.encode(text, special).unwrap_or_default()
+        aside(text.len(), || self.tokenizer.encode(text, special)).unwrap_or_default()
     }
 
     /// The text of ids, special tokens included.
@@ -111,7 +115,7 @@ impl Model {
     /// The text that each id adds to those before it; empty for special tokens and inside characters.
     pub(crate) fn texts(&self, ids: &[u32]) -> Vec<String> {
         let mut detokenizer = self.tokenizer.detokenizer(&[], Special::Omit);
-        ids.iter().map(|id| detokenizer.push(*id).unwrap_or_default()).collect()
+        aside(ids.len(), || ids.iter().map(|id| detokenizer.push(*id).unwrap_or_default()).collect())
     }
 
     /// The vocabulary's own spelling of an id.
@@ -137,7 +141,8 @@ impl Model {
             add_special_tokens: conversation.add_special_tokens,
             ..Chat::new(messages.as_bytes(), SystemTime::now())
         };
-        self.tokenizer.chat(&chat).map(|prompt| prompt.ids).map_err(|error| error.to_string())
+        let prompt = aside(messages.len(), || self.tokenizer.chat(&chat));
+        prompt.map(|prompt| prompt.ids).map_err(|error| error.to_string())
     }
 
     /// Ends an answer.
@@ -153,6 +158,15 @@ impl Model {
     pub(crate) fn sentences(&self) -> &[Sentence] {
         &self.sentences
     }
+}
+
+/// Does work on so many bytes or tokens; much of it where it does not keep other tasks waiting.
+fn aside<T>(amount: usize, work: impl FnOnce() -> T) -> T {
+    let threads = || Handle::try_current().map(|handle| handle.runtime_flavor());
+    if amount >= ASIDE_FROM && matches!(threads(), Ok(RuntimeFlavor::MultiThread)) {
+        return tokio::task::block_in_place(work);
+    }
+    work()
 }
 
 /// `eos_token` of a configuration, or `sep_token`, which ends a text of an encoder: a text, or an object with it.

@@ -14,6 +14,8 @@ use crate::{Action, Class, PoolId, Refusal, RequestId, Tick};
 
 /// Lanes that a worker with room looks into.
 const LANES_SEEN: usize = 8;
+/// Requests it looks at in each, past a head that it may not take.
+const LANE_DEPTH: usize = 4;
 /// Requests that it takes at once, and that leave a lane at one look.
 const MOVES_MAX: usize = 8;
 
@@ -74,7 +76,7 @@ impl Core {
         }
     }
 
-    /// The head of another lane that gains most by being sent to `slot` now.
+    /// The request of another lane that gains most by being sent to `slot` now; of each lane the first that gains.
     fn spoils(&self, slot: Slot) -> Option<(RequestId, Scored)> {
         let worker = self.workers.get(slot)?;
         if !worker.lane.is_empty() || !worker.may_send() || worker.busy_until > self.now {
@@ -85,22 +87,25 @@ impl Core {
         let others = pool.laden.range(slot..).chain(pool.laden.range(..slot));
         let mut best: Option<(f64, RequestId, Scored)> = None;
         for victim in others.take(LANES_SEEN) {
-            let Some(id) = self.workers.get(*victim)?.lane.head(&pool.fairness) else { continue };
-            let Some(entry) = self.requests.get(&id) else { continue };
-            let request = &entry.request;
-            if !worker.holds(request.prompt_tokens) || entry.failed_on.contains(&worker.id) {
-                continue;
-            }
-            let held = pool.index.held_by(self.now, slot, &request.blocks);
-            let matched = scene.matched_tokens(request, held);
-            let Some(here) = scene.score(request, slot, matched, Ahead::Sent) else { continue };
-            let Some(there) = scene.score(request, *victim, entry.matched_tokens(), Ahead::Sent) else { continue };
-            let gain = there.seconds - here.seconds;
-            if pays(&self.config, there.seconds, here.seconds)
-                && best.as_ref().is_none_or(|(most, ..)| gain > *most)
-                && worker.has_room(self.now, request, here.uncached_tokens, pool.fleet_rate(), &self.config)
+            let lane = &self.workers.get(*victim)?.lane;
+            let mut first = lane.head(&pool.fairness).into_iter().chain(lane.ids().take(LANE_DEPTH));
+            let spoil = first.find_map(|id| {
+                let entry = self.requests.get(&id)?;
+                let request = &entry.request;
+                if !worker.holds(request.prompt_tokens) || entry.failed_on.contains(&worker.id) {
+                    return None;
+                }
+                let matched = scene.matched_tokens(request, pool.index.held_by(self.now, slot, &request.blocks));
+                let here = scene.score(request, slot, matched, Ahead::Sent)?;
+                let there = scene.score(request, *victim, entry.matched_tokens(), Ahead::Sent)?;
+                let takes = pays(&self.config, there.seconds, here.seconds)
+                    && worker.has_room(self.now, request, here.uncached_tokens, pool.fleet_rate(), &self.config);
+                takes.then_some((there.seconds - here.seconds, id, here))
+            });
+            if let Some(spoil) = spoil
+                && best.as_ref().is_none_or(|best| spoil.0 > best.0)
             {
-                best = Some((gain, id, here));
+                best = Some(spoil);
             }
         }
         best.map(|(_, id, here)| (id, here))

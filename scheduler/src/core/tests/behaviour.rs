@@ -371,22 +371,20 @@ fn an_idle_worker_takes_from_a_lane_that_waits() {
 
 #[test]
 fn the_head_of_a_lane_that_does_not_move_goes_elsewhere() {
-    let mut world = World::with_workers(2, &WorkerSpec { window_tokens: 1000, ..WorkerSpec::default() });
-    let blocks = chain(5, 250);
-    world.event(Event::Kv { worker: WorkerId(0), change: KvEvent::Stored { blocks: blocks.to_vec() } });
-    // one large prompt at each; at worker 0 it hangs
-    world.arrive(Request { blocks: blocks.clone(), ..request(1, 8000) });
-    world.arrive(request(2, 9000));
-    assert_eq!((world.sent_to(1), world.sent_to(2)), (Some(0), Some(1)));
-    world.arrive(Request { blocks, ..request(3, 4100) });
-    assert_eq!(world.core.worker_view(world.now, WorkerId(0)).unwrap().lane_requests, 1, "drawn by the cache");
-    world.wait(1000);
-    assert_eq!(world.waiting(), [RequestId(3)]);
-    world.first_token(2);
-    world.wait(1);
-    assert_eq!(world.sent_to(3), Some(1), "the other is free, and the hung one is not");
-    let causes: Vec<_> = world.core.explain(RequestId(3)).map(|decision| decision.cause).collect();
-    assert_eq!(causes[0], Cause::Arrival);
+    let mut world = World::with_workers(2, &one_slot());
+    world.arrive(request(1, 1000));
+    let busy = world.sent_to(1).unwrap();
+    world.fail(1, Failure::Overloaded { retry_after: Some(Duration::from_secs(10)) });
+    assert_eq!(world.sent_to(1), Some(1 - busy));
+    world.arrive(request(2, 1000));
+    let lane = |world: &World, worker| world.core.worker_view(world.now, WorkerId(worker)).unwrap().lane_requests;
+    assert_eq!((lane(&world, busy), lane(&world, 1 - busy)), (0, 1), "ten seconds are longer than a stay");
+    world.wait(7000);
+    assert_eq!((lane(&world, busy), lane(&world, 1 - busy)), (0, 1));
+    world.wait(3000);
+    assert_eq!(world.sent_to(2), Some(busy), "nothing happened but time");
+    let causes: Vec<_> = world.core.explain(RequestId(2)).map(|decision| decision.cause).collect();
+    assert_eq!(causes, [Cause::Arrival, Cause::Rescore]);
 }
 
 #[test]
