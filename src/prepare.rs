@@ -16,6 +16,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use forebay_backends::tokenize;
 use forebay_backends::transport::Channel;
+use forebay_proto::error::from_engine;
 use forebay_proto::peek::{self, Input, Source, Span};
 use forebay_proto::splice::Edits;
 use forebay_tokens::Special;
@@ -138,6 +139,9 @@ pub enum Error {
     Template(String),
     #[error("no tokenizer is known for this model")]
     NoTokenizer,
+    /// Only an engine could count, and it does not answer.
+    #[error("the engine that counts for this model does not answer")]
+    NoAnswer,
     /// Every counting thread has a full queue of work.
     #[error("too many prompts wait to be counted")]
     Busy,
@@ -213,20 +217,73 @@ impl Prepare {
     ///
     /// # Errors
     /// [`Error::NoTokenizer`] when this gateway has none for the model; else as [`Prepare::prompt`].
-    pub async fn tokenize(&self, model: &Model, asked: peek::Tokenize, body: Bytes) -> Result<Tokenized, Error> {
-        let Counting::Tokenizer(tokenizer) = &model.counting else { return Err(Error::NoTokenizer) };
-        let tokenizer = Arc::clone(tokenizer);
-        self.pool.run(move || count::tokenized(&tokenizer, &asked, &body)).await.ok_or(Error::Busy)?
+    pub async fn tokenize(
+        &self,
+        model: &Model,
+        asked: peek::Tokenize,
+        body: Bytes,
+    ) -> Result<Answered<Tokenized>, Error> {
+        match &model.counting {
+            Counting::Tokenizer(tokenizer) => {
+                let tokenizer = Arc::clone(tokenizer);
+                let counted = self.pool.run(move || count::tokenized(&tokenizer, &asked, &body)).await;
+                Ok(Answered::Here(counted.ok_or(Error::Busy)??))
+            }
+            Counting::Engine { channel, model } => {
+                engines_answer(channel, tokenize::TOKENIZE, model, asked.model.as_ref(), &body).await
+            }
+            Counting::Estimate => Err(Error::NoTokenizer),
+        }
     }
 
-    /// Text of token ids, special tokens kept.
+    /// Text of token ids, special tokens kept, as `/detokenize` was asked.
     ///
     /// # Errors
     /// As [`Prepare::tokenize`].
-    pub async fn detokenize(&self, model: &Model, ids: Vec<u32>) -> Result<String, Error> {
-        let Counting::Tokenizer(tokenizer) = &model.counting else { return Err(Error::NoTokenizer) };
-        let tokenizer = Arc::clone(tokenizer);
-        Ok(self.pool.run(move || tokenizer.decode(&ids, Special::Add)).await.ok_or(Error::Busy)??)
+    pub async fn detokenize(
+        &self,
+        model: &Model,
+        asked: peek::Detokenize,
+        body: Bytes,
+    ) -> Result<Answered<String>, Error> {
+        match &model.counting {
+            Counting::Tokenizer(tokenizer) => {
+                let tokenizer = Arc::clone(tokenizer);
+                let text = self.pool.run(move || tokenizer.decode(&asked.tokens, Special::Add)).await;
+                Ok(Answered::Here(text.ok_or(Error::Busy)??))
+            }
+            Counting::Engine { channel, model } => {
+                engines_answer(channel, tokenize::DETOKENIZE, model, asked.model.as_ref(), &body).await
+            }
+            Counting::Estimate => Err(Error::NoTokenizer),
+        }
+    }
+}
+
+/// Who answered a question about tokens.
+pub enum Answered<T> {
+    Here(T),
+    /// An engine, in its own words: the JSON of a success.
+    Engine(Bytes),
+}
+
+async fn engines_answer<T>(
+    channel: &Channel,
+    path: &'static str,
+    name: &str,
+    model: Option<&peek::Model>,
+    body: &Bytes,
+) -> Result<Answered<T>, Error> {
+    let mut edits = Edits::new();
+    if let Some(model) = model {
+        edits.model(model, name);
+    }
+    match tokenize::ask(channel, path, edits.apply(body)).await {
+        Ok((status, answer)) if status.is_success() => Ok(Answered::Engine(answer)),
+        Ok((status, answer)) if status.is_client_error() => {
+            Err(Error::Template(from_engine(status.as_u16(), &answer).message))
+        }
+        Ok(_) | Err(_) => Err(Error::NoAnswer),
     }
 }
 

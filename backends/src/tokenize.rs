@@ -13,6 +13,11 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// Two million ids of up to seven characters each.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
 
+/// Where vLLM counts a prompt.
+pub const TOKENIZE: &str = "/tokenize";
+/// Where vLLM writes ids as text.
+pub const DETOKENIZE: &str = "/detokenize";
+
 #[derive(Deserialize)]
 struct Answer {
     tokens: Vec<u32>,
@@ -26,10 +31,18 @@ struct Answer {
 /// [`Error::Status`] when the engine refuses (400: the template or a field is not to its taste), else as
 /// [`Channel::post`].
 pub async fn tokenize(channel: &Channel, body: Bytes) -> Result<Vec<u32>, Error> {
-    let (status, answer) = channel.post("/tokenize", body, ANSWER_LIMIT, ANSWER_BYTES_MAX).await?;
+    let (status, answer) = ask(channel, TOKENIZE, body).await?;
     if status != StatusCode::OK {
         return Err(Error::Status { status });
     }
     let answer: Answer = serde_json::from_slice(&answer).map_err(|_| Error::Unreadable)?;
     Ok(answer.tokens)
+}
+
+/// Posts `body` to [`TOKENIZE`] or [`DETOKENIZE`]; the engine's answer as it came, whatever its status.
+///
+/// # Errors
+/// As [`Channel::post`].
+pub async fn ask(channel: &Channel, path: &'static str, body: Bytes) -> Result<(StatusCode, Bytes), Error> {
+    channel.post(path, body, ANSWER_LIMIT, ANSWER_BYTES_MAX).await
 }

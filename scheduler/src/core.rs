@@ -118,7 +118,7 @@ impl Core {
     pub fn handle(&mut self, now: Tick, event: Event, out: &mut Vec<Action>) {
         self.advance(now, out);
         match event {
-            Event::PoolJoined { pool, limits } => self.pool_joined(pool, limits),
+            Event::PoolJoined { pool, limits } => self.pool_joined(pool, limits, out),
             Event::PoolLeft { pool } => self.pool_left(pool, out),
             Event::WorkerJoined { worker, pool, spec } => self.worker_joined(worker, pool, spec, out),
             Event::WorkerDraining { worker } => self.worker_draining(worker, out),

@@ -230,7 +230,8 @@ pub enum Event {
         /// Its name.
         pool: PoolId,
     },
-    /// A worker exists; it is asked for its health before anything is sent. Joining again replaces it.
+    /// A worker exists; it is asked for its health before anything is sent. Joining the same pool again changes what it
+    /// can hold (once its metrics told) and ends its draining; it keeps the rest.
     WorkerJoined {
         /// Its name.
         worker: WorkerId,

@@ -208,6 +208,9 @@ fn shown_prepare(error: &prepare::Error) -> Shown {
             let message = "No tokenizer is known for this model.".to_owned();
             shown(StatusCode::NOT_IMPLEMENTED, "server_error", Some("no_tokenizer"), None, message)
         }
+        prepare::Error::NoAnswer => {
+            gateway(StatusCode::BAD_GATEWAY, "upstream_error", "The engine that counts for this model does not answer.")
+        }
         prepare::Error::Busy => {
             unavailable("server_is_overloaded", None, "Too many prompts wait to be counted at the moment.")
         }

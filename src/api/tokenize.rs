@@ -1,4 +1,5 @@
-//! `POST /tokenize` and `POST /detokenize` in vLLM's shapes, answered here with the model's own tokenizer.
+//! `POST /tokenize` and `POST /detokenize` in vLLM's shapes, answered here with the model's own
+//! tokenizer, or by an engine that has it when this machine has not.
 
 use std::sync::Arc;
 
@@ -6,6 +7,7 @@ use axum::Json;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use forebay_proto::peek;
+use http::header::CONTENT_TYPE;
 use serde::Serialize;
 
 use super::errors::Error;
@@ -13,6 +15,7 @@ use super::{Api, body, headers};
 use crate::ids::RequestName;
 use crate::ledger::{Entry, Outcome};
 use crate::pipeline;
+use crate::prepare::{Answered, Tokenized};
 use crate::routing::Route;
 use crate::telemetry::metrics::Api as ApiName;
 
@@ -34,16 +37,14 @@ pub(super) async fn tokenize(State(api): State<Arc<Api>>, request: Request) -> R
         let body = body::read(request, api.body_bytes_max).await?;
         let asked = peek::Tokenize::peek(&body)?;
         let route = find(&api, asked.model.as_ref(), entry)?;
-        let tokenized =
-            api.pipeline.prepare.tokenize(&route.model, asked, body).await.map_err(pipeline::Error::from)?;
         let max_model_len = route.model.max_model_len;
-        Ok(Json(Tokens {
-            count: tokenized.ids.len(),
+        let answered = api.pipeline.prepare.tokenize(&route.model, asked, body).await.map_err(pipeline::Error::from)?;
+        Ok(respond(answered, |Tokenized { ids: tokens, strings: token_strs }| Tokens {
+            count: tokens.len(),
             max_model_len,
-            tokens: tokenized.ids,
-            token_strs: tokenized.strings,
-        })
-        .into_response())
+            tokens,
+            token_strs,
+        }))
     })
     .await
 }
@@ -53,11 +54,18 @@ pub(super) async fn detokenize(State(api): State<Arc<Api>>, request: Request) ->
         let body = body::read(request, api.body_bytes_max).await?;
         let asked = peek::Detokenize::peek(&body)?;
         let route = find(&api, asked.model.as_ref(), entry)?;
-        let prompt =
-            api.pipeline.prepare.detokenize(&route.model, asked.tokens).await.map_err(pipeline::Error::from)?;
-        Ok(Json(Text { prompt }).into_response())
+        let answered =
+            api.pipeline.prepare.detokenize(&route.model, asked, body).await.map_err(pipeline::Error::from)?;
+        Ok(respond(answered, |prompt| Text { prompt }))
     })
     .await
+}
+
+fn respond<T, J: Serialize>(answered: Answered<T>, shape: impl FnOnce(T) -> J) -> Response {
+    match answered {
+        Answered::Here(answer) => Json(shape(answer)).into_response(),
+        Answered::Engine(json) => ([(CONTENT_TYPE, "application/json")], json).into_response(),
+    }
 }
 
 /// vLLM takes a missing model as its own; we do so where there is only one.

@@ -158,9 +158,8 @@ impl State {
         if configured || known.found.is_some() {
             return;
         }
-        if let Some(root) = fact.root {
-            known.found = tokio::task::spawn_blocking(move || tokenizers::find(&root)).await.ok().flatten();
-        }
+        let Some(root) = fact.root else { return };
+        known.found = tokio::task::spawn_blocking(move || tokenizers::find(&root)).await.ok().flatten();
         match (&known.found, &known.engine) {
             (Some(_), _) => tracing::info!(model = &**name, "counting tokens with the model's files on this machine"),
             (None, Some(_)) => tracing::info!(model = &**name, "counting tokens by asking the engine"),

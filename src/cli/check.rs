@@ -9,7 +9,6 @@ use super::{WRONG_USE, gateway};
 ///
 /// Example: forebay check --config forebay.toml
 #[derive(Debug, clap::Args)]
-#[command(verbatim_doc_comment)]
 pub(super) struct Arguments {
     /// The file.
     #[arg(long, env = "FOREBAY_CONFIG", default_value = "forebay.toml")]

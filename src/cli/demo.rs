@@ -35,7 +35,6 @@ const SYSTEM: &str = "You answer questions about a power station on a river. Its
 ///
 /// Example: forebay demo --workers 3
 #[derive(Debug, clap::Args)]
-#[command(verbatim_doc_comment)]
 pub(super) struct Arguments {
     /// How many workers.
     #[arg(long, default_value = "2")]

@@ -24,7 +24,6 @@ const DEFAULT_FILE: &str = "forebay.toml";
 ///
 /// Example: forebay serve --config forebay.toml --listen 127.0.0.1:7070
 #[derive(Debug, clap::Args)]
-#[command(verbatim_doc_comment)]
 pub(super) struct Arguments {
     /// Configuration file [default: ./forebay.toml where it exists].
     #[arg(long, env = "FOREBAY_CONFIG")]

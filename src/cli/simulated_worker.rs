@@ -19,7 +19,6 @@ use tokio_util::sync::CancellationToken;
 ///
 /// Example: forebay simulated-worker --engine vllm --port 8000 --model demo --fault status:code=503,every=10
 #[derive(Debug, clap::Args)]
-#[command(verbatim_doc_comment)]
 pub(super) struct Arguments {
     /// Whose wire it speaks.
     #[arg(long, value_enum, default_value_t = Wire::Vllm)]

@@ -1,5 +1,7 @@
 //! The metric names, their labels and buckets, and the handles that rooms hold.
 
+use std::sync::{Arc, OnceLock};
+
 use metrics::{Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram};
 use metrics::{gauge, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
@@ -145,9 +147,12 @@ fn describe() {
 }
 
 /// One model's handles, registered when the model is configured.
-#[derive(Clone)]
 pub struct ModelMetrics {
-    requests: Vec<([Counter; CODES.len()], Counter, Histogram)>,
+    model: Arc<str>,
+    /// By api, then by code; the last one is for codes beyond [`CODES`]. Registered when first counted, so that the
+    /// metrics are not a page of zeros.
+    requests: [[OnceLock<Counter>; CODES.len() + 1]; Api::ALL.len()],
+    request_seconds: [Histogram; Api::ALL.len()],
     pub ttft: Histogram,
     pub tpot: Histogram,
     pub prompt_tokens: Counter,
@@ -169,19 +174,10 @@ impl ModelMetrics {
     pub fn register(model: &str) -> Self {
         let model = || model.to_owned();
         let tokens = |kind: &'static str| counter!(TOKENS, "model" => model(), "kind" => kind);
-        let requests = Api::ALL
-            .iter()
-            .map(|api| {
-                let code = |code: String| counter!(REQUESTS, "model" => model(), "api" => api.name(), "code" => code);
-                (
-                    CODES.map(|number| code(number.to_string())),
-                    code("other".to_owned()),
-                    histogram!(REQUEST_SECONDS, "model" => model(), "api" => api.name()),
-                )
-            })
-            .collect();
         Self {
-            requests,
+            model: model().into(),
+            requests: std::array::from_fn(|_| std::array::from_fn(|_| OnceLock::new())),
+            request_seconds: Api::ALL.map(|api| histogram!(REQUEST_SECONDS, "model" => model(), "api" => api.name())),
             ttft: histogram!(TTFT_SECONDS, "model" => model()),
             tpot: histogram!(TPOT_SECONDS, "model" => model()),
             prompt_tokens: tokens("prompt"),
@@ -194,9 +190,17 @@ impl ModelMetrics {
 
     /// Counts one answered request and its duration.
     pub fn answered(&self, api: Api, code: u16, seconds: f64) {
-        let Some((codes, other, duration)) = self.requests.get(api as usize) else { return };
-        let known = CODES.iter().position(|known| *known == code).and_then(|at| codes.get(at));
-        known.unwrap_or(other).increment(1);
+        let at = CODES.iter().position(|known| *known == code);
+        let (Some(codes), Some(duration)) = (self.requests.get(api as usize), self.request_seconds.get(api as usize))
+        else {
+            return;
+        };
+        if let Some(counter) = codes.get(at.unwrap_or(CODES.len())) {
+            let code = || at.map_or_else(|| "other".to_owned(), |_| code.to_string());
+            let register =
+                || counter!(REQUESTS, "model" => self.model.to_string(), "api" => api.name(), "code" => code());
+            counter.get_or_init(register).increment(1);
+        }
         duration.record(seconds);
     }
 

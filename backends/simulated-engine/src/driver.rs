@@ -19,6 +19,9 @@ use tokio::{
 /// How far a step may lag behind its time before the clock gives up catching up.
 const LAG_MAX: Duration = Duration::from_millis(50);
 
+/// Longest step that is waited for, in seconds; only a configuration that makes no sense has longer ones.
+const STEP_SECONDS_MAX: f64 = 3600.0;
+
 /// The engine, shared by all requests.
 #[derive(Debug)]
 pub(crate) struct Driver {
@@ -196,7 +199,8 @@ impl Driver {
                 continue;
             };
             // Steps follow each other without drift, unless the machine is too slow for them.
-            due += step.duration.div_f64(self.speed);
+            let seconds = (step.duration.as_secs_f64() / self.speed).min(STEP_SECONDS_MAX);
+            due += Duration::from_secs_f64(seconds);
             let now = Instant::now();
             if due > now {
                 tokio::time::sleep_until(due).await;

@@ -178,3 +178,74 @@ impl Draw {
         xxh3_64_with_seed(&self.0.to_le_bytes(), 0) % bound.max(1)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(tokens_max: u32) -> Limits {
+        Limits {
+            tokens_max,
+            tokens_min: 0,
+            ignore_end: false,
+            stop: Vec::new(),
+            stop_ids: Vec::new(),
+            include_stop: false,
+        }
+    }
+
+    fn say(model: &Model, limits: &Limits) -> Output {
+        prose(model, &[1, 2, 3], 5, &(400..=400), limits)
+    }
+
+    #[test]
+    fn prose_has_the_length_asked_for_and_ends_with_the_end_token() {
+        let model = Model::load(None).unwrap();
+        for (max, expect, finish) in [(1, 1, Finish::Length), (399, 399, Finish::Length), (400, 400, Finish::Stop)] {
+            let output = say(&model, &limits(max));
+            assert_eq!((output.tokens.len(), output.finish), (expect, finish));
+            let ended = output.tokens.last().is_some_and(|token| token.id == model.end());
+            assert_eq!(ended, finish == Finish::Stop);
+        }
+        let output = say(&model, &Limits { ignore_end: true, ..limits(500) });
+        assert_eq!((output.tokens.len(), output.finish), (500, Finish::Length));
+    }
+
+    #[test]
+    fn every_stop_in_the_text_ends_it_there_and_shows_no_part_of_itself() {
+        let model = Model::load(None).unwrap();
+        let whole = say(&model, &limits(400)).text();
+        let boundaries: Vec<usize> = whole.char_indices().map(|(at, _)| at).collect();
+        for length in [1, 2, 9, 40] {
+            for begin in (0..boundaries.len() - length - 1).step_by(23) {
+                let stop = whole[boundaries[begin]..boundaries[begin + length]].to_owned();
+                let at = whole.find(&stop).unwrap();
+                for include_stop in [false, true] {
+                    let stops = vec!["not there".to_owned(), stop.clone()];
+                    let output = say(&model, &Limits { stop: stops, include_stop, ..limits(400) });
+                    let end = if include_stop { at + stop.len() } else { at };
+                    assert_eq!(output.text(), whole[..end], "{stop:?}");
+                    assert_eq!((output.finish, &output.stop_reason), (Finish::Stop, &Value::from(stop.as_str())));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_stop_that_never_comes_changes_nothing_but_when_text_is_shown() {
+        let model = Model::load(None).unwrap();
+        let free = say(&model, &limits(300));
+        let bound = say(&model, &Limits { stop: vec!["zzzz".to_owned()], ..limits(300) });
+        assert_eq!((bound.text(), bound.ids(), bound.finish), (free.text(), free.ids(), free.finish));
+        assert_ne!(bound.tokens, free.tokens);
+    }
+
+    #[test]
+    fn a_silent_lead_counts_but_says_nothing() {
+        let model = Model::load(None).unwrap();
+        let output = fixed(&model, "a name: ", "{}", &limits(100));
+        assert_eq!((output.text().as_str(), output.finish), ("{}", Finish::Stop));
+        assert!(output.lead > 0 && output.tokens.len() > output.lead + 1);
+        assert_eq!(fixed(&model, "a name: ", "{}", &limits(1)).finish, Finish::Length);
+    }
+}

@@ -235,6 +235,11 @@ fn models(service: &Service) -> Value {
     }]})
 }
 
+/// An object with its fields in this order.
+fn object<const N: usize>(fields: [(&str, Value); N]) -> Map<String, Value> {
+    fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
 fn ok(value: &Value) -> Answer {
     json_answer(StatusCode::OK, value)
 }

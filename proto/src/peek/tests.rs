@@ -360,7 +360,7 @@ fn embeddings_and_tokenize_take_a_plain_input_or_messages() {
 fn detokenize() {
     let got = Detokenize::peek(br#"{"model":"m","tokens":[1,2]}"#).unwrap();
     assert_eq!((got.model.unwrap().name.as_str(), got.tokens), ("m", vec![1, 2]));
-    assert_eq!(Detokenize::peek(br#"{"tokens":[]}"#).unwrap().tokens, []);
+    assert!(Detokenize::peek(br#"{"tokens":[]}"#).unwrap().tokens.is_empty());
     for body in [r#"{"tokens":"a"}"#, r#"{"tokens":[-1]}"#, r#"{"tokens":[[1]]}"#, "{}", r#"{"tokens":null}"#] {
         assert_eq!(refused(Detokenize::peek(body.as_bytes())).1.as_deref(), Some("tokens"), "{body}");
     }

@@ -32,8 +32,8 @@ impl Prose {
             return Self { words: text.split(' ').map(str::to_owned).collect(), random, book: true };
         }
         const SYLLABLES: [&str; 24] = [
-            "the", "in", "er", "re", "on", "at", "en", "and", "es", "or", "te", "ing", "ed", "is", "al", "an", "ion", "st",
-            "to", "ve", "le", "con", "pro", "tion",
+            "the", "in", "er", "re", "on", "at", "en", "and", "es", "or", "te", "ing", "ed", "is", "al", "an", "ion",
+            "st", "to", "ve", "le", "con", "pro", "tion",
         ];
         let word = |random: &mut StdRng| -> String {
             (0..random.random_range(1..4)).map(|_| SYLLABLES[random.random_range(0..SYLLABLES.len())]).collect()
@@ -112,14 +112,20 @@ fn rendering(criterion: &mut Criterion) {
         let roles = ["user", "assistant"].into_iter().cycle().take(count);
         serde_json::to_vec(&roles.map(|role| turn(role, prose.tokens(tokens))).collect::<Vec<_>>()).unwrap()
     };
-    let chats = [("1 message", turns(1, 100)), ("101 messages, 10k tokens", turns(101, 100)), ("1 message, 100k tokens", turns(1, 100_000))];
+    let chats = [
+        ("1 message", turns(1, 100)),
+        ("101 messages, 10k tokens", turns(101, 100)),
+        ("1 message, 100k tokens", turns(1, 100_000)),
+    ];
     let mut group = criterion.benchmark_group("render");
     for name in ["chatml", "llama-3.1-8b-instruct", "qwen3-0.6b"] {
         let source = common::read(&shared.join(format!("{name}.jinja")));
         let template = ChatTemplate::new(&source, SpecialTokens::default()).unwrap();
         for (label, messages) in &chats {
             let chat = Chat::new(messages, SystemTime::UNIX_EPOCH);
-            group.bench_function(format!("{name}, {label}"), |bencher| bencher.iter(|| template.render(black_box(&chat)).unwrap().len()));
+            group.bench_function(format!("{name}, {label}"), |bencher| {
+                bencher.iter(|| template.render(black_box(&chat)).unwrap().len())
+            });
         }
     }
 }

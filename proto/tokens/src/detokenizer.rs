@@ -44,15 +44,13 @@ impl Detokenizer {
     /// # Errors
     /// As [`Tokenizer::decode`].
     pub fn push(&mut self, id: u32) -> Result<String, Error> {
+        if self.tokenizer.is_silent(id, self.special) {
+            return Ok(String::new());
+        }
         self.ids.push(id);
         let text = self.tokenizer.decode(&self.ids, self.special)?;
         match text.strip_suffix(char::REPLACEMENT_CHARACTER) {
             None => self.give_out(&text, &text),
-            // a special token amid the bytes of a character says nothing
-            Some(_) if self.tokenizer.decode(&[id], self.special)?.is_empty() => {
-                self.ids.pop();
-                Ok(String::new())
-            }
             Some(_) if self.ids.len() - self.context <= WAITING_MAX => Ok(String::new()),
             // only the last of them can still become a character
             Some(certain) => self.give_out(certain, &text),
@@ -72,8 +70,8 @@ impl Detokenizer {
     fn give_out(&mut self, certain: &str, text: &str) -> Result<String, Error> {
         let new = certain.get(common(&self.prefix, certain)..).unwrap_or_default().to_owned();
         if new.is_empty() {
-            // an id without text (a special one, or one that the vocabulary lacks) is no context either
-            if certain.len() == text.len() {
+            // at the start of a text a token may have none of its own and yet decide about the next one's
+            if self.ids.len() - self.context > WAITING_MAX {
                 self.ids.pop();
             }
             return Ok(new);

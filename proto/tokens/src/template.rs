@@ -25,7 +25,7 @@ use crate::error::Error;
 
 /// Steps a rendering may take. A conversation of a thousand messages takes some hundred thousand steps in the longest
 /// templates known; only loops over all messages within a loop over all messages come near this.
-const FUEL: u64 = 20_000_000;
+const FUEL: u64 = 10_000_000;
 
 /// Bytes a rendering may write: four times the largest context of today's models in bytes.
 const TEXT_BYTES_MAX: usize = 64 << 20;

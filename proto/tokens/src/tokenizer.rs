@@ -214,6 +214,12 @@ impl Tokenizer {
         Detokenizer::new(Arc::clone(self), prompt, special)
     }
 
+    /// Whether an id leaves no trace in a text, wherever it stands.
+    pub(crate) fn is_silent(&self, id: u32, special: Special) -> bool {
+        let is_special = |token: String| self.inner.get_added_vocabulary().is_special_token(&token);
+        self.token(id).is_none_or(|token| special == Special::Omit && is_special(token))
+    }
+
     /// The vocabulary's own spelling of an id (`Ġthe`, `▁the`), as engines show it in log-probabilities.
     #[must_use]
     pub fn token(&self, id: u32) -> Option<String> {

@@ -22,7 +22,7 @@ fn load(config: &str) -> Tokenizer {
     Tokenizer::from_parts(&parts).unwrap()
 }
 
-fn chat<'a>(messages: &'a str) -> Chat<'a> {
+fn chat(messages: &str) -> Chat<'_> {
     Chat::new(messages.as_bytes(), SystemTime::UNIX_EPOCH)
 }
 
@@ -54,7 +54,8 @@ fn a_prompt_is_the_rendered_text_in_which_special_tokens_are_tokens() {
     assert_eq!(prompt.ids.iter().filter(|id| **id == start).count(), 2);
     assert_eq!(tokenizer.decode(&prompt.ids, Special::Add).unwrap(), "<|im_start|>plain a<|im_start|>");
     assert_eq!(tokenizer.decode(&prompt.ids, Special::Omit).unwrap(), "plain a");
-    let image = tokenizer.chat(&chat(r#"[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]"#)).unwrap();
+    let image =
+        tokenizer.chat(&chat(r#"[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]"#)).unwrap();
     assert!(!image.exact);
 }
 
@@ -87,8 +88,9 @@ fn a_directory_is_loaded_with_the_files_it_has_and_faults_name_the_file() {
     assert!(matches!(fault(&dir), LoadError::Template { name, .. } if name == "default"));
     std::fs::write(dir.join("chat_template.jinja"), [0xff]).unwrap();
     assert!(matches!(fault(&dir), LoadError::Invalid { file: "chat_template.jinja", .. }));
+    std::fs::remove_file(dir.join("chat_template.jinja")).unwrap();
     std::fs::write(dir.join("tokenizer_config.json"), "[").unwrap();
-    assert!(matches!(fault(&dir), LoadError::Invalid { file: "tokenizer_config.json", .. } | LoadError::Invalid { .. }));
+    assert!(matches!(fault(&dir), LoadError::Invalid { file: "tokenizer_config.json", .. }));
 }
 
 /// Text of a stream of ids, put together again.
@@ -129,11 +131,11 @@ fn a_stream_of_ids_is_the_text_of_the_whole() {
 #[test]
 fn a_character_comes_out_once_it_is_whole() {
     let tokenizer = Arc::new(load("{}"));
-    let ids = tokenizer.encode("🏳️", Special::Omit).unwrap();
+    let ids = tokenizer.encode("𓀀", Special::Omit).unwrap();
     assert!(ids.len() > 2, "not one token");
     let mut detokenizer = tokenizer.detokenizer(&[], Special::Omit);
     let texts: Vec<String> = ids.iter().map(|id| detokenizer.push(*id).unwrap()).collect();
-    assert_eq!(texts.concat(), "🏳️");
+    assert_eq!(texts.concat(), "𓀀");
     assert!(texts.iter().all(|text| !text.contains('\u{fffd}')), "{texts:?}");
     assert_eq!(detokenizer.finish().unwrap(), "");
 }

@@ -175,7 +175,7 @@ impl Core {
     }
 
     /// Refuses from the end of the queue until it keeps its bounds: lowest class first, newest first in a class.
-    fn shed(&mut self, pool_id: PoolId, out: &mut Vec<Action>) {
+    pub(super) fn shed(&mut self, pool_id: PoolId, out: &mut Vec<Action>) {
         while let Some(pool) = self.pools.get(&pool_id).filter(|pool| pool.queue.is_over(&pool.limits)) {
             let Some(&(_, _, id)) = pool.queue.shed.last() else { return };
             self.unqueue(id);

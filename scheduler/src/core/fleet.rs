@@ -10,9 +10,12 @@ use crate::{
 };
 
 impl Core {
-    pub(super) fn pool_joined(&mut self, pool: PoolId, limits: PoolLimits) {
+    pub(super) fn pool_joined(&mut self, pool: PoolId, limits: PoolLimits, out: &mut Vec<Action>) {
         match self.pools.get_mut(&pool) {
-            Some(known) => known.limits = limits,
+            Some(known) => {
+                known.limits = limits;
+                self.shed(pool, out);
+            }
             None => {
                 self.pools.insert(pool, Pool::new(limits, &self.config));
             }
@@ -34,6 +37,12 @@ impl Core {
     }
 
     pub(super) fn worker_joined(&mut self, id: WorkerId, pool: PoolId, spec: WorkerSpec, out: &mut Vec<Action>) {
+        if let Some(slot) = self.workers.slot(id)
+            && let Some(known) = self.workers.get_mut(slot).filter(|known| known.pool == pool)
+        {
+            (known.spec, known.draining) = (spec, false);
+            return self.touch(slot);
+        }
         self.worker_left(id, out);
         let Some(state) = self.pools.get_mut(&pool) else { return };
         let slot = self.workers.insert(Worker::new(self.now, id, pool, spec, &self.config));

@@ -27,6 +27,40 @@ impl Answer {
         serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.text()))
     }
 
+    /// The error object of a refusal in OpenAI's shape: all four keys and no more, each of its type.
+    pub(crate) fn error(&self) -> serde_json::Value {
+        assert!(self.whole && self.status >= 400, "{self:?}");
+        assert_eq!(self.header("content-type"), Some("application/json"), "{}", self.text());
+        assert!(self.header("x-request-id").is_some_and(|id| !id.is_empty()), "{:?}", self.headers);
+        error_object(&self.body)
+    }
+
+    /// The `code` of a refusal with this status; empty where it has none.
+    pub(crate) fn refusal(&self, status: u16) -> String {
+        assert_eq!(self.status, status, "{}", self.text());
+        self.error()["code"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// The data of each event of a stream.
+    pub(crate) fn events(&self) -> Vec<String> {
+        self.text().split("\n\n").filter_map(|event| event.strip_prefix("data: ")).map(str::to_owned).collect()
+    }
+
+    /// How a stream ended: with `[DONE]`, or with one error event whose message this is, and nothing after it.
+    pub(crate) fn stream_end(&self) -> Result<(), String> {
+        assert!(self.whole, "the stream's framing is cut: {}", self.text());
+        let events = self.events();
+        let errors = events.iter().filter(|event| event.starts_with("{\"error\"")).count();
+        let last = events.last().expect("an event");
+        if last == "[DONE]" {
+            assert_eq!(errors, 0, "{}", self.text());
+            return Ok(());
+        }
+        assert_eq!(errors, 1, "{}", self.text());
+        let json: serde_json::Value = serde_json::from_str(last).expect("JSON");
+        Err(json["error"]["message"].as_str().expect("the error event comes last").to_owned())
+    }
+
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
     }
@@ -158,6 +192,22 @@ impl Connection {
         self.socket.set_read_timeout(Some(limit)).expect("a socket");
         matches!(self.socket.read(&mut [0; 1]), Ok(0))
     }
+}
+
+/// The object under `error` of a body or an event's data that has nothing beside it.
+pub(crate) fn error_object(json: &[u8]) -> serde_json::Value {
+    let shown = text(json);
+    let body: serde_json::Value = serde_json::from_slice(json).unwrap_or_else(|error| panic!("{error}: {shown}"));
+    assert_eq!(body.as_object().map(serde_json::Map::len), Some(1), "{shown}");
+    let error = &body["error"];
+    let keys: Vec<&str> = error.as_object().expect("an object").keys().map(String::as_str).collect();
+    assert_eq!(keys.len(), 4, "{shown}");
+    for key in ["message", "type", "param", "code"] {
+        let value = error.get(key).unwrap_or_else(|| panic!("no `{key}`: {shown}"));
+        let null = matches!(key, "param" | "code") && value.is_null();
+        assert!(null || value.as_str().is_some_and(|text| !text.is_empty()), "`{key}`: {shown}");
+    }
+    error.clone()
 }
 
 fn text(bytes: &[u8]) -> String {

@@ -119,8 +119,14 @@ pub(crate) struct Worker {
 impl Worker {
     /// Started with these flags on top of a free port and a speed at which tests do not wait.
     pub(crate) fn start(flags: &[&str]) -> Self {
+        Self::start_at(0, flags)
+    }
+
+    /// The same at a port that was another's.
+    pub(crate) fn start_at(port: u16, flags: &[&str]) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
-        let mut arguments = vec!["simulated-worker", "--port", "0"];
+        let port = port.to_string();
+        let mut arguments = vec!["simulated-worker", "--port", &port];
         if !flags.contains(&"--speed") {
             arguments.extend(["--speed", "50"]);
         }
@@ -139,6 +145,16 @@ impl Worker {
     /// The value of one series of `/metrics`, by the start of its line.
     pub(crate) fn metric(&self, start: &str) -> f64 {
         metric(&client::get(self.address, "/metrics").text(), start)
+    }
+
+    /// What it saw and did since its start.
+    pub(crate) fn log(&self) -> serde_json::Value {
+        client::get(self.address, "/simulated/log").json()
+    }
+
+    /// Sequences that ran to their end.
+    pub(crate) fn finished(&self) -> u64 {
+        self.log()["sequences"]["finished"].as_u64().expect("a count")
     }
 }
 
@@ -214,6 +230,22 @@ impl Gateway {
 
     pub(crate) fn post(&self, path: &str, body: &str) -> Answer {
         client::post(self.client, path, body)
+    }
+
+    /// The row of this answer's request.
+    pub(crate) fn row_of(&self, answer: &Answer) -> serde_json::Value {
+        self.row(answer.header("x-request-id").expect("every answer is named"))
+    }
+
+    /// Requests that wait in lanes.
+    pub(crate) fn queued(&self) -> f64 {
+        let text = client::get(self.ops, "/metrics").text();
+        let lines = text.lines().filter(|line| line.starts_with("forebay_queue_depth{"));
+        lines.map(|line| line.rsplit(' ').next().and_then(|value| value.parse::<f64>().ok()).expect("a value")).sum()
+    }
+
+    pub(crate) fn until_queued(&self, count: usize) {
+        eventually("requests to wait in lanes", || (self.queued() as usize == count).then_some(()));
     }
 }
 

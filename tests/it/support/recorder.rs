@@ -6,7 +6,8 @@
 use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,10 @@ pub(crate) enum Step {
     AwaitClose,
     /// Closes with a reset in place of an end.
     Reset,
+    /// Writes these bytes again and again, as fast as they are taken.
+    Repeat(Vec<u8>, usize),
+    /// Waits until the test says [`Recorder::go_on`], once for each of these steps.
+    Gate,
 }
 
 /// A request as it came.
@@ -54,6 +59,10 @@ struct Shared {
     posts: Mutex<Vec<Received>>,
     /// Answer probes and polls; without it they are refused with 503.
     healthy: Mutex<bool>,
+    /// Bytes written by scripts.
+    written: AtomicUsize,
+    /// How often [`Recorder::go_on`] was said and not yet heard.
+    gates: (Mutex<usize>, Condvar),
 }
 
 /// The worker.
@@ -76,6 +85,8 @@ impl Recorder {
             scripts: Mutex::new(scripts.into()),
             posts: Mutex::default(),
             healthy: Mutex::new(true),
+            written: AtomicUsize::new(0),
+            gates: (Mutex::new(0), Condvar::new()),
         });
         let serving = Arc::clone(&shared);
         std::thread::spawn(move || {
@@ -94,6 +105,32 @@ impl Recorder {
     /// Waits until this many requests with a body have come.
     pub(crate) fn await_posts(&self, count: usize) -> Vec<Received> {
         eventually("a request at the worker", || Some(self.posts()).filter(|posts| posts.len() >= count))
+    }
+
+    /// Answers every `POST` with this script from now on.
+    pub(crate) fn play(&self, script: Vec<Step>) {
+        self.play_all(vec![script]);
+    }
+
+    /// As [`Recorder::play`], with one script after the other; the last one stays.
+    pub(crate) fn play_all(&self, scripts: Vec<Vec<Step>>) {
+        *self.shared.scripts.lock().unwrap() = scripts.into();
+    }
+
+    /// Bytes of scripts that the sockets have taken until now.
+    pub(crate) fn written(&self) -> usize {
+        self.shared.written.load(Ordering::SeqCst)
+    }
+
+    /// Lets one [`Step::Gate`] pass.
+    pub(crate) fn go_on(&self) {
+        *self.shared.gates.0.lock().unwrap() += 1;
+        self.shared.gates.1.notify_all();
+    }
+
+    /// When the gateway closed the connection of its `index`th request, as soon as it has.
+    pub(crate) fn closed(&self, index: usize) -> Instant {
+        eventually("the gateway to close its connection", || self.posts().get(index)?.closed)
     }
 
     pub(crate) fn set_healthy(&self, healthy: bool) {
@@ -135,10 +172,23 @@ fn play(shared: &Shared, socket: &mut TcpStream, script: &[Step], index: usize) 
     for step in script {
         match step {
             Step::Write(bytes) => {
-                if socket.write_all(bytes).is_err() {
-                    shared.posts.lock().unwrap()[index].closed = Some(Instant::now());
+                if !write(shared, socket, bytes, index) {
                     return false;
                 }
+            }
+            Step::Repeat(bytes, times) => {
+                if !(0..*times).all(|_| write(shared, socket, bytes, index)) {
+                    return false;
+                }
+            }
+            Step::Gate => {
+                let (said, heard) = &shared.gates;
+                let waiting = said.lock().unwrap();
+                let (mut said, timeout) = heard.wait_timeout_while(waiting, PATIENCE, |said| *said == 0).unwrap();
+                if timeout.timed_out() {
+                    return false;
+                }
+                *said -= 1;
             }
             Step::Pause(duration) => sleep(*duration),
             Step::AwaitClose => {
@@ -164,6 +214,17 @@ fn play(shared: &Shared, socket: &mut TcpStream, script: &[Step], index: usize) 
         .collect();
     let head = String::from_utf8_lossy(&written).to_ascii_lowercase();
     head.contains("content-length:") || head.trim_end().ends_with("\r\n0")
+}
+
+/// Writes; false when the gateway has closed the connection, which is noted.
+fn write(shared: &Shared, socket: &mut TcpStream, bytes: &[u8], index: usize) -> bool {
+    let written = socket.write_all(bytes).is_ok();
+    if written {
+        shared.written.fetch_add(bytes.len(), Ordering::SeqCst);
+    } else {
+        shared.posts.lock().unwrap()[index].closed = Some(Instant::now());
+    }
+    written
 }
 
 fn reset(socket: &TcpStream) {

@@ -8,7 +8,7 @@ use super::{
     Caller, FINGERPRINT,
     error::Failure,
     fields::Fields,
-    logprobs, now_seconds, ok,
+    logprobs, now_seconds, object, ok,
     request::{Common, Started, check_logprobs},
     stream::{self, Shape},
     tools::{self, Call, Say},
@@ -120,7 +120,7 @@ impl Chat {
         let choices = started.outputs.iter().enumerate().map(|(index, output)| {
             json!({
                 "index": index,
-                "message": self.message(index, output.text()),
+                "message": self.message(index, &output.text()),
                 "logprobs": self.logprobs.map(|top| logprobs::chat(&self.service.model, &output.tokens, top)),
                 "finish_reason": self.finish_reason(output.finish),
                 "stop_reason": output.stop_reason,
@@ -146,7 +146,7 @@ impl Chat {
         })
     }
 
-    fn message(&self, index: usize, text: String) -> Value {
+    fn message(&self, index: usize, text: &str) -> Value {
         let mut message = json!({
             "role": "assistant",
             "content": text,
@@ -168,17 +168,13 @@ impl Chat {
     }
 
     fn chunk(&self, choices: Value) -> Map<String, Value> {
-        let chunk = json!({
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.service.options.model,
-            "choices": choices,
-        });
-        match chunk {
-            Value::Object(chunk) => chunk,
-            _ => Map::new(),
-        }
+        object([
+            ("id", self.id.as_str().into()),
+            ("object", "chat.completion.chunk".into()),
+            ("created", self.created.into()),
+            ("model", self.service.options.model.as_str().into()),
+            ("choices", choices),
+        ])
     }
 
     /// The delta of a token: what it adds to the message. The last silent token of a tool call tells its name.
@@ -234,7 +230,7 @@ impl Shape for Chat {
             if last {
                 choice.insert("stop_reason".to_owned(), output.stop_reason.clone());
             }
-            choice.insert("token_ids".to_owned(), json!(self.return_token_ids.then(|| [token.id])));
+            choice.insert("token_ids".to_owned(), json!(self.return_token_ids.then_some([token.id])));
         }
         let mut chunk = self.chunk(json!([choice]));
         if self.continuous_usage {

@@ -8,7 +8,7 @@ use super::{
     Caller, FINGERPRINT,
     error::Failure,
     fields::{self, Fields},
-    logprobs, now_seconds, ok,
+    logprobs, now_seconds, object, ok,
     request::{Common, Started, check_logprobs},
     stream::{self, Shape},
     tools::{self, Say},
@@ -151,17 +151,13 @@ impl Completion {
     }
 
     fn chunk(&self, choices: Value) -> Map<String, Value> {
-        let chunk = json!({
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.service.options.model,
-            "choices": choices,
-        });
-        match chunk {
-            Value::Object(chunk) => chunk,
-            _ => Map::new(),
-        }
+        object([
+            ("id", self.id.as_str().into()),
+            ("object", "text_completion".into()),
+            ("created", self.created.into()),
+            ("model", self.service.options.model.as_str().into()),
+            ("choices", choices),
+        ])
     }
 }
 
@@ -189,7 +185,7 @@ impl Shape for Completion {
             "finish_reason": last.then(|| reason(output.finish)),
             "stop_reason": last.then_some(&output.stop_reason),
             "prompt_token_ids": (self.return_token_ids && at == 0).then_some(prompt),
-            "token_ids": self.return_token_ids.then(|| [token.id]),
+            "token_ids": self.return_token_ids.then_some([token.id]),
         }]));
         if self.continuous_usage {
             chunk.insert("usage".to_owned(), Usage::running(prompt.len(), at + 1));

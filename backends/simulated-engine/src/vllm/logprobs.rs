@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
+use super::object;
 use crate::{model::Model, output::Token};
 
 /// A token and its log probability.
@@ -27,11 +28,11 @@ fn alternatives(model: &Model, id: u32, top: u32) -> Vec<Scored> {
 }
 
 fn chat_entry(scored: &Scored) -> Map<String, Value> {
-    let entry = json!({"token": scored.text, "logprob": scored.logprob, "bytes": scored.text.as_bytes()});
-    match entry {
-        Value::Object(entry) => entry,
-        _ => Map::new(),
-    }
+    object([
+        ("token", scored.text.as_str().into()),
+        ("logprob", scored.logprob.into()),
+        ("bytes", scored.text.as_bytes().into()),
+    ])
 }
 
 /// `logprobs` of a chat choice: `{"content": […]}`.

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::request::Started;
+use super::{object, request::Started};
 use crate::{driver::Progress, server::Service};
 
 /// Token counts of one answer or of all answers of a request.
@@ -32,15 +32,11 @@ impl Usage {
     }
 
     fn counts(self) -> Map<String, Value> {
-        let counts = json!({
-            "prompt_tokens": self.prompt,
-            "total_tokens": self.prompt + self.completion,
-            "completion_tokens": self.completion,
-        });
-        match counts {
-            Value::Object(counts) => counts,
-            _ => Map::new(),
-        }
+        object([
+            ("prompt_tokens", self.prompt.into()),
+            ("total_tokens", (self.prompt + self.completion).into()),
+            ("completion_tokens", self.completion.into()),
+        ])
     }
 
     /// In a whole answer.
@@ -61,11 +57,11 @@ impl Usage {
     pub(super) fn last(self, service: &Service, chat: bool) -> Value {
         let mut usage = self.counts();
         if service.options.prompt_tokens_details {
-            let mut details = json!({"cached_tokens": self.cached});
-            if let Some(details) = details.as_object_mut().filter(|_| chat) {
+            let mut details = object([("cached_tokens", self.cached.into())]);
+            if chat {
                 details.insert("created_cache_tokens".to_owned(), self.created.into());
             }
-            usage.insert("prompt_tokens_details".to_owned(), details);
+            usage.insert("prompt_tokens_details".to_owned(), details.into());
         }
         Value::Object(usage)
     }

@@ -144,9 +144,8 @@ pub(crate) enum Ended {
 impl Connection {
     /// Reads on; `None` at the end.
     pub(crate) async fn read(&mut self) -> Result<Option<usize>, std::io::Error> {
-        let mut buffer = [0; 16_384];
-        let read = tokio::time::timeout(PATIENCE, self.stream.read(&mut buffer)).await.expect("no answer came")?;
-        self.received.extend_from_slice(&buffer[..read]);
+        let read = self.stream.read_buf(&mut self.received);
+        let read = tokio::time::timeout(PATIENCE, read).await.expect("no answer came")?;
         Ok((read > 0).then_some(read))
     }
 
@@ -155,6 +154,15 @@ impl Connection {
         while String::from_utf8_lossy(&self.received).matches("data: ").count() < count {
             assert!(self.read().await.unwrap().is_some(), "ended early: {}", String::from_utf8_lossy(&self.received));
         }
+    }
+
+    /// Reads until nothing comes for a while, and gives what did; the connection must stay open.
+    pub(crate) async fn until_silent(&mut self) -> Reply {
+        const SILENCE: Duration = Duration::from_millis(50);
+        while let Ok(read) = tokio::time::timeout(SILENCE, self.read()).await {
+            assert!(read.unwrap().is_some(), "the connection ended");
+        }
+        Reply::parse(&self.received, Ended::Closed)
     }
 
     /// Reads to the end of the connection.

@@ -16,9 +16,8 @@ fn completion(more: Value) -> Value {
 }
 
 fn merge(mut base: Value, more: Value) -> Value {
-    for (key, value) in more.as_object().unwrap() {
-        base[key] = value.clone();
-    }
+    let Value::Object(more) = more else { panic!("{more} is no object") };
+    base.as_object_mut().unwrap().extend(more);
     base
 }
 

@@ -37,7 +37,11 @@ fn contents_take_the_shape_that_the_template_wants() {
         (json!([text("a"), text("b")]), json!("a\nb"), json!([text("a"), text("b")])),
         (json!([text("a"), text(""), text("b")]), json!("a\nb"), json!([text("a"), text(""), text("b")])),
         (json!(["a", {"type": "refusal", "refusal": "no"}]), json!("a\nno"), json!([text("a"), text("no")])),
-        (json!([{"type": "text", "text": null}, {"type": "thinking", "thinking": "t"}]), json!("t"), json!([text("t")])),
+        (
+            json!([{"type": "text", "text": null}, {"type": "thinking", "thinking": "t"}]),
+            json!("t"),
+            json!([text("t")]),
+        ),
         (json!([{"type": "input_text", "text": "i", "cache_control": 1}]), json!("i"), json!([text("i")])),
     ] {
         let message = json!({"role": "user", "content": content});
@@ -54,15 +58,27 @@ fn what_is_not_text_makes_the_count_an_estimate() {
     let image = json!({"type": "image_url", "image_url": {"url": "data:,"}});
     check_inexact(Text, json!([image, {"type": "text", "text": "a"}]), json!("a"));
     check_inexact(Parts, json!([image]), json!([{"type": "image"}]));
-    check_inexact(Parts, json!([{"image_url": "x"}, {"type": "input_audio"}]), json!([{"type": "image"}, {"type": "audio"}]));
+    check_inexact(
+        Parts,
+        json!([{"image_url": "x"}, {"type": "input_audio"}]),
+        json!([{"type": "image"}, {"type": "audio"}]),
+    );
     check_inexact(Text, json!([{"type": "unheard_of"}, {}, 3, {"type": "text", "text": 3}]), json!(""));
 }
 
 #[test]
 fn messages_keep_the_fields_that_vllm_knows() {
     check(Text, json!({"role": "developer", "content": "a", "tools": []}), json!({"role": "system", "content": "a"}));
-    check(Text, json!({"content": "a", "role": "user", "name": "bob", "x": 1}), json!({"role": "user", "content": "a", "name": "bob"}));
-    check(Text, json!({"role": "user", "content": "a", "name": 3, "tool_calls": [1], "reasoning": "r"}), json!({"role": "user", "content": "a"}));
+    check(
+        Text,
+        json!({"content": "a", "role": "user", "name": "bob", "x": 1}),
+        json!({"role": "user", "content": "a", "name": "bob"}),
+    );
+    check(
+        Text,
+        json!({"role": "user", "content": "a", "name": 3, "tool_calls": [1], "reasoning": "r"}),
+        json!({"role": "user", "content": "a"}),
+    );
     let both = json!({"role": "assistant", "content": "a", "reasoning": "r", "reasoning_content": "r"});
     check(Text, json!({"role": "assistant", "content": "a", "reasoning_content": "r"}), both.clone());
     check(Text, json!({"role": "assistant", "content": "a", "reasoning": "r", "reasoning_content": null}), both);

@@ -34,7 +34,10 @@ fn blocks_are_trimmed_and_variables_are_those_of_transformers() {
     check("{{ bos_token }}{{ eos_token }}{{ tools is none }}{{ documents is none }}", "<s>TrueTrue");
     check("{{ strftime_now('%d %b %Y') }}", "15 Jun 2025");
     check("{% generation %}{{ messages[0].content }}{% endgeneration %}", "hi");
-    check("{% for i in range(9) %}{% if i == 2 %}{% continue %}{% elif i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}", "013");
+    check(
+        "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% elif i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+        "013",
+    );
     check("{{ messages[0]['content'] | upper ~ messages|length }}{{ messages[::-1][0].role }}", "HI1user");
 }
 
@@ -74,13 +77,19 @@ fn what_is_no_template_is_refused_when_it_is_compiled() {
 
 #[test]
 fn rendering_ends() {
-    let messages = json!([]);
-    let endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
-    assert_eq!(render(endless, &messages, |_| ()), Err(Error::TooMuch));
-    let long = "{% set x = 'x' * 1000000 %}{% for a in range(999) %}{{ x }}{% endfor %}";
-    assert_eq!(render(long, &messages, |_| ()), Err(Error::TooMuch));
-    let deep = "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}";
-    assert!(render(deep, &messages, |_| ()).is_err());
+    let bounded = |source: &str| {
+        let mut template = template(source);
+        assert_eq!(template.environment.fuel(), Some(FUEL));
+        template.environment.set_fuel(Some(50_000)); // the bound itself takes too long for a test
+        template.render(&Chat::new(b"[]", SystemTime::UNIX_EPOCH))
+    };
+    assert_eq!(
+        bounded("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
+        Err(Error::TooMuch)
+    );
+    assert_eq!(bounded("{% set x = 'x' * 1000000 %}{% for a in range(999) %}{{ x }}{% endfor %}"), Err(Error::TooMuch));
+    let deep = bounded("{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}");
+    assert!(matches!(deep, Err(Error::Render(_))), "{deep:?}");
 }
 
 #[test]
@@ -151,10 +160,12 @@ fn odd_json() -> impl Strategy<Value = Json> {
         "(user|assistant|system|tool|<think>|</think>|\\PC{0,6})".prop_map(Json::from),
     ];
     leaf.prop_recursive(4, 40, 5, |inner| {
-        let keys = "(role|content|tool_calls|function|arguments|name|type|text|items|properties|id|reasoning_content|x)";
+        let keys =
+            "(role|content|tool_calls|function|arguments|name|type|text|items|properties|id|reasoning_content|x)";
         prop_oneof![
             proptest::collection::vec(inner.clone(), 0..4).prop_map(Json::from),
-            proptest::collection::vec((keys, inner), 0..6).prop_map(|entries| Json::Object(entries.into_iter().collect())),
+            proptest::collection::vec((keys, inner), 0..6)
+                .prop_map(|entries| Json::Object(entries.into_iter().collect())),
         ]
     })
 }

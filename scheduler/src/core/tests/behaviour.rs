@@ -337,6 +337,32 @@ fn a_draining_worker_gets_nothing_and_finishes_what_it_has() {
 }
 
 #[test]
+fn joining_again_changes_the_spec_and_keeps_the_rest() {
+    let mut world = World::with_workers(1, &one_slot());
+    world.arrive(request(1, 1000));
+    world.arrive(request(2, 1000));
+    world.event(Event::WorkerDraining { worker: WorkerId(0) });
+    assert_eq!(world.waiting(), [RequestId(2)]);
+    let joined = world.join(0, WorkerSpec { kv_tokens: Some(5000), ..WorkerSpec::default() });
+    assert!(matches!(joined[..], [Action::Send { request: RequestId(2), .. }]), "{joined:?}");
+    let view = world.core.worker_view(world.now, WorkerId(0)).unwrap();
+    assert_eq!((view.sent_requests, view.health, view.kv_tokens), (2, HealthState::Up, Some(5000)));
+}
+
+#[test]
+fn a_smaller_queue_sheds_what_is_too_much() {
+    let mut world = World::with_workers(1, &one_slot());
+    for id in 1..=6 {
+        world.arrive(request(id, 100));
+        world.wait(1);
+    }
+    let limits = PoolLimits { queue_requests_max: 2, ..PoolLimits::default() };
+    world.event(Event::PoolJoined { pool: POOL, limits });
+    assert_eq!(world.waiting(), [RequestId(2), RequestId(3)]);
+    assert_eq!(world.refusal(6), Some(Refusal::QueueFull));
+}
+
+#[test]
 fn a_request_outlives_its_worker() {
     let mut world = World::with_workers(2, &one_slot());
     world.arrive(request(1, 1000));

@@ -106,7 +106,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (worker(), 0..3_u8, 0..6_u64, 0..200_u32).prop_map(|(w, kind, seed, len)| Step::Kv(w, kind, seed, len)),
         1 => (0..3_u32, prop_oneof![0.1..10.0_f64, Just(0.0), Just(f64::NAN)]).prop_map(|(t, w)| Step::Weight(t, w)),
         1 => prop::bool::weighted(0.1).prop_map(Step::Pool),
-        6 => prop_oneof![0..300_u64, 0..5000_u64, 0..90_000_u64].prop_map(Step::Wait),
+        6 => prop_oneof![8 => 0..300_u64, 3 => 0..5000_u64, 1 => 0..90_000_u64].prop_map(Step::Wait),
     ]
 }
 
@@ -189,7 +189,9 @@ fn run(world: &mut World, step: &Step) {
             world.health.clear();
             Event::PoolJoined { pool: POOL, limits: limits() }
         }
-        Step::Pool(false) => Event::PoolJoined { pool: POOL, limits: limits() },
+        Step::Pool(false) => {
+            Event::PoolJoined { pool: POOL, limits: PoolLimits { queue_requests_max: 3, attempts_max: 2, ..limits() } }
+        }
         Step::Wait(ms) => {
             world.wait(ms);
             return;

@@ -80,7 +80,7 @@ impl World {
 
     pub(super) fn join(&mut self, worker: u32, spec: WorkerSpec) -> Vec<Action> {
         let worker = WorkerId(worker);
-        self.health.insert(worker, HealthState::Unknown);
+        self.health.entry(worker).or_insert(HealthState::Unknown);
         self.draining.retain(|draining| *draining != worker);
         self.event(Event::WorkerJoined { worker, pool: POOL, spec })
     }

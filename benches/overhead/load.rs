@@ -1,0 +1,152 @@
+//! Clients: each connection sends its next request when its last answer is whole (a closed loop).
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+use crate::http::{content_length, head_bytes};
+
+/// English that every prompt is cut from.
+const PROSE: &str = include_str!("../../backends/simulated-engine/model/prose.txt");
+/// What is written over with letters that no request had before.
+const FRESH_WORD: &[u8] = b"abcdefgh";
+/// Bytes from one such word to the next, less than any piece that a tokenization cache would remember.
+const FRESH_EVERY: usize = 512;
+
+/// What to ask for.
+#[derive(Clone, Copy)]
+pub(crate) struct Question {
+    /// Length of the body.
+    pub(crate) bytes: usize,
+    pub(crate) stream: bool,
+    pub(crate) novelty: Novelty,
+}
+
+/// How much of a prompt has been seen before.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Novelty {
+    /// Nothing that is worth remembering.
+    Everywhere,
+    /// All but its last bytes.
+    AtTheEnd,
+}
+
+/// A request ready to be sent, but for its fresh words.
+#[derive(Clone)]
+struct Prepared {
+    bytes: Vec<u8>,
+    fresh: Vec<usize>,
+    stream: bool,
+}
+
+impl Question {
+    fn prepare(self, model: &str) -> anyhow::Result<Prepared> {
+        let stream = if self.stream { r#""stream":true,"# } else { "" };
+        let open = format!(r#"{{"model":"{model}",{stream}"max_tokens":64,"messages":[{{"role":"user","content":""#);
+        let close = r#""}]}"#;
+        let room = self.bytes.checked_sub(open.len() + close.len()).context("the body has no room for a message")?;
+        let head = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: gateway\r\nauthorization: Bearer sk-any\r\n\
+             user-agent: OpenAI/Python 2.0.0\r\naccept: application/json\r\ncontent-type: application/json\r\n\
+             content-length: {}\r\n\r\n",
+            self.bytes
+        );
+        // JSON needs no escapes for these.
+        let plain = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b' ' | b',' | b'.' | b'\'');
+        let prose = PROSE.bytes().map(|byte| if byte == b'\n' { b' ' } else { byte }).filter(plain);
+        let mut message: Vec<u8> = prose.cycle().take(room).collect();
+        let last = room.checked_sub(FRESH_WORD.len()).context("the message has no room for a word")?;
+        let within: Vec<usize> = match self.novelty {
+            Novelty::Everywhere => (0..=last).step_by(FRESH_EVERY).collect(),
+            Novelty::AtTheEnd => vec![last],
+        };
+        for at in &within {
+            message.splice(*at..at + FRESH_WORD.len(), FRESH_WORD.iter().copied());
+        }
+        let fresh = within.iter().map(|at| head.len() + open.len() + at).collect();
+        let bytes = [head.as_bytes(), open.as_bytes(), &message, close.as_bytes()].concat();
+        Ok(Prepared { bytes, fresh, stream: self.stream })
+    }
+}
+
+impl Prepared {
+    fn renew(&mut self) {
+        static WORDS: AtomicU64 = AtomicU64::new(0);
+        for at in &self.fresh {
+            let mut number = WORDS.fetch_add(1, Ordering::Relaxed);
+            for byte in self.bytes.iter_mut().skip(*at).take(FRESH_WORD.len()) {
+                *byte = b"abcdefghijklmnopqrstuvwxyz".get((number % 26) as usize).copied().unwrap_or(b'a');
+                number /= 26;
+            }
+        }
+    }
+}
+
+/// Asks over `connections` at once until `length` is over, and waits for the answers under way: all latencies.
+pub(crate) async fn drive(
+    address: SocketAddr,
+    model: &str,
+    question: Question,
+    connections: usize,
+    length: Duration,
+) -> anyhow::Result<Vec<Duration>> {
+    let prepared = question.prepare(model)?;
+    let end = Instant::now() + length;
+    let mut clients = JoinSet::new();
+    for _ in 0..connections {
+        clients.spawn(client(address, prepared.clone(), end));
+    }
+    let mut latencies = Vec::new();
+    while let Some(client) = clients.join_next().await {
+        latencies.append(&mut client??);
+    }
+    Ok(latencies)
+}
+
+async fn client(address: SocketAddr, mut request: Prepared, end: Instant) -> anyhow::Result<Vec<Duration>> {
+    let mut stream = TcpStream::connect(address).await.with_context(|| format!("cannot connect to {address}"))?;
+    stream.set_nodelay(true)?;
+    let mut buffer = Vec::with_capacity(64 << 10);
+    let mut latencies = Vec::new();
+    loop {
+        request.renew();
+        let began = Instant::now();
+        stream.write_all(&request.bytes).await?;
+        answer(&mut stream, &mut buffer, request.stream).await?;
+        let now = Instant::now();
+        latencies.push(now - began);
+        if now >= end {
+            return Ok(latencies);
+        }
+        buffer.clear();
+    }
+}
+
+/// Reads one answer whole, and refuses every other than a good one.
+async fn answer(stream: &mut TcpStream, buffer: &mut Vec<u8>, streamed: bool) -> anyhow::Result<()> {
+    const LAST_EVENT: &[u8] = b"data: [DONE]\n\n\r\n0\r\n\r\n";
+    let mut head = None;
+    loop {
+        ensure!(stream.read_buf(buffer).await? > 0, "the answer broke off: {}", String::from_utf8_lossy(buffer));
+        if head.is_none() {
+            head = head_bytes(buffer);
+        }
+        let Some(head) = head else { continue };
+        if !buffer.starts_with(b"HTTP/1.1 200 ") {
+            bail!("no good answer: {}", String::from_utf8_lossy(buffer));
+        }
+        // How the last event is cut into chunks is the proxy's own choice; none of them cuts this short one.
+        let whole = match buffer.get(..head).and_then(content_length) {
+            Some(length) => !streamed && buffer.len() >= head + length,
+            None => streamed && buffer.ends_with(LAST_EVENT),
+        };
+        if whole {
+            return Ok(());
+        }
+    }
+}
