@@ -29,7 +29,7 @@ pub struct Api {
     pub ledger: Ledger,
     /// Largest request body, in bytes.
     pub body_bytes_max: usize,
-    /// Cancelled when streams must end because the drain time is over.
+    /// Cancelled when answers must end because the drain time is over.
     pub closing: CancellationToken,
 }
 

@@ -135,12 +135,16 @@ impl Gateway {
         self.catalog.apply(config).await
     }
 
-    /// Ends: no new connections, answers under way may finish for `drain`, then everything stops.
-    pub async fn shutdown(self, drain: Duration) {
+    /// Ends: no new connections, answers under way may finish until `over`, then everything stops.
+    pub async fn shutdown(self, over: impl Future<Output = ()>) {
         self.stopping.cancel();
         self.serving.close();
-        if tokio::time::timeout(drain, self.serving.wait()).await.is_err() {
-            tracing::warn!(seconds = drain.as_secs_f64(), "drain time is over, cutting the answers that are left");
+        let finished = tokio::select! {
+            () = self.serving.wait() => true,
+            () = over => false,
+        };
+        if !finished {
+            tracing::warn!("the drain time is over, cutting the answers that are left");
             self.closing.cancel();
             // Streams still get their error event; a connection whose client does not read it is dropped.
             let _ = tokio::time::timeout(LAST_WORDS, self.serving.wait()).await;

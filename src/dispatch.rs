@@ -61,7 +61,6 @@ pub struct Opened {
     pub predicted_wait: Duration,
     /// Prompt tokens the core expected in the worker's cache.
     pub matched_tokens: u32,
-    pub attempts: u32,
     pub reply: Reply,
 }
 
@@ -107,23 +106,24 @@ pub struct Dispatch {
 }
 
 impl Dispatch {
-    /// Brings `job` to a worker of its pool.
+    /// Brings `job` to a worker of its pool. `on_send` hears of each attempt before it begins: where it goes and how
+    /// long it waited in lanes since the last one.
     ///
     /// Dropping the future withdraws the request: from its lane, or from the engine by closing the connection.
     ///
     /// # Errors
     /// See [`Error`]; the client has seen nothing, and no engine works on the request any more.
-    pub async fn open(&self, job: Job<'_>) -> Result<Opened, Error> {
+    pub async fn open(&self, job: Job<'_>, on_send: impl FnMut(&Worker, Duration) + Send) -> Result<Opened, Error> {
         let deadline = job.deadline;
         match deadline {
-            Some(deadline) => tokio::time::timeout_at(deadline, self.attempts(job))
+            Some(deadline) => tokio::time::timeout_at(deadline, self.attempts(job, on_send))
                 .await
                 .unwrap_or(Err(Error::Refused { reason: Refusal::TimedOut, retry_after: None })),
-            None => self.attempts(job).await,
+            None => self.attempts(job, on_send).await,
         }
     }
 
-    async fn attempts(&self, job: Job<'_>) -> Result<Opened, Error> {
+    async fn attempts(&self, job: Job<'_>, mut on_send: impl FnMut(&Worker, Duration)) -> Result<Opened, Error> {
         let class = job.class as usize;
         let (mut place, mut verdict) = self.driver.arrive(|id| request(id, &job, &self.driver));
         let mut queued = Duration::ZERO;
@@ -147,6 +147,7 @@ impl Dispatch {
                 verdict = place.attempt_failed(forebay_scheduler::Failure::Connect);
                 continue;
             };
+            on_send(&worker, waited);
             let span = tracing::debug_span!("attempt", worker = &*worker.name, number = attempts);
             match attempt::attempt(&worker, &job).instrument(span).await {
                 Ok(reply) => {
@@ -157,7 +158,6 @@ impl Dispatch {
                         queued,
                         predicted_wait: sent.predicted_wait,
                         matched_tokens: sent.matched_tokens,
-                        attempts,
                         reply,
                     });
                 }

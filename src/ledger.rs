@@ -103,11 +103,11 @@ impl Entry {
         self.row.prompt_tokens_from = if exact { TokensFrom::Tokenizer } else { TokensFrom::Estimate };
     }
 
-    /// Notes the worker of the attempt that answers, after `queued` in lanes and `attempts` tries in all.
-    pub fn placed(&mut self, worker: &Arc<str>, queued: Duration, attempts: u32) {
+    /// Notes one more attempt: at which worker, after how long in lanes.
+    pub fn sent(&mut self, worker: &Arc<str>, queued: Duration) {
         self.row.worker = Some(Arc::clone(worker));
-        self.row.queue_ms = milliseconds(queued);
-        self.row.attempts = attempts;
+        self.row.queue_ms += milliseconds(queued);
+        self.row.attempts += 1;
     }
 
     pub fn streaming(&mut self, stream: bool) {
@@ -158,7 +158,7 @@ impl Drop for Entry {
         self.row.total_ms = milliseconds(total);
         self.metrics.answered(self.row.api, self.row.status, total.as_secs_f64());
         let row = &self.row;
-        self.metrics.prompt_tokens.increment(u64::from(if row.worker.is_some() { row.prompt_tokens } else { 0 }));
+        self.metrics.prompt_tokens.increment(u64::from(if self.first.is_some() { row.prompt_tokens } else { 0 }));
         self.metrics.cached_tokens.increment(u64::from(row.cached_tokens.unwrap_or(0)));
         self.metrics.output_tokens.increment(u64::from(row.output_tokens));
         if let (Some(first), true) = (self.first, row.stream) {

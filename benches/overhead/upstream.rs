@@ -105,9 +105,12 @@ struct Answers {
 
 impl Answers {
     fn new() -> Self {
-        let models = MODELS.map(|name| format!(r#"{{"id":"{name}","object":"model","owned_by":"vllm","max_model_len":131072}}"#));
+        let models = MODELS
+            .map(|name| format!(r#"{{"id":"{name}","object":"model","owned_by":"vllm","max_model_len":131072}}"#));
         let mut metrics = String::new();
-        for (name, value) in [("num_requests_running", "0.0"), ("num_requests_waiting", "0.0"), ("kv_cache_usage_perc", "0.0")] {
+        for (name, value) in
+            [("num_requests_running", "0.0"), ("num_requests_waiting", "0.0"), ("kv_cache_usage_perc", "0.0")]
+        {
             let _ = writeln!(metrics, r#"vllm:{name}{{engine="0"}} {value}"#);
         }
         let _ = writeln!(metrics, r#"vllm:cache_config_info{{block_size="16",engine="0",num_gpu_blocks="62500"}} 1.0"#);
@@ -122,7 +125,9 @@ impl Answers {
             models: json(&format!(r#"{{"object":"list","data":[{}]}}"#, models.join(","))),
             metrics: document("text/plain; version=0.0.4; charset=utf-8", &metrics),
             health: document("text/plain", ""),
-            whole: json(r#"{"id":"chatcmpl-6b0e","object":"chat.completion","created":1700000000,"model":"bench","choices":[{"index":0,"message":{"role":"assistant","content":"It is the pool of water right before the turbines.","refusal":null,"annotations":null,"audio":null,"function_call":null,"tool_calls":[],"reasoning":null},"logprobs":null,"finish_reason":"stop","stop_reason":null,"token_ids":null}],"service_tier":null,"system_fingerprint":null,"usage":{"prompt_tokens":32,"total_tokens":43,"completion_tokens":11,"prompt_tokens_details":null},"prompt_logprobs":null,"prompt_token_ids":null,"kv_transfer_params":null}"#),
+            whole: json(
+                r#"{"id":"chatcmpl-6b0e","object":"chat.completion","created":1700000000,"model":"bench","choices":[{"index":0,"message":{"role":"assistant","content":"It is the pool of water right before the turbines.","refusal":null,"annotations":null,"audio":null,"function_call":null,"tool_calls":[],"reasoning":null},"logprobs":null,"finish_reason":"stop","stop_reason":null,"token_ids":null}],"service_tier":null,"system_fingerprint":null,"usage":{"prompt_tokens":32,"total_tokens":43,"completion_tokens":11,"prompt_tokens_details":null},"prompt_logprobs":null,"prompt_token_ids":null,"kv_transfer_params":null}"#,
+            ),
             events,
             usage: chunk(&format!("{usage}\n\n")),
             done: [chunk("data: [DONE]\n\n"), b"0\r\n\r\n".to_vec()].concat(),

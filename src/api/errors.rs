@@ -39,6 +39,8 @@ pub(super) enum Error {
     Header { name: &'static str, expected: &'static str },
     #[error("{}", .0.message)]
     Unreadable(Unreadable),
+    #[error("the drain time is over")]
+    Stopping,
     #[error(transparent)]
     Ledger(#[from] ledger::Full),
     #[error(transparent)]
@@ -114,6 +116,7 @@ impl Error {
             Self::Unreadable(Unreadable { message, param, code }) => {
                 bad_request(StatusCode::BAD_REQUEST, Some(code), param.as_deref(), message.clone())
             }
+            Self::Stopping => unavailable("server_is_stopping", None, "The server is shutting down. Please try again."),
             Self::Ledger(ledger::Full) => {
                 unavailable("server_is_overloaded", None, "The server cannot record more requests at the moment.")
             }
@@ -127,6 +130,7 @@ impl Error {
 
     pub(super) fn outcome(&self) -> Outcome {
         match self {
+            Self::Stopping => Outcome::Failed,
             Self::Pipeline(pipeline::Error::Dispatch(dispatch::Error::Engine { status, .. }))
                 if status.is_client_error() =>
             {
@@ -170,7 +174,13 @@ impl Error {
                     reason: Refusal::AttemptsExhausted { .. } | Refusal::TimedOut,
                     ..
                 }))
-        )
+        ) || self.is_engines_failure()
+    }
+
+    /// The last of several failures, in an engine's words.
+    fn is_engines_failure(&self) -> bool {
+        matches!(self, Self::Pipeline(pipeline::Error::Dispatch(dispatch::Error::Engine { status, .. }))
+            if !status.is_client_error())
     }
 }
 

@@ -50,7 +50,8 @@ async fn serve(api: &Api, request: Request, kind: Kind) -> Response {
         Err(full) => return Error::Ledger(full).respond(&name),
     };
     let span = tracing::debug_span!("request", id = name.as_str(), api = kind.api.name());
-    match answer(api, &mut entry, request, &kind).instrument(span).await {
+    let answer = answer(api, &mut entry, request, &kind).instrument(span);
+    match api.closing.run_until_cancelled(answer).await.unwrap_or(Err(Error::Stopping)) {
         Ok(open) => open.respond(api, entry, &name),
         Err(error) => {
             entry.end(error.outcome(), error.status().as_u16());
@@ -88,19 +89,19 @@ impl Open {
         headers::identify(&mut response, name);
         headers::describe(&mut response, &self.route, &self.opened);
         let place = self.opened.place;
+        let closing = api.closing.clone();
         match self.opened.reply {
             Reply::Stream(streamed) => {
                 let fields = response.headers_mut();
                 fields.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
                 fields.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-                let closing = api.closing.clone();
                 *response.body_mut() =
                     Body::new(StreamRelay::new(entry, place, streamed, self.choices, self.hide_usage, closing));
             }
             Reply::Whole(whole) => {
                 *response.status_mut() = StatusCode::OK;
                 response.headers_mut().insert(CONTENT_TYPE, whole.content_type.clone());
-                *response.body_mut() = Body::new(WholeRelay::new(entry, place, whole));
+                *response.body_mut() = Body::new(WholeRelay::new(entry, place, whole, closing));
             }
         }
         response

@@ -86,8 +86,11 @@ impl Catalog {
     pub(super) async fn follow(&self, mut learned: mpsc::Receiver<Learned>) {
         while let Some(fact) = learned.recv().await {
             let mut state = self.state.lock().await;
-            state.learn(fact).await;
+            let blocks_changed = state.learn(fact).await;
             self.routing.apply(state.table());
+            if let (true, Ok(pools)) = (blocks_changed, state.pools()) {
+                self.dispatch.apply(&pools);
+            }
         }
     }
 }
@@ -144,27 +147,29 @@ impl State {
         models.filter_map(|model| Some(pool(model, self.models.get(model.name.as_str())?))).collect()
     }
 
-    async fn learn(&mut self, fact: Learned) {
+    /// Whether the size of the model's prefix blocks changed.
+    async fn learn(&mut self, fact: Learned) -> bool {
         let Self { config, models, .. } = self;
-        let Some((name, known)) = models.iter_mut().find(|(_, known)| known.pool == fact.pool) else { return };
+        let Some((name, known)) = models.iter_mut().find(|(_, known)| known.pool == fact.pool) else {
+            return false;
+        };
         // A prompt must fit wherever it is placed: the smallest context of the pool counts.
         known.max_model_len = match (known.max_model_len, fact.max_model_len) {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
         };
+        let blocks_changed = fact.block_tokens.is_some_and(|tokens| tokens != known.block_tokens);
         known.block_tokens = fact.block_tokens.unwrap_or(known.block_tokens);
         known.engine = fact.tokenizer.or(known.engine.take());
         let configured = config.models.iter().any(|model| model.name.as_str() == &**name && model.tokenizer.is_some());
-        if configured || known.found.is_some() {
-            return;
-        }
-        let Some(root) = fact.root else { return };
+        let Some(root) = fact.root.filter(|_| !configured && known.found.is_none()) else { return blocks_changed };
         known.found = tokio::task::spawn_blocking(move || tokenizers::find(&root)).await.ok().flatten();
         match (&known.found, &known.engine) {
             (Some(_), _) => tracing::info!(model = &**name, "counting tokens with the model's files on this machine"),
             (None, Some(_)) => tracing::info!(model = &**name, "counting tokens by asking the engine"),
             (None, None) => tracing::warn!(model = &**name, "no tokenizer found, token counts are estimates"),
         }
+        blocks_changed
     }
 }
 

@@ -109,12 +109,12 @@ async fn demo(
     println!("  gateway   http://{client}   (metrics: http://{ops}/metrics)\n");
     let shown = show(client, engines).await;
     if let Err(error) = shown {
-        running.shutdown(Duration::from_secs(1)).await;
+        running.shutdown(tokio::time::sleep(Duration::from_secs(1))).await;
         return Err(error);
     }
     if arguments.once {
         println!("\nall was well");
-        running.shutdown(Duration::from_secs(1)).await;
+        running.shutdown(tokio::time::sleep(Duration::from_secs(1))).await;
         return Ok(());
     }
     println!("\nThe gateway stays up. Try it (Ctrl-C ends it):\n\n{}\n", curl(client));

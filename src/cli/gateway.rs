@@ -92,10 +92,16 @@ pub(super) async fn run(gateway: Gateway, mut config: Config, source: Option<Sou
         }
     }
     tracing::info!(seconds = config.server.drain.as_secs_f64(), "stopping: letting answers under way finish");
-    tokio::select! {
-        () = gateway.shutdown(config.server.drain) => {}
-        _ = terminate.recv() => anyhow::bail!("stopped before the answers under way were finished"),
-        _ = interrupt.recv() => anyhow::bail!("stopped before the answers under way were finished"),
-    }
+    let mut hurried = false;
+    gateway
+        .shutdown(async {
+            tokio::select! {
+                () = tokio::time::sleep(config.server.drain) => {}
+                _ = terminate.recv() => hurried = true,
+                _ = interrupt.recv() => hurried = true,
+            }
+        })
+        .await;
+    anyhow::ensure!(!hurried, "stopped before the answers under way were finished");
     Ok(())
 }

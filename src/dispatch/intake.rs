@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
-use forebay_backends::engines::{self, Api, Detected};
+use forebay_backends::engines::{self, Api, Detected, Load};
 use forebay_backends::signals::{Pace, Signal, Signals, Traffic};
 use forebay_backends::transport::{Channel, Endpoint, Timeouts, Transport};
 use forebay_scheduler::{Action, Event, PoolId, PoolLimits, WorkerId};
@@ -270,16 +270,17 @@ impl Intake {
         self.tracker.spawn(gone.clone().run_until_cancelled_owned(async move {
             let (channel, traffic) = (worker.channel.clone(), worker.traffic.clone());
             let Some(mut signals) = Signals::new(channel, engine, traffic, Pace::default()) else { return };
-            let mut block_tokens = None;
+            let mut cache = (None, None);
             loop {
                 match signals.next().await {
                     Signal::Load(load) if load.sleeping => {
                         intake.driver.tell(Event::Probed { worker: worker.id, healthy: false });
                     }
                     Signal::Load(load) => {
-                        if load.block_tokens.is_some() && load.block_tokens != block_tokens {
-                            block_tokens = load.block_tokens;
-                            intake.block_size(&worker, block_tokens);
+                        let says = (load.kv_tokens, load.block_tokens);
+                        if says != (None, None) && says != cache {
+                            cache = says;
+                            intake.cache_size(&worker, &load);
                         }
                         let gauges = &worker.metrics;
                         gauges.running.set(f64::from(load.running));
@@ -294,9 +295,21 @@ impl Intake {
         }));
     }
 
-    fn block_size(&self, worker: &Worker, block_tokens: Option<u32>) {
+    /// The worker says how large its KV cache is and its blocks are: the core counts reservations in them, and prompts
+    /// are hashed in them.
+    fn cache_size(&self, worker: &Worker, load: &Load) {
+        let standard = forebay_scheduler::WorkerSpec::default();
+        let block_tokens = load.block_tokens;
+        let spec = forebay_scheduler::WorkerSpec {
+            kv_tokens: load.kv_tokens,
+            block_tokens: block_tokens.unwrap_or(standard.block_tokens),
+            ..standard
+        };
+        self.driver.tell(Event::WorkerJoined { worker: worker.id, pool: worker.pool, spec });
         let learned = Learned { pool: worker.pool, max_model_len: None, block_tokens, root: None, tokenizer: None };
-        let _ = self.learned.try_send(learned);
+        if self.learned.try_send(learned).is_err() {
+            tracing::warn!(worker = &*worker.name, "too many workers report at once, a block size is left out");
+        }
     }
 }
 

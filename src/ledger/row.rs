@@ -54,13 +54,14 @@ pub struct Row {
     /// The configured model; absent when the request named none that exists.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<Arc<str>>,
+    /// Where it was sent last; absent when it was sent nowhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub worker: Option<Arc<str>>,
     pub stream: bool,
     /// HTTP status; 499 when the client left before it had one.
     pub status: u16,
     pub outcome: Outcome,
-    /// Attempts at workers, the answering one included.
+    /// Attempts at workers, the last one included.
     pub attempts: u32,
     pub prompt_tokens: u32,
     pub prompt_tokens_from: TokensFrom,

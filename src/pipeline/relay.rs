@@ -117,7 +117,7 @@ impl StreamRelay {
                 }
                 match delta.usage_member {
                     Some(_) if self.hide_usage && delta.usage_only => None,
-                    Some(member) if self.hide_usage => Some(without(data, member)),
+                    Some(member) if self.hide_usage => Some(without(event, data, member)),
                     _ => Some(event.raw.clone()),
                 }
             }
@@ -253,15 +253,23 @@ impl http_body::Body for StreamRelay {
 }
 
 /// The event again without the member that only our asking for usage put there.
-fn without(data: &Bytes, member: Span) -> Bytes {
+fn without(event: &Event, data: &Bytes, member: Span) -> Bytes {
     let mut edits = Edits::new();
+    let at = data.as_ptr().addr().wrapping_sub(event.raw.as_ptr().addr());
+    if at < event.raw.len() {
+        edits.replace(at + member.start..at + member.end, Bytes::new());
+        return edits.apply(&event.raw);
+    }
+    // Data of several lines were joined, and are no part of the event's bytes.
     edits.replace(member, Bytes::new());
-    let data = edits.apply(data);
-    let mut event = BytesMut::with_capacity(data.len() + 8);
-    event.extend_from_slice(b"data: ");
-    event.extend_from_slice(&data);
-    event.extend_from_slice(b"\n\n");
-    event.freeze()
+    let mut raw = BytesMut::with_capacity(event.raw.len());
+    for line in edits.apply(data).split(|byte| *byte == b'\n') {
+        raw.extend_from_slice(b"data: ");
+        raw.extend_from_slice(line);
+        raw.extend_from_slice(b"\n");
+    }
+    raw.extend_from_slice(b"\n");
+    raw.freeze()
 }
 
 /// The end of an answer that is complete, with the tokens that its row says.
@@ -284,14 +292,33 @@ pub struct WholeRelay {
     tap: Tap,
     /// Bytes still to go, where known.
     left: Option<u64>,
+    closing: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+/// Why a whole answer ends before its last byte.
+#[derive(Debug, thiserror::Error)]
+pub enum Cut {
+    #[error(transparent)]
+    Worker(#[from] forebay_backends::Error),
+    #[error("the gateway is shutting down")]
+    Closing,
 }
 
 impl WholeRelay {
+    /// `closing` cuts the answer when the gateway's drain time is over.
     #[must_use]
-    pub fn new(entry: Entry, place: Place, whole: Whole) -> Self {
+    pub fn new(entry: Entry, place: Place, whole: Whole, closing: CancellationToken) -> Self {
         let Whole { status, head, rest, length, .. } = whole;
-        let mut relay =
-            Self { entry, place, status: status.as_u16(), head, upstream: rest, tap: Tap::new(), left: length };
+        let mut relay = Self {
+            entry,
+            place,
+            status: status.as_u16(),
+            head,
+            upstream: rest,
+            tap: Tap::new(),
+            left: length,
+            closing: Box::pin(closing.cancelled_owned()),
+        };
         if relay.is_all() {
             relay.complete();
         }
@@ -319,11 +346,18 @@ impl WholeRelay {
         self.entry.end(Outcome::Completed, self.status);
         self.place.ended(finished(&self.entry));
     }
+
+    /// The status line is out: only a cut connection tells the client that this is not the whole answer.
+    fn cut(&mut self, end: End) {
+        self.entry.end(Outcome::Cut, self.status);
+        self.place.ended(end);
+        self.upstream = None;
+    }
 }
 
 impl http_body::Body for WholeRelay {
     type Data = Bytes;
-    type Error = forebay_backends::Error;
+    type Error = Cut;
 
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = self.get_mut();
@@ -332,14 +366,15 @@ impl http_body::Body for WholeRelay {
         }
         let Some(upstream) = &mut this.upstream else { return Poll::Ready(None) };
         match upstream.poll_data(context) {
+            Poll::Pending if this.closing.as_mut().poll(context).is_ready() => {
+                this.cut(End::Cancelled);
+                Poll::Ready(Some(Err(Cut::Closing)))
+            }
             Poll::Pending => Poll::Pending,
             Poll::Ready(Some(Ok(bytes))) => Poll::Ready(Some(Ok(this.passed(bytes)))),
             Poll::Ready(Some(Err(error))) => {
-                // The status line is out: only a cut connection tells the client that this is not the whole answer.
-                this.entry.end(Outcome::Cut, this.status);
-                this.place.ended(End::Failed(error.failure()));
-                this.upstream = None;
-                Poll::Ready(Some(Err(error)))
+                this.cut(End::Failed(error.failure()));
+                Poll::Ready(Some(Err(error.into())))
             }
             Poll::Ready(None) => {
                 this.upstream = None;

@@ -3,19 +3,14 @@
 import asyncio
 from contextlib import ExitStack
 
-import openai
 import pytest
 
+from clients import sdk
 from processes import PATIENCE, Gateway, Worker, model
 
 # Small, so that a prompt over the context and a body over the limit are cheap to make.
 CONTEXT = 2048
 BODY_BYTES = 64 << 10
-
-
-def sdk(url, kind=openai.OpenAI, **options):
-    """The SDK as its users make it, but that it neither waits for long nor hides a failure by trying again."""
-    return kind(base_url=f"{url}/v1", api_key="any", **{"timeout": PATIENCE, "max_retries": 0, **options})
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ def eventually(what, condition, patience=PATIENCE):
 class Process:
     """A child whose output is collected line by line."""
 
-    def __init__(self, arguments, directory, environment=None):
+    def __init__(self, arguments, directory, environment=None, **options):
         kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         self.child = subprocess.Popen(
             [str(argument) for argument in arguments],
@@ -56,6 +56,7 @@ class Process:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            **options,
         )
         self.lines = []
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -1,23 +1,18 @@
 """`/v1/chat/completions`, whole and streamed. The engine answers equal requests equally, so that what it says when asked
 directly is the measure of what comes through the gateway."""
 
+import asyncio
+
 import openai
 import pytest
 
-from conftest import sdk
+from clients import joined, sdk
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a forebay? 水と 🌊"}]
 
 
 def ask(client, **more):
     return client.chat.completions.create(**{"model": "m", "messages": MESSAGES, **more})
-
-
-def joined(chunks, index=0):
-    """The text of one choice of a stream, and its finish reasons."""
-    mine = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
-    text = "".join(choice.delta.content or "" for choice in mine)
-    return text, [choice.finish_reason for choice in mine if choice.finish_reason]
 
 
 def test_whole_answer(client, direct, gateway):
@@ -197,7 +192,8 @@ def test_vendor_fields_reach_the_engine_and_come_back(client, gateway):
     counted = gateway.post("/tokenize", json={"model": "m", "messages": MESSAGES}).json()
     assert answer.prompt_token_ids == counted["tokens"]
     text = gateway.post("/detokenize", json={"model": "m", "tokens": answer.choices[0].token_ids}).json()["prompt"]
-    assert text == answer.choices[0].message.content
+    # The answer ends at the last whole character.
+    assert text.startswith(answer.choices[0].message.content)
     assert "kv_transfer_params" in answer.model_extra
 
 
@@ -225,15 +221,12 @@ def test_twenty_streams_at_once(gateway, direct, workers, run):
         return joined([chunk async for chunk in stream])
 
     async def all_of_them():
-        import asyncio
-
         async with sdk(gateway.url, openai.AsyncOpenAI) as client:
             return await asyncio.gather(*(one(client, messages) for messages in questions))
 
     answers = run(all_of_them())
-    assert [worker.begun() for worker in workers] > before
     assert sum(worker.begun() for worker in workers) - sum(before) == 20
-    assert all(worker.begun() > count for worker, count in zip(workers, before)), "one worker got everything"
+    assert all(worker.begun() > count for worker, count in zip(workers, before))
     for messages, (text, reasons) in zip(questions, answers):
         assert reasons == ["stop"]
         assert text == ask(direct, messages=messages).choices[0].message.content

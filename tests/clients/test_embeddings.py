@@ -6,7 +6,7 @@ import base64
 import openai
 import pytest
 
-from conftest import sdk
+from clients import sdk
 
 TEXTS = ["The water is high.", "水と 🌊", "The water is low."]
 

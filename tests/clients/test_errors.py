@@ -3,7 +3,8 @@
 import openai
 import pytest
 
-from conftest import BODY_BYTES, CONTEXT, sdk
+from clients import sdk
+from conftest import BODY_BYTES, CONTEXT
 from processes import Gateway, Worker, model
 
 MESSAGES = [{"role": "user", "content": "Hi"}]

@@ -7,7 +7,7 @@ import time
 import openai
 import pytest
 
-from conftest import sdk
+from clients import sdk
 from processes import eventually
 
 # Longest until the worker is free, in seconds. The gateway's own bound is 0.1 s; the rest is for busy machines.

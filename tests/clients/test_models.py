@@ -3,7 +3,8 @@
 import openai
 import pytest
 
-from conftest import CONTEXT, sdk
+from clients import sdk
+from conftest import CONTEXT
 
 
 def test_models_and_aliases_are_listed(client):

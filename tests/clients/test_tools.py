@@ -5,6 +5,8 @@ import json
 import pytest
 from pydantic import BaseModel
 
+from clients import joined, joined_call
+
 MESSAGES = [{"role": "user", "content": "How high is the water in Paris?"}]
 
 
@@ -44,12 +46,9 @@ def test_call(client, direct, choice, name, finish):
 @CHOICES
 def test_streamed_call(client, choice, name, finish):
     chunks = list(ask(client, tool_choice=choice, stream=True))
-    deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or []]
-    assert {delta.index for delta in deltas} == {0}
-    assert [delta.id for delta in deltas if delta.id] and deltas[0].function.name == name
-    whole = ask(client, tool_choice=choice).choices[0].message.tool_calls[0].function.arguments
-    assert "".join(delta.function.arguments or "" for delta in deltas) == whole
-    assert [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason] == [finish]
+    whole = ask(client, tool_choice=choice).choices[0].message.tool_calls[0].function
+    assert joined_call(chunks) == (name, whole.arguments)
+    assert joined(chunks) == ("", [finish])
 
 
 def test_stream_helper_joins_a_call(client):
@@ -95,7 +94,8 @@ def test_parsed_answer(client):
 def test_streamed_and_parsed_answer(client):
     with client.chat.completions.stream(model="m", messages=MESSAGES, response_format=Level) as stream:
         parsed = stream.get_final_completion().choices[0].message.parsed
-    assert parsed == client.chat.completions.parse(model="m", messages=MESSAGES, response_format=Level).choices[0].message.parsed
+    whole = client.chat.completions.parse(model="m", messages=MESSAGES, response_format=Level)
+    assert parsed == whole.choices[0].message.parsed and parsed
 
 
 def test_json_object(client):

@@ -9,4 +9,15 @@
 )]
 
 mod architecture;
+mod bytes;
+mod cancel;
+mod drain;
+mod engine_errors;
+mod faults;
+mod models;
+mod queue;
+mod refusals;
+mod stream_ends;
+mod streams;
 mod support;
+mod tokens;

@@ -1,6 +1,7 @@
 //! What the wire tests stand on: processes that end with their test, a worker that records bytes, a client that sends
 //! them. Plain threads and blocking sockets: a second implementation beside the gateway's own.
 
+pub(crate) mod body;
 pub(crate) mod client;
 pub(crate) mod process;
 pub(crate) mod recorder;

@@ -24,9 +24,12 @@ const TEXT_BYTES_MAX: usize = 300;
 pub fn from_engine(status: u16, body: &[u8]) -> ApiError {
     let json = serde_json::from_slice(body);
     match &json {
-        Ok(Value::Object(object)) => Found::read(object).into_error(status),
-        _ => Found { message: plain_text(body), ..Found::default() }.into_error(status),
+        Ok(Value::Object(object)) => Found::read(object),
+        Ok(Value::String(text)) => Found { message: plain_text(text.as_bytes()), ..Found::default() },
+        Ok(_) => Found::default(),
+        Err(_) => Found { message: plain_text(body), ..Found::default() },
     }
+    .into_error(status)
 }
 
 /// The error that an event of a stream tells of, and its status if it names one.
@@ -167,7 +170,6 @@ fn problem(value: &Value) -> Option<String> {
 /// A short line of text that is no markup.
 fn plain_text(body: &[u8]) -> Option<String> {
     let text = std::str::from_utf8(body).ok()?.trim();
-    let text = text.trim_matches('"');
     let is_message = !text.is_empty()
         && text.len() <= TEXT_BYTES_MAX
         && !text.starts_with(['<', '{', '['])

@@ -2,20 +2,67 @@
 //!
 //! Needs the shared test data (`FOREBAY_SHARED_DIR`, default `../shared` beside the checkout) and prints one line
 //! without it. `FOREBAY_BENCH_TEXT` names a file of prose to take prompts from; else words are made up.
+//!
+//! On Linux the figures are CPU time of the thread, so that they hold on a machine that is busy with something else.
+
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "failing is what tests are for")]
 
 #[path = "../tests/common/mod.rs"]
 mod common;
 
 use std::hint::black_box;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
+use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use forebay_tokens::{Cache, Chat, ChatTemplate, Parts, Special, SpecialTokens, Tokenizer};
 use rand::RngExt as _;
 use rand::rngs::StdRng;
 
 use crate::common::text::seeded;
+
+/// Nanoseconds that this thread was on a CPU; elsewhere than on Linux, nanoseconds of the clock.
+struct CpuTime {
+    since: Instant,
+}
+
+impl CpuTime {
+    fn now(&self) -> u64 {
+        let scheduled = std::fs::read_to_string("/proc/thread-self/schedstat").ok();
+        let on_cpu = scheduled.and_then(|fields| fields.split(' ').next()?.parse().ok());
+        on_cpu.unwrap_or_else(|| u64::try_from(self.since.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+}
+
+impl Measurement for CpuTime {
+    type Intermediate = u64;
+    type Value = u64;
+
+    fn start(&self) -> u64 {
+        self.now()
+    }
+
+    fn end(&self, start: u64) -> u64 {
+        self.now() - start
+    }
+
+    fn add(&self, one: &u64, other: &u64) -> u64 {
+        one + other
+    }
+
+    fn zero(&self) -> u64 {
+        0
+    }
+
+    fn to_f64(&self, value: &u64) -> f64 {
+        *value as f64
+    }
+
+    fn formatter(&self) -> &dyn ValueFormatter {
+        WallTime.formatter()
+    }
+}
 
 /// Prose without end: a book, or made-up words, frequent ones more often.
 struct Prose {
@@ -60,7 +107,7 @@ impl Prose {
     }
 }
 
-fn encoding(criterion: &mut Criterion) {
+fn encoding(criterion: &mut Criterion<CpuTime>) {
     let Some(shared) = common::shared("tokenizers") else { return };
     let mut prose = Prose::new();
     for name in ["smollm2", "qwen3", "mistral-v3-spm"] {
@@ -104,7 +151,7 @@ fn encoding(criterion: &mut Criterion) {
     }
 }
 
-fn rendering(criterion: &mut Criterion) {
+fn rendering(criterion: &mut Criterion<CpuTime>) {
     let Some(shared) = common::shared("chat-templates") else { return };
     let mut prose = Prose::new();
     let turn = |role: &str, text: String| serde_json::json!({"role": role, "content": text});
@@ -124,13 +171,13 @@ fn rendering(criterion: &mut Criterion) {
         for (label, messages) in &chats {
             let chat = Chat::new(messages, SystemTime::UNIX_EPOCH);
             group.bench_function(format!("{name}, {label}"), |bencher| {
-                bencher.iter(|| template.render(black_box(&chat)).unwrap().len())
+                bencher.iter(|| template.render(black_box(&chat)).unwrap().len());
             });
         }
     }
 }
 
-fn streaming(criterion: &mut Criterion) {
+fn streaming(criterion: &mut Criterion<CpuTime>) {
     let Some(shared) = common::shared("tokenizers") else { return };
     let tokenizer = Arc::new(common::tokenizer(&shared, "smollm2"));
     let ids = tokenizer.encode(&Prose::new().tokens(1_000), Special::Omit).unwrap();
@@ -144,5 +191,9 @@ fn streaming(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, encoding, rendering, streaming);
+criterion_group! {
+    name = benches;
+    config = Criterion::default().with_measurement(CpuTime { since: Instant::now() });
+    targets = encoding, rendering, streaming
+}
 criterion_main!(benches);

@@ -13,6 +13,7 @@ mod format;
 mod python;
 mod scan;
 
+use std::panic::AssertUnwindSafe;
 use std::time::SystemTime;
 
 use minijinja::{Environment, ErrorKind};
@@ -105,14 +106,18 @@ impl ChatTemplate {
         variables.extend(chat.kwargs.into_iter().map(|(name, value)| (name, python::value(value))));
         variables.push(("messages".to_owned(), list(chat.messages)));
         variables.push(("add_generation_prompt".to_owned(), chat.add_generation_prompt.into()));
-        let mut out = Capped { bytes: Vec::new() };
-        self.environment
-            .get_template(NAME)
-            .and_then(|template| {
-                template.render_captured_to(minijinja::Value::from_pairs(variables), &mut out).map(|_| ())
-            })
-            .map_err(|error| explain(&error))?;
-        String::from_utf8(out.bytes).map_err(|error| Error::Render(error.to_string()))
+        let render = || {
+            let mut out = Capped { bytes: Vec::new() };
+            let template = self.environment.get_template(NAME)?;
+            template.render_captured_to(minijinja::Value::from_pairs(variables), &mut out)?;
+            Ok(out.bytes)
+        };
+        // the engine indexes without looking in odd corners (slices of what is empty, in 3.0.5), and its state is
+        // this call's own, so nothing broken is left behind
+        let bytes = std::panic::catch_unwind(AssertUnwindSafe(render))
+            .map_err(|_| Error::Render("the template engine gave up".to_owned()))?
+            .map_err(|error: minijinja::Error| explain(&error))?;
+        String::from_utf8(bytes).map_err(|error| Error::Render(error.to_string()))
     }
 
     /// Appends [`CONTINUE_TAG`] to the last message's text and gives back that text without it.

@@ -2,6 +2,8 @@
 //!
 //! 10 000 edits in all, over the shared tokenizers and some trained here; `FOREBAY_EDITS` sets another number.
 
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "failing is what tests are for")]
+
 mod common;
 
 use std::sync::Arc;

@@ -41,7 +41,10 @@ impl Core {
             && let Some(known) = self.workers.get_mut(slot).filter(|known| known.pool == pool)
         {
             (known.spec, known.draining) = (spec, false);
-            return self.touch(slot);
+            self.touch(slot);
+            // what is bound to it may not fit any more, and what waits may fit now
+            self.evacuate(slot, out);
+            return self.rehome(pool, out);
         }
         self.worker_left(id, out);
         let Some(state) = self.pools.get_mut(&pool) else { return };

@@ -1,7 +1,7 @@
 //! Processes under test: started on free ports, killed when the test ends.
 
 use std::io::{BufRead, BufReader, Read};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -138,6 +138,16 @@ impl Worker {
 
     /// Sets what goes wrong from now on: a JSON array of faults.
     pub(crate) fn faults(&self, json: &str) {
+        self.change(&format!("{{\"faults\":{json}}}"));
+    }
+
+    /// Closes its listener and every connection for so long; returns once nobody gets in any more.
+    pub(crate) fn refuse(&self, milliseconds: u32) {
+        self.change(&format!("{{\"refuse_ms\":{milliseconds}}}"));
+        eventually("the worker to refuse", || TcpStream::connect(self.address).is_err().then_some(()));
+    }
+
+    fn change(&self, json: &str) {
         let answer = client::post(self.address, "/simulated/faults", json);
         assert_eq!(answer.status, 200, "{}", answer.text());
     }

@@ -8,7 +8,7 @@ use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Output, State, UndefinedBehavior, Value};
 use serde_json::Value as Json;
 
-use super::scan::ITERABLE;
+use super::scan::{ITERABLE, SLICE};
 use super::since_epoch;
 
 /// What a template said through `raise_exception`.
@@ -128,8 +128,38 @@ pub(super) fn strip_end(text: &str) -> &str {
     text.trim_end_matches(is_space)
 }
 
-/// Methods of strings that the engine's own Python methods lack or see otherwise.
+/// `sequence[start:stop:step]` with a step, as Python slices text and lists.
+fn slice(value: &Value, bounds: &[Value]) -> Result<Value, Error> {
+    let bound = |index: usize| match bounds.get(index) {
+        Some(bound) if !bound.is_none() => i64::try_from(bound.clone()).map(Some),
+        _ => Ok(None),
+    };
+    let step = bound(2)?.unwrap_or(1);
+    if step == 0 || !matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Iterable) {
+        return Err(Error::new(ErrorKind::InvalidOperation, "this cannot be sliced so"));
+    }
+    let items: Vec<Value> = value.try_iter()?.collect();
+    let length = i64::try_from(items.len()).unwrap_or(i64::MAX);
+    // where a walk in this direction may begin and must end; -1 is before the first
+    let (low, high) = if step > 0 { (0, length) } else { (-1, length - 1) };
+    let clamp = |bound: i64| (if bound < 0 { bound.saturating_add(length) } else { bound }).clamp(low, high);
+    let (first, last) = if step > 0 { (low, high) } else { (high, low) };
+    let start = bound(0)?.map_or(first, clamp);
+    let stop = bound(1)?.map_or(last, clamp);
+    let inside = |at: &i64| if step > 0 { *at < stop } else { *at > stop };
+    let walk = std::iter::successors(Some(start), |at| at.checked_add(step)).take_while(inside);
+    let taken = walk.filter_map(|at| items.get(usize::try_from(at).ok()?).cloned());
+    Ok(match value.kind() {
+        ValueKind::String => Value::from(taken.map(|c| c.to_string()).collect::<String>()),
+        _ => taken.collect(),
+    })
+}
+
+/// Methods that the engine's own Python methods lack or see otherwise.
 fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    if name == SLICE {
+        return slice(value, args);
+    }
     if let Some(text) = value.as_str() {
         let first = args.first().and_then(Value::as_str);
         match (name, first, args.len()) {
@@ -148,6 +178,7 @@ fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Resul
 const DEPTH_MAX: usize = 256;
 
 /// `json.dumps` as `transformers` offers it: no escapes for HTML, none for what is not ASCII unless asked.
+#[expect(clippy::needless_pass_by_value, reason = "the template engine hands keyword arguments over by value")]
 fn to_json(value: &Value, ensure_ascii: Option<bool>, options: Kwargs) -> Result<String, Error> {
     let indent: Option<Value> = options.get("indent")?;
     let indent = match indent.filter(|value| !value.is_none()) {
@@ -373,6 +404,33 @@ mod tests {
         check("{{ '\u{1c} \u{a0}a\u{200b} \n'.strip() }}", "a\u{200b}");
         check("{{ ' xax '|trim }}{{ 'xax'|trim('x') }}{{ 'xa'.strip('x') }}{{ [' a']|trim }}", "xaxaa[' a']");
         check("{{ 'abc'.removeprefix('a') }}{{ 'abc'.removesuffix('c') }}{{ 'abc'.removeprefix('z') }}", "bcababc");
+    }
+
+    #[test]
+    fn slices_with_a_step_are_pythons() {
+        let sliced = |value: &str, bounds: &str| render(&format!("{{{{ {value}.__slice__({bounds}) }}}}"));
+        for (bounds, expect) in [
+            ("none, none, -1", "edcba"),
+            ("none, none, 2", "ace"),
+            ("1, none, 2", "bd"),
+            ("-2, 0, -1", "dcb"),
+            ("3, none, -2", "db"),
+            ("9, 1, -1", "edc"),
+            ("-9, 9, 3", "ad"),
+            ("1, 4, -1", ""),
+            ("-9, none, -1", ""),
+            ("none, none, -9223372036854775807", "e"),
+        ] {
+            assert_eq!(sliced("'abcde'", bounds).unwrap(), expect, "{bounds}");
+            let list: Vec<String> = expect.chars().map(|c| format!("'{c}'")).collect();
+            assert_eq!(sliced("('abcde'|list)", bounds).unwrap(), format!("[{}]", list.join(", ")), "{bounds}");
+        }
+        assert_eq!(sliced("[]", "none, none, -1").unwrap(), "[]");
+        for (value, bounds) in
+            [("'a'", "0, 1, 0"), ("x", "none, none, -1"), ("nothing", "none, none, -1"), ("[]", "'a', 1, 1")]
+        {
+            assert!(sliced(value, bounds).is_err(), "{value} {bounds}");
+        }
     }
 
     #[test]

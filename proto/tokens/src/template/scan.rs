@@ -9,6 +9,9 @@ use std::ops::Range;
 /// The filter that [`rewrite`] puts behind what a loop goes over.
 pub(super) const ITERABLE: &str = "__iterable__";
 
+/// The method that [`rewrite`] calls for a slice with a step.
+pub(super) const SLICE: &str = "__slice__";
+
 /// Python's Jinja reads every line end in a template as `\n`.
 pub(super) fn normalize_newlines(source: &str) -> String {
     source.replace("\r\n", "\n").replace('\r', "\n")
@@ -30,19 +33,34 @@ pub(super) struct Token<'a> {
     pub(super) at: Range<usize>,
 }
 
-/// The words of each `{% … %}` block, in order; comments, output and raw text are passed over.
+/// The words of a `{% … %}` block, or of an output `{{ … }}`.
+pub(super) struct Tag<'a> {
+    is_block: bool,
+    words: Vec<Token<'a>>,
+}
+
+/// The words of each block, in order.
 pub(super) fn blocks(source: &str) -> Vec<Vec<Token<'_>>> {
+    tags(source).into_iter().filter(|tag| tag.is_block).map(|tag| tag.words).collect()
+}
+
+/// Blocks and outputs in order; comments and raw text are passed over.
+fn tags(source: &str) -> Vec<Tag<'_>> {
     let mut found = Vec::new();
     let mut at = 0;
     while let Some(start) = source.get(at..).and_then(|rest| rest.find('{')).map(|offset| at + offset) {
         let opened = source.get(start..start + 2).unwrap_or_default();
         at = match opened {
             "{#" => after(source, start + 2, "#}"),
-            "{{" => words(source, start + 2, "}}").1,
+            "{{" => {
+                let (words, end) = words(source, start + 2, "}}");
+                found.push(Tag { is_block: false, words });
+                end
+            }
             "{%" => {
                 let (words, end) = words(source, start + 2, "%}");
-                let raw = matches!(words.first(), Some(Token { word: Word::Name("raw"), .. }));
-                found.push(words);
+                let raw = keyword(&words, "raw").is_some();
+                found.push(Tag { is_block: true, words });
                 if raw { raw_end(source, end) } else { end }
             }
             _ => start + 1,
@@ -166,30 +184,68 @@ fn position(words: &[Token<'_>], wanted: impl Fn(Word<'_>) -> bool) -> Option<us
 
 /// Makes the source mean to our template engine what it means to Python's:
 /// - a loop over `None` must fail, so what every loop goes over passes through the filter [`ITERABLE`];
+/// - a slice with a step (`messages[::-1]`) becomes a call of the method [`SLICE`], since the engine's own fails on
+///   what is empty;
 /// - `{% generation %}`, which only marks what a model is trained on, becomes a plain scope.
 pub(super) fn rewrite(source: &str) -> String {
-    let mut edits: Vec<(Range<usize>, &str)> = Vec::new();
-    let behind = format!(")|{ITERABLE}");
-    for block in blocks(source) {
-        if let Some(Loop { over: [first, .., last] | [first @ last], .. }) = as_loop(&block) {
-            edits.push((first.at.start..first.at.start, "("));
-            edits.push((last.at.end..last.at.end, &behind));
+    let mut edits: Vec<(Range<usize>, String)> = Vec::new();
+    for Tag { is_block, words } in tags(source) {
+        for index in 0..words.len() {
+            edits.extend(words.get(index..).and_then(stepped_slice).into_iter().flatten());
+        }
+        if !is_block {
+            continue;
+        }
+        if let Some(Loop { over: [first, .., last] | [first @ last], .. }) = as_loop(&words) {
+            edits.push((first.at.start..first.at.start, "(".to_owned()));
+            edits.push((last.at.end..last.at.end, format!(")|{ITERABLE}")));
         }
         for (mark, plain) in [("generation", "with"), ("endgeneration", "endwith")] {
-            if keyword(&block, mark).is_some_and(<[_]>::is_empty) {
-                edits.extend(block.iter().find(|token| token.word == Word::Name(mark)).map(|t| (t.at.clone(), plain)));
+            if keyword(&words, mark).is_some_and(<[_]>::is_empty) {
+                let token = words.iter().find(|token| token.word == Word::Name(mark));
+                edits.extend(token.map(|token| (token.at.clone(), plain.to_owned())));
             }
         }
     }
-    let mut out = String::with_capacity(source.len() + edits.len() * behind.len());
+    edits.sort_by_key(|(range, _)| range.start);
+    let mut out = String::with_capacity(source.len() + edits.len() * ITERABLE.len());
     let mut done = 0;
     for (range, text) in edits {
         out.push_str(source.get(done..range.start).unwrap_or_default());
-        out.push_str(text);
+        out.push_str(&text);
         done = range.end;
     }
     out.push_str(source.get(done..).unwrap_or_default());
     out
+}
+
+/// The edits that turn `[a:b:c]`, with which these words begin, into `.__slice__(a,b,c)`.
+fn stepped_slice(words: &[Token<'_>]) -> Option<Vec<(Range<usize>, String)>> {
+    let [open, rest @ ..] = words else { return None };
+    if open.word != Word::Sign('[') {
+        return None;
+    }
+    let mut edits = vec![(open.at.clone(), format!(".{SLICE}("))];
+    let (mut depth, mut empty) = (0_usize, true);
+    for token in rest {
+        let nothing = if empty { "none" } else { "" };
+        match token.word {
+            Word::Sign(']') if depth == 0 => {
+                edits.push((token.at.clone(), format!("{nothing})")));
+                return (edits.len() == 4).then_some(edits);
+            }
+            Word::Sign(':') if depth == 0 => {
+                edits.push((token.at.clone(), format!("{nothing},")));
+                empty = true;
+                continue;
+            }
+            Word::Sign('(' | '[' | '{') => depth += 1,
+            Word::Sign(')' | ']' | '}') => depth = depth.checked_sub(1)?,
+            _ => {}
+        }
+        empty = false;
+    }
+    None
 }
 
 #[cfg(test)]
@@ -205,13 +261,28 @@ mod tests {
     fn loops_are_guarded_and_nothing_else_is_touched() {
         check("{% for x in y %}", "{% for x in (y)|__iterable__ %}");
         check("{%- for x in y -%}", "{%- for x in (y)|__iterable__ -%}");
-        check("{%for x in y[::-1]%}", "{%for x in (y[::-1])|__iterable__%}");
+        check("{%for x in y[1:]%}", "{%for x in (y[1:])|__iterable__%}");
         check("{% for k, v in t.items() if k != 'in' %}", "{% for k, v in (t.items())|__iterable__ if k != 'in' %}");
         check("{% for x in f(a if b else c) recursive %}", "{% for x in (f(a if b else c))|__iterable__ recursive %}");
         check("{% for x in ['%}', \"if\"] %}", "{% for x in (['%}', \"if\"])|__iterable__ %}");
         check("{# {% for x in y %} #}{{ '{% for x in y %}' }}", "{# {% for x in y %} #}{{ '{% for x in y %}' }}");
         check("{% raw %}{% for x in y %}{% endraw %}", "{% raw %}{% for x in y %}{% endraw %}");
         check("for x in y {% set a = 'for' %}", "for x in y {% set a = 'for' %}");
+    }
+
+    #[test]
+    fn slices_with_a_step_become_calls() {
+        check("{{ a[::-1][0].b }}", "{{ a.__slice__(none,none,-1)[0].b }}");
+        check(
+            "{{ a[ b[1:2] : {'c':1}.c : d[::2] ] }}",
+            "{{ a.__slice__( b[1:2] , {'c':1}.c , d.__slice__(none,none,2) ) }}",
+        );
+        check("{% for x in y[::-1] %}", "{% for x in (y.__slice__(none,none,-1))|__iterable__ %}");
+        check(
+            "{{ a[1:] }}{{ [1, 2] }}{{ {'a': [1]} }}{{ a[':::'] }}",
+            "{{ a[1:] }}{{ [1, 2] }}{{ {'a': [1]} }}{{ a[':::'] }}",
+        );
+        check("[::-1]{# [::-1] #}{{ a[::", "[::-1]{# [::-1] #}{{ a[::");
     }
 
     #[test]

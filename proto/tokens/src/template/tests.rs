@@ -151,6 +151,13 @@ fn further_variables_come_from_the_request_but_not_the_conversation_itself() {
     }
 }
 
+#[test]
+fn where_the_engine_itself_fails_the_conversation_is_refused() {
+    check("{{ messages[1:][::-1] }}{{ messages[5:9:-1] }}{{ ''[::-1] }}", "[][]");
+    let gave_up = Err(Error::Render("the template engine gave up".to_owned()));
+    assert_eq!(render("{{ 5 is divisibleby 0 }}", &json!([]), |_| ()), gave_up);
+}
+
 fn odd_json() -> impl Strategy<Value = Json> {
     let leaf = prop_oneof![
         Just(Json::Null),

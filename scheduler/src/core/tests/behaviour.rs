@@ -517,6 +517,39 @@ fn backlogged_tenants_share_by_weight_and_a_light_one_does_not_wait_for_a_flood(
 }
 
 #[test]
+fn a_tenant_that_was_idle_does_not_catch_up() {
+    let mut world = World::with_workers(1, &one_slot());
+    for id in 0..100 {
+        world.arrive(Request { tenant: TenantId(1), ..request(id, 500) });
+    }
+    let serve = |world: &mut World, rounds: u32| {
+        let mut late = 0;
+        for _ in 0..rounds {
+            let id = world.sent()[0];
+            late += u32::from(id.0 >= 1000);
+            world.finish(id.0);
+        }
+        late
+    };
+    serve(&mut world, 50);
+    for id in 1000..1040 {
+        world.arrive(Request { tenant: TenantId(2), ..request(id, 500) });
+    }
+    let late = serve(&mut world, 20);
+    assert!((9..=11).contains(&late), "{late} of 20, from the moment it came");
+}
+
+#[test]
+fn a_worker_that_has_nothing_takes_whatever_it_can_hold() {
+    let mut world = World::with_workers(1, &WorkerSpec { kv_tokens: Some(50_000), ..WorkerSpec::default() });
+    let full = LoadReport { running: 300, waiting: 9, kv_usage: Some(1.0) };
+    world.event(Event::Load { worker: WorkerId(0), report: full });
+    world.arrive(Request { sequences: 300, ..request(1, 40_000) });
+    world.arrive(request(2, 10));
+    assert_eq!((world.sent_to(1), world.sent_to(2)), (Some(0), None));
+}
+
+#[test]
 fn classes_are_served_in_order() {
     let mut world = World::with_workers(1, &one_slot());
     let order = [(1, Class::Batch), (2, Class::Batch), (3, Class::Default), (4, Class::Interactive)];
@@ -593,6 +626,19 @@ fn a_large_pool_finds_the_holder_of_a_prefix_and_spreads_the_rest() {
     }
     let most = world.core.worker_views(world.now).map(|view| view.sent_requests).max();
     assert_eq!(most, Some(1));
+}
+
+#[test]
+fn a_new_worker_inherits_no_prefixes() {
+    let mut world = World::with_workers(2, &WorkerSpec::default());
+    let blocks = chain(5, 200);
+    world.event(Event::Kv { worker: WorkerId(1), change: KvEvent::Stored { blocks: blocks.to_vec() } });
+    assert_eq!(world.core.matched_tokens(world.now, POOL, &blocks), 3200);
+    world.event(Event::WorkerLeft { worker: WorkerId(1) });
+    assert_eq!(world.core.matched_tokens(world.now, POOL, &blocks), 0);
+    world.join(2, WorkerSpec::default());
+    world.probed(2, true);
+    assert_eq!(world.core.matched_tokens(world.now, POOL, &blocks), 0);
 }
 
 #[test]
