@@ -128,6 +128,7 @@ impl Dispatch {
         let (mut place, mut verdict) = self.driver.arrive(|id| request(id, &job, &self.driver));
         let mut queued = Duration::ZERO;
         let mut attempts = 0;
+        let mut failed: Option<forebay_scheduler::Failure> = None;
         let mut last: Option<Error> = None;
         loop {
             let waiting_since = Instant::now();
@@ -142,6 +143,9 @@ impl Dispatch {
             self.registry.queue_waited(class, waited.as_secs_f64());
             queued += waited;
             attempts += 1;
+            if let Some(failure) = failed.take() {
+                self.registry.retried(attempt::reason(failure));
+            }
             let Some(worker) = self.workers.get(sent.worker) else {
                 // It left between the decision and now.
                 verdict = place.attempt_failed(forebay_scheduler::Failure::Connect);
@@ -167,7 +171,7 @@ impl Dispatch {
                 }
                 Err(Failed::Elsewhere { failure, shown }) => {
                     tracing::info!(worker = &*worker.name, %failure, attempts, "an attempt failed before its first byte");
-                    self.registry.retried(attempt::reason(failure));
+                    failed = Some(failure);
                     last = shown.map(|shown| *shown).or(last);
                     verdict = place.attempt_failed(failure);
                 }

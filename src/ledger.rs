@@ -64,6 +64,7 @@ impl Ledger {
             permit: Some(permit),
             metrics: Arc::clone(&self.other),
             arrived: Instant::now(),
+            counted: None,
             first: None,
             row: Box::new(Row::new(name, api, SystemTime::now())),
         })
@@ -76,6 +77,8 @@ pub struct Entry {
     permit: Option<mpsc::OwnedPermit<Row>>,
     metrics: Arc<ModelMetrics>,
     arrived: Instant,
+    /// When its prompt was counted, which is when it began to wait for a worker.
+    counted: Option<Instant>,
     first: Option<Instant>,
     row: Box<Row>,
 }
@@ -99,6 +102,7 @@ impl Entry {
 
     /// Notes the prompt's length; `exact` when counted with the model's own tokenizer.
     pub fn prompt(&mut self, tokens: u32, exact: bool) {
+        self.counted = Some(Instant::now());
         self.row.prompt_tokens = tokens;
         self.row.prompt_tokens_from = if exact { TokensFrom::Tokenizer } else { TokensFrom::Estimate };
     }
@@ -114,8 +118,9 @@ impl Entry {
         self.row.stream = stream;
     }
 
-    /// The answer's first event or byte is here.
+    /// The answer's first event or byte is here, and with it the client's status line: 200.
     pub fn first_byte(&mut self) {
+        self.row.status = 200;
         let now = Instant::now();
         self.first = Some(now);
         self.row.ttft_ms = Some(milliseconds(now.duration_since(self.arrived)));
@@ -156,6 +161,9 @@ impl Drop for Entry {
         let now = Instant::now();
         let total = now.duration_since(self.arrived);
         self.row.total_ms = milliseconds(total);
+        if let (Some(counted), 0) = (self.counted, self.row.attempts) {
+            self.row.queue_ms = milliseconds(now.duration_since(counted));
+        }
         self.metrics.answered(self.row.api, self.row.status, total.as_secs_f64());
         let row = &self.row;
         self.metrics.prompt_tokens.increment(u64::from(if self.first.is_some() { row.prompt_tokens } else { 0 }));

@@ -16,10 +16,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use forebay_backends::tokenize;
 use forebay_backends::transport::Channel;
-use forebay_proto::error::from_engine;
+use forebay_proto::error::{ApiError, from_engine};
 use forebay_proto::peek::{self, Input, Source, Span};
 use forebay_proto::splice::Edits;
 use forebay_tokens::Special;
+use http::StatusCode;
 
 use crate::routing::{Counting, Model};
 use count::Counted;
@@ -86,6 +87,15 @@ impl Asked {
         }
     }
 
+    /// The field that holds the prompt.
+    fn prompt_field(&self) -> &'static str {
+        match self {
+            Self::Completion(_) => "prompt",
+            Self::Embedding(peek::Embedding { input: Source::Plain(_), .. }) => "input",
+            Self::Chat(_) | Self::Embedding(_) => "messages",
+        }
+    }
+
     fn text_bytes(&self) -> usize {
         let input = |input: &Input| match input {
             Input::Text(text) => text.len(),
@@ -133,12 +143,21 @@ pub struct Prompt {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("the prompt has {tokens} tokens and {output} more are asked for, the context is {limit}")]
-    TooLong { tokens: u32, output: u32, limit: u32 },
+    TooLong {
+        tokens: u32,
+        output: u32,
+        limit: u32,
+        /// The field that holds the prompt.
+        param: &'static str,
+    },
     /// The model's chat template refuses the messages, in its own words.
     #[error("{0}")]
     Template(String),
     #[error("no tokenizer is known for this model")]
     NoTokenizer,
+    /// The engine that counts for this model refuses, in its own words.
+    #[error("the engine that counts for this model refuses: {}", .0.message)]
+    Engine(ApiError),
     /// Only an engine could count, and it does not answer.
     #[error("the engine that counts for this model does not answer")]
     NoAnswer,
@@ -207,7 +226,8 @@ impl Prepare {
             // An engine needs room for one token of output at least, also when the client names no maximum.
             let needed = output.unwrap_or(1);
             if counted.longest.saturating_add(needed) > limit {
-                return Err(Error::TooLong { tokens: counted.longest, output: output.unwrap_or(0), limit });
+                let (tokens, output) = (counted.longest, output.unwrap_or(0));
+                return Err(Error::TooLong { tokens, output, limit, param: asked.prompt_field() });
             }
         }
         Ok(Prompt { tokens: counted.tokens, exact: counted.exact, blocks: counted.blocks })
@@ -280,9 +300,11 @@ async fn engines_answer<T>(
     }
     match tokenize::ask(channel, path, edits.apply(body)).await {
         Ok((status, answer)) if status.is_success() => Ok(Answered::Engine(answer)),
-        Ok((status, answer)) if status.is_client_error() => {
-            Err(Error::Template(from_engine(status.as_u16(), &answer).message))
+        Ok((status @ (StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY), answer)) => {
+            Err(Error::Engine(from_engine(status.as_u16(), &answer)))
         }
+        // An engine of this kind has the path, but not every release and not behind every proxy.
+        Ok((StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED, _)) => Err(Error::NoTokenizer),
         Ok(_) | Err(_) => Err(Error::NoAnswer),
     }
 }

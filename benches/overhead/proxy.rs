@@ -63,9 +63,9 @@ impl Proxy {
             config,
             "[server]\nlisten = '{address}'\nops_listen = '{ops_address}'\ndata_dir = '{}'\naccess_log = false\n\
              [[model]]\nname = '{counted}'\ntokenizer = '{}/backends/simulated-engine/model'\n\
-             [[model.worker]]\nurl = 'http://{upstream}'\nmodel = '{counted}'\n\
+             [[model.worker]]\nname = 'vllm'\nurl = 'http://{upstream}'\nmodel = '{counted}'\n\
              [[model]]\nname = '{guessed}'\n\
-             [[model.worker]]\nurl = 'http://{upstream}'\nmodel = '{guessed}'\nengine = 'openai'\n",
+             [[model.worker]]\nname = 'unknown'\nurl = 'http://{upstream}'\nmodel = '{guessed}'\nengine = 'openai'\n",
             directory.path().display(),
             env!("CARGO_MANIFEST_DIR"),
         )?;

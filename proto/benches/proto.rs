@@ -69,7 +69,8 @@ fn answers(c: &mut Criterion) {
 
     let floats: Vec<f64> = (0..40_000).map(|i| f64::from(i).sin()).collect();
     let answer = format!(r#"{{"data":[{{"embedding":{floats:?}}}],"usage":{{"prompt_tokens":5}}}}"#);
-    let text = format!(r#"{{"choices":[{{"text":"{}"}}],"usage":{{"prompt_tokens":5}}}}"#, "some words ".repeat(60_000));
+    let text =
+        format!(r#"{{"choices":[{{"text":"{}"}}],"usage":{{"prompt_tokens":5}}}}"#, "some words ".repeat(60_000));
     let mut group = c.benchmark_group("tap");
     for (name, answer) in [("floats", answer), ("text", text)] {
         group.throughput(Throughput::Bytes(answer.len() as u64));

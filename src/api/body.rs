@@ -16,7 +16,7 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 ///
 /// # Errors
 /// A content type other than JSON, an encoding we do not decode, a body over `bytes_max`, one that does not come
-/// within [`BODY_TIMEOUT`] or breaks off.
+/// within [`BODY_TIMEOUT`], breaks off or is framed wrongly.
 pub(super) async fn read(request: Request, bytes_max: usize) -> Result<Bytes, Error> {
     let headers = request.headers();
     if let Some(content_type) = headers.get(header::CONTENT_TYPE)
@@ -37,9 +37,18 @@ pub(super) async fn read(request: Request, bytes_max: usize) -> Result<Bytes, Er
     match tokio::time::timeout(BODY_TIMEOUT, collecting).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(Error::BodyTooLarge { bytes_max }),
+        Ok(Err(error)) if is_end(&*error) => Err(Error::ClientGone),
         Ok(Err(_)) => Err(Error::BodyBroken),
         Err(_) => Err(Error::BodyTimeout),
     }
+}
+
+/// Whether the connection ended before the body did.
+fn is_end(error: &(dyn std::error::Error + 'static)) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    std::iter::successors(Some(error), |error| error.source())
+        .filter_map(|error| error.downcast_ref::<std::io::Error>())
+        .any(|error| matches!(error.kind(), UnexpectedEof | ConnectionReset | ConnectionAborted | BrokenPipe))
 }
 
 fn is_json(content_type: &[u8]) -> bool {

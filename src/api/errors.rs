@@ -33,8 +33,11 @@ pub(super) enum Error {
     BodyTooLarge { bytes_max: usize },
     #[error("the body took too long to come")]
     BodyTimeout,
-    #[error("the body broke off")]
+    #[error("the body is framed wrongly")]
     BodyBroken,
+    /// It left in the middle of its body; nobody reads the answer.
+    #[error("the body broke off")]
+    ClientGone,
     #[error("header `{name}` must be {expected}")]
     Header { name: &'static str, expected: &'static str },
     #[error("{}", .0.message)]
@@ -105,8 +108,8 @@ impl Error {
                 let message = "The request body did not arrive in time.".to_owned();
                 bad_request(StatusCode::REQUEST_TIMEOUT, Some("request_timeout"), None, message)
             }
-            Self::BodyBroken => {
-                let message = "The request body broke off.".to_owned();
+            Self::BodyBroken | Self::ClientGone => {
+                let message = "The request body broke off or is framed wrongly.".to_owned();
                 bad_request(StatusCode::BAD_REQUEST, None, None, message)
             }
             Self::Header { name, expected } => {
@@ -124,13 +127,18 @@ impl Error {
         }
     }
 
-    pub(super) fn status(&self) -> StatusCode {
-        self.shown().status
+    /// The status for the row, where 499 is a client that left.
+    pub(super) fn status(&self) -> u16 {
+        match self {
+            Self::ClientGone => 499,
+            _ => self.shown().status.as_u16(),
+        }
     }
 
     pub(super) fn outcome(&self) -> Outcome {
         match self {
             Self::Stopping => Outcome::Failed,
+            Self::ClientGone => Outcome::ClientGone,
             Self::Pipeline(pipeline::Error::Dispatch(dispatch::Error::Engine { status, .. }))
                 if status.is_client_error() =>
             {
@@ -158,7 +166,7 @@ impl Error {
         if self.is_final() {
             fields.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
-        if matches!(self, Self::BodyTooLarge { .. } | Self::BodyTimeout | Self::BodyBroken) {
+        if matches!(self, Self::BodyTooLarge { .. } | Self::BodyTimeout | Self::BodyBroken | Self::ClientGone) {
             // What is left of the body is not read: this connection cannot carry another request.
             fields.insert(CONNECTION, HeaderValue::from_static("close"));
         }
@@ -203,13 +211,16 @@ fn shown_pipeline(error: &pipeline::Error) -> Shown {
 
 fn shown_prepare(error: &prepare::Error) -> Shown {
     match error {
-        prepare::Error::TooLong { tokens, output, limit } => {
+        prepare::Error::TooLong { tokens, output, limit, param } => {
             let asked = tokens.saturating_add(*output);
             let message = format!(
                 "This model's maximum context length is {limit} tokens. However, you requested {asked} tokens \
                  ({tokens} in the prompt, {output} in the completion). Please reduce the length of either one."
             );
-            bad_request(StatusCode::BAD_REQUEST, Some("context_length_exceeded"), Some("messages"), message)
+            bad_request(StatusCode::BAD_REQUEST, Some("context_length_exceeded"), Some(param), message)
+        }
+        prepare::Error::Engine(error) => {
+            Shown { status: StatusCode::BAD_REQUEST, error: error.clone(), retry_after: None }
         }
         prepare::Error::Template(message) => {
             bad_request(StatusCode::BAD_REQUEST, Some("invalid_value"), Some("messages"), message.clone())

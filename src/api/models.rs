@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
 use http::HeaderMap;
@@ -52,7 +53,13 @@ pub(super) async fn list(State(api): State<Arc<Api>>, request: HeaderMap) -> Res
     named(Json(List { object: "list", data }).into_response(), &request)
 }
 
-pub(super) async fn one(State(api): State<Arc<Api>>, Path(id): Path<String>, request: HeaderMap) -> Response {
+pub(super) async fn one(
+    State(api): State<Arc<Api>>,
+    id: Result<Path<String>, PathRejection>,
+    request: HeaderMap,
+) -> Response {
+    // What is not UTF-8 is no model's name.
+    let Path(id) = id.unwrap_or(Path(String::from(char::REPLACEMENT_CHARACTER)));
     match api.pipeline.routing.route(&id) {
         Ok(route) => {
             let model = &route.model;

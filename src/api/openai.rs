@@ -50,11 +50,14 @@ async fn serve(api: &Api, request: Request, kind: Kind) -> Response {
         Err(full) => return Error::Ledger(full).respond(&name),
     };
     let span = tracing::debug_span!("request", id = name.as_str(), api = kind.api.name());
-    let answer = answer(api, &mut entry, request, &kind).instrument(span);
-    match api.closing.run_until_cancelled(answer).await.unwrap_or(Err(Error::Stopping)) {
+    let answered = tokio::select! {
+        answered = answer(api, &mut entry, request, &kind).instrument(span) => answered,
+        () = api.closing.cancelled() => Err(Error::Stopping),
+    };
+    match answered {
         Ok(open) => open.respond(api, entry, &name),
         Err(error) => {
-            entry.end(error.outcome(), error.status().as_u16());
+            entry.end(error.outcome(), error.status());
             error.respond(&name)
         }
     }

@@ -98,7 +98,7 @@ async fn serve(
             response
         }
         Err(error) => {
-            entry.end(error.outcome(), error.status().as_u16());
+            entry.end(error.outcome(), error.status());
             error.respond(&name)
         }
     }

@@ -10,6 +10,7 @@ use forebay_scheduler::{HealthState, PoolId, WorkerId};
 use http::HeaderValue;
 
 use super::driver::{Driver, takes_requests};
+use crate::telemetry::metrics::CLASSES;
 use crate::telemetry::{ModelMetrics, WorkerMetrics};
 
 /// One engine instance.
@@ -47,7 +48,15 @@ impl Workers {
     }
 
     pub(super) fn apply(&self, workers: &[Arc<Worker>], pools: Vec<(PoolId, Arc<ModelMetrics>)>) {
-        let table = workers.iter().map(|worker| (worker.id, Arc::clone(worker))).collect();
+        let table: HashMap<_, _> = workers.iter().map(|worker| (worker.id, Arc::clone(worker))).collect();
+        // The gauges of what is gone would stand still for ever.
+        for gone in self.table.load().values().filter(|worker| !table.contains_key(&worker.id)) {
+            gone.metrics.clear();
+        }
+        let is_gone = |pool: &PoolId| !pools.iter().any(|(stays, _)| stays == pool);
+        for (_, metrics) in self.pools.load().iter().filter(|(pool, _)| is_gone(pool)) {
+            (0..CLASSES.len()).for_each(|class| metrics.queue_depth(class, 0));
+        }
         self.table.store(Arc::new(table));
         self.pools.store(Arc::new(pools));
     }

@@ -69,6 +69,7 @@ pub struct Row {
     pub cached_tokens: Option<u32>,
     pub output_tokens: u32,
     pub output_tokens_from: TokensFrom,
+    /// In lanes, over all attempts; also of a request that was never sent.
     pub queue_ms: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ttft_ms: Option<f64>,

@@ -241,4 +241,12 @@ impl WorkerMetrics {
             breaker_open: one(BREAKER_OPEN),
         }
     }
+
+    /// Says that there is no such worker any more.
+    pub fn clear(&self) {
+        let Self { running, waiting, kv_usage, promised_tokens, up, breaker_open } = self;
+        for gauge in [running, waiting, kv_usage, promised_tokens, up, breaker_open] {
+            gauge.set(0.0);
+        }
+    }
 }

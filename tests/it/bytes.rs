@@ -30,12 +30,23 @@ const UNTOUCHED: &[(&str, &str)] = &[
     // Fields that nobody here knows, at the top and inside messages.
     (
         CHAT,
-        r#"{"x-vendor":{"a":[1,{"b":null}]},"messages":[{"role":"user","content":[{"type":"text","text":"hi","cache_control":{"type":"ephemeral"}}],"x":{"y":[[]]}},{"role":"assistant","content":null,"reasoning_content":"hm","tool_calls":[{"id":"c1","type":"function","function":{"name":"f","arguments":"{\"a\" : 1}"},"extra":true}]},{"role":"tool","tool_call_id":"c1","content":"2"}],"model":"m","chat_template_kwargs":{"enable_thinking":false}}"#,
+        concat!(
+            r#"{"x-vendor":{"a":[1,{"b":null}]},"messages":["#,
+            r#"{"role":"user","content":[{"type":"text","text":"hi","cache_control":{"type":"x"}}],"x":{"y":[[]]}},"#,
+            r#"{"role":"assistant","content":null,"reasoning_content":"hm","tool_calls":[{"id":"c1","type":"function","#,
+            r#""function":{"name":"f","arguments":"{\"a\" : 1}"},"extra":true}]},"#,
+            r#"{"role":"tool","tool_call_id":"c1","content":"2"}],"#,
+            r#""model":"m","chat_template_kwargs":{"enable_thinking":false}}"#,
+        ),
     ),
     // Numbers as only their author writes them.
     (
         CHAT,
-        r#"{"model":"m","seed":12345678901234567890123456789012345678901234567890,"temperature":1.00E+0,"top_p":1e-400,"min_p":-0.0,"x":[1E400,-0,0.1000000000000000055511151231257827],"messages":[{"role":"user","content":"hi"}],"max_tokens":1.6e1}"#,
+        concat!(
+            r#"{"model":"m","seed":12345678901234567890123456789012345678901234567890,"temperature":1.00E+0,"#,
+            r#""top_p":1e-400,"min_p":-0.0,"x":[1E400,-0,0.1000000000000000055511151231257827],"#,
+            r#""messages":[{"role":"user","content":"hi"}],"max_tokens":1.6e1}"#,
+        ),
     ),
     // Keys that are not acted on may stand twice.
     (
@@ -49,7 +60,11 @@ const UNTOUCHED: &[(&str, &str)] = &[
     ),
     (
         CHAT,
-        r#"{"model":"m","priority":7,"tools":[{"type":"function","function":{"name":"f","parameters":{"type":"object","properties":{}}}}],"tool_choice":"auto","response_format":{"type":"json_schema","json_schema":{"name":"s","schema":{"type":"object"}}},"logprobs":true,"top_logprobs":2,"n":3,"messages":[{"role":"user","content":"hi"}]}"#,
+        concat!(
+            r#"{"model":"m","priority":7,"tools":[{"type":"function","function":{"name":"f","parameters":{}}}],"#,
+            r#""tool_choice":"auto","response_format":{"type":"json_schema","json_schema":{"name":"s","schema":{}}},"#,
+            r#""logprobs":true,"top_logprobs":2,"n":3,"messages":[{"role":"user","content":"hi"}]}"#,
+        ),
     ),
     (COMPLETIONS, r#"{"prompt":"say","model":"m","best_of":4,"echo":false,"suffix":"!"}"#),
     (COMPLETIONS, r#"{ "model":"m", "prompt":[ 1,2 , 3.0 ], "max_tokens":4, "return_token_ids":true }"#),
@@ -238,13 +253,38 @@ fn whole_answers_come_back_unread() {
     let chat = r#"{"model":"m","messages":[{"role":"user","content":"hi"}]}"#;
     let answers = [
         // Vendor extras, odd spacing, numbers, doubled keys, a model's name that nobody asked for.
-        (CHAT, chat, "\n{ \"id\" :\"x\",\"choices\":[{\"message\":{\"content\":\"\\u00e9 é 🦀\",\"vendor\":[1.0]}}],\"x\":1E400,\"x\":2,\"model\":\"other\",\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":1.0,\"extra\":{}},\"kv_transfer_params\":null}\r\n ".to_owned()),
-        (COMPLETIONS, r#"{"model":"m","prompt":[1,2]}"#, r#"{"choices":[{"text":"a","prompt_token_ids":[1,2],"stop_reason":null}]}"#.to_owned()),
-        (EMBEDDINGS, r#"{"model":"m","input":"a","encoding_format":"base64"}"#, r#"{"object":"list","data":[{"object":"embedding","index":0,"embedding":"AACAPwAAAMA="}],"usage":{"prompt_tokens":1,"total_tokens":1}}"#.to_owned()),
+        (
+            CHAT,
+            chat,
+            concat!(
+                "\n{ \"id\" :\"x\",\"choices\":[{\"message\":{\"content\":\"\\u00e9 é 🦀\",\"vendor\":[1.0]}}],",
+                "\"x\":1E400,\"x\":2,\"model\":\"other\",\"kv_transfer_params\":null,",
+                "\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":1.0,\"extra\":{}}}\r\n ",
+            )
+            .to_owned(),
+        ),
+        (
+            COMPLETIONS,
+            r#"{"model":"m","prompt":[1,2]}"#,
+            r#"{"choices":[{"text":"a","prompt_token_ids":[1,2],"stop_reason":null}]}"#.to_owned(),
+        ),
+        (
+            EMBEDDINGS,
+            r#"{"model":"m","input":"a","encoding_format":"base64"}"#,
+            concat!(
+                r#"{"object":"list","data":[{"object":"embedding","index":0,"embedding":"AACAPwAAAMA="}],"#,
+                r#""usage":{"prompt_tokens":1,"total_tokens":1}}"#,
+            )
+            .to_owned(),
+        ),
         // What is no JSON, or is longer than what is held back for a retry, passes as well.
         (CHAT, chat, "not json at all".to_owned()),
         (CHAT, chat, String::new()),
-        (CHAT, chat, format!(r#"{{"choices":[{{"message":{{"content":"{}"}}}}]}}"#, "0123456789abcdef".repeat(200_000))),
+        (
+            CHAT,
+            chat,
+            format!(r#"{{"choices":[{{"message":{{"content":"{}"}}}}]}}"#, "0123456789abcdef".repeat(200_000)),
+        ),
     ];
     for (path, body, text) in &answers {
         let headers = "content-type: application/json; charset=UTF-8\r\nserver: secret-engine\r\nset-cookie: a=b\r\n";
@@ -272,6 +312,19 @@ fn whole_answers_come_back_unread() {
     }
 }
 
+#[test]
+fn a_body_of_many_megabytes_arrives_too() {
+    let recorder = Recorder::start("m", vec![json("200 OK", "{}")]);
+    let gateway = Gateway::before(&[recorder.address]);
+    let image: String = ('a'..='z').cycle().take(20 << 20).collect();
+    let body = format!(
+        r#"{{"messages":[{{"role":"user","content":[{{"type":"image_url","image_url":"{image}"}}]}}],"model":"m"}}"#
+    );
+    let answer = gateway.post(CHAT, &body);
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert!(recorder.posts()[0].body == body.as_bytes());
+}
+
 /// Two requests and two answers on one connection: each body ends where it says.
 #[test]
 fn a_connection_carries_one_request_after_the_other() {
@@ -292,4 +345,30 @@ fn a_connection_carries_one_request_after_the_other() {
     let posts = recorder.posts();
     assert_eq!(posts.last().map(|post| &*post.body), Some(&br#"{"model":"m","prompt":"c"}"#[..]));
     assert_eq!(posts.last().and_then(|post| post.header("content-length")), Some("26"));
+}
+
+/// What an engine gives is what the client gets, also where it is not what was asked for.
+#[test]
+fn a_document_in_place_of_a_stream_and_the_other_way_round() {
+    let recorder = Recorder::start("m", vec![json("200 OK", r#"{"choices":[]}"#)]);
+    let gateway = Gateway::before(&[recorder.address]);
+    let answer = gateway.post(COMPLETIONS, r#"{"model":"m","prompt":"a","stream":true}"#);
+    assert_eq!((answer.status, answer.text().as_str()), (200, r#"{"choices":[]}"#));
+    assert_eq!(answer.header("content-type"), Some("application/json"));
+    recorder.play(stream(&EVENTS));
+    let answer = gateway.post(COMPLETIONS, r#"{"model":"m","prompt":"a"}"#);
+    assert_eq!((answer.status, answer.body), (200, EVENTS.concat()));
+}
+
+#[test]
+fn requests_that_wait_on_one_connection_are_answered_in_order() {
+    let recorder = Recorder::start("m", (0..3).map(|n| json("200 OK", &format!("{{\"n\":{n}}}"))).collect());
+    let gateway = Gateway::before(&[recorder.address]);
+    let mut connection = Connection::to(gateway.client);
+    let body = |n: u32| format!(r#"{{"model":"m","prompt":"{n}"}}"#);
+    (0..3).for_each(|n| connection.post(COMPLETIONS, &[], body(n).as_bytes()));
+    for n in 0..3 {
+        assert_eq!(connection.answer().text(), format!("{{\"n\":{n}}}"));
+        assert_eq!(recorder.posts()[n as usize].body, body(n).as_bytes());
+    }
 }

@@ -20,8 +20,9 @@ fn row_of_the_one_who_left(gateway: &Gateway) -> serde_json::Value {
 /// Nothing is promised to the worker any more, and the next request goes there at once.
 fn assert_place_is_free(gateway: &Gateway, recorder: &Recorder) {
     assert_eq!(gateway.metric("forebay_worker_promised_tokens{worker=\"w0\"}"), 0.0);
+    assert_eq!(gateway.metric("forebay_worker_up{worker=\"w0\"}"), 1.0, "leaving is no failure of the worker");
     let before = recorder.posts().len();
-    recorder.play(vec![held().split_off(1)].concat());
+    recorder.play(held().split_off(1));
     let answer = gateway.post("/v1/completions", &wide("next"));
     assert_eq!(answer.status, 200, "{}", answer.text());
     assert_eq!(recorder.posts().len(), before + 1);
@@ -96,7 +97,7 @@ fn while_it_waits_in_the_queue() {
     println!("queued: withdrawn {:?} after the client left", left.elapsed());
     let row = row_of_the_one_who_left(&gateway);
     assert_eq!((&row["status"], &row["attempts"]), (&499.into(), &0.into()), "{row}");
-    assert!(row["worker"].is_null(), "{row}");
+    assert!(row["worker"].is_null() && row["queue_ms"].as_f64() > Some(0.0), "{row}");
 
     recorder.go_on();
     assert_eq!(first.answer().status, 200);

@@ -15,10 +15,12 @@ fn ask(gateway: &Gateway) -> Answer {
     gateway.post("/v1/chat/completions", BODY)
 }
 
-/// A good answer in between, so that the worker is not left alone for its failures.
+/// Two good answers, so that the worker is not left alone for its failures.
 fn recover(gateway: &Gateway, recorder: &Recorder) {
     recorder.play(json("200 OK", "{}"));
-    assert_eq!(ask(gateway).status, 200);
+    for _ in 0..2 {
+        assert_eq!(ask(gateway).status, 200);
+    }
 }
 
 #[test]
@@ -163,7 +165,6 @@ fn strange_statuses_are_bad_gateways() {
     for (status, headers) in [
         ("307 Temporary Redirect", "location: http://127.0.0.1:1/v1/chat/completions/\r\n"),
         ("302 Found", "location: /elsewhere\r\n"),
-        ("304 Not Modified", ""),
         ("500 Internal Server Error", ""),
         ("502 Bad Gateway", ""),
         ("599 Odd", ""),

@@ -74,14 +74,11 @@ fn other_names_are_not_found() {
         ("/v1/models/org", "model_not_found"),
         ("/v1/models/m/", "model_not_found"),
         ("/v1/models/%00%22", "model_not_found"),
+        ("/v1/models/%ff", "model_not_found"),
     ] {
         let answer = client::get(gateway.client, path);
         assert_eq!((answer.status, &answer.error()["code"]), (404, &code.into()), "{path}");
     }
     assert_eq!(client::get(gateway.client, "/v1/models/").status, 404);
-    // No UTF-8: no name.
-    let answer = client::get(gateway.client, "/v1/models/%ff");
-    assert!((400..500).contains(&answer.status), "{answer:?}");
-    answer.error();
     assert!(recorder.posts().is_empty());
 }

@@ -46,6 +46,7 @@ fn a_deadline_is_kept_in_the_queue_and_at_the_worker() {
     assert_eq!(full.recorder.posts().len(), 1, "it never left the queue");
     let row = full.gateway.row_of(&answer);
     assert_eq!((&row["status"], &row["outcome"]), (&504.into(), &"refused".into()), "{row}");
+    assert!(row["queue_ms"].as_f64() >= Some(250.0), "{row}");
 
     let recorder = Recorder::start("m", vec![vec![Step::AwaitClose]]);
     let gateway = Gateway::before(&[recorder.address]);

@@ -1,22 +1,23 @@
-//! What the gateway refuses by itself: the right status, OpenAI's error shape, and not one byte to a worker.
+//! What the gateway refuses because of what a body says: the right status, OpenAI's error shape, and not one byte to a
+//! worker. What HTTP alone tells is in `http_refusals`.
 
-use super::support::client::{self, Answer, Connection};
+use super::support::client::{Answer, Connection};
 use super::support::process::{Gateway, model, tokenizer};
 use super::support::recorder::{Recorder, json};
 
-const CHAT: &str = "/v1/chat/completions";
-const COMPLETIONS: &str = "/v1/completions";
-const EMBEDDINGS: &str = "/v1/embeddings";
-const GOOD: &str = r#"{"model":"m","prompt":"hi"}"#;
+pub(super) const CHAT: &str = "/v1/chat/completions";
+pub(super) const COMPLETIONS: &str = "/v1/completions";
+pub(super) const EMBEDDINGS: &str = "/v1/embeddings";
+pub(super) const GOOD: &str = r#"{"model":"m","prompt":"hi"}"#;
 
 /// A gateway that takes bodies of 64 KiB, before a worker that would answer anything.
-struct Setting {
-    gateway: Gateway,
-    recorder: Recorder,
+pub(super) struct Setting {
+    pub(super) gateway: Gateway,
+    pub(super) recorder: Recorder,
 }
 
 impl Setting {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let recorder = Recorder::start("m", vec![json("200 OK", "{}")]);
         let extra = format!("aliases = [\"alias\"]\nmax_model_len = 4096\ntokenizer = {:?}\n", tokenizer());
         let gateway = Gateway::start_unready("body_bytes_max = 65536", &model("m", &[recorder.address], &extra), &[]);
@@ -24,23 +25,23 @@ impl Setting {
         Self { gateway, recorder }
     }
 
-    /// Asserts this status, code and parameter (empty for null), and that there is a row for it.
-    fn refused(&self, answer: &Answer, status: u16, code: &str, param: &str, what: &str) {
-        assert_eq!(answer.status, status, "{what}: {}", answer.text());
-        let error = answer.error();
-        assert_eq!(error["type"], "invalid_request_error", "{what}: {error}");
-        assert_eq!(error["code"].as_str().unwrap_or_default(), code, "{what}: {error}");
-        assert_eq!(error["param"].as_str().unwrap_or_default(), param, "{what}: {error}");
-        assert_eq!(answer.header("x-forebay-worker"), None, "{what}");
-    }
-
     /// Ends a test: no refused request had reached the worker when a good one does.
-    fn nothing_was_sent(&self) {
+    pub(super) fn nothing_was_sent(&self) {
         assert_eq!(self.gateway.post(COMPLETIONS, GOOD).status, 200);
         let posts = self.recorder.posts();
         let bodies: Vec<_> = posts.iter().map(|post| String::from_utf8_lossy(&post.body)).collect();
         assert_eq!(bodies, [GOOD]);
     }
+}
+
+/// Asserts a refusal with this status, code and parameter (empty for null), of which no worker is named.
+pub(super) fn refused(answer: &Answer, status: u16, code: &str, param: &str, what: &str) {
+    assert_eq!(answer.status, status, "{what}: {}", answer.text());
+    let error = answer.error();
+    assert_eq!(error["type"], "invalid_request_error", "{what}: {error}");
+    assert_eq!(error["code"].as_str().unwrap_or_default(), code, "{what}: {error}");
+    assert_eq!(error["param"].as_str().unwrap_or_default(), param, "{what}: {error}");
+    assert_eq!(answer.header("x-forebay-worker"), None, "{what}");
 }
 
 /// A chat body with more members.
@@ -85,12 +86,12 @@ fn bodies_that_are_not_a_json_object() {
             let mut connection = Connection::to(setting.gateway.client);
             connection.post(path, &[], body);
             let shown = String::from_utf8_lossy(&body[..body.len().min(60)]).into_owned();
-            setting.refused(&connection.answer(), 400, "invalid_json", "", &format!("{path}: {shown}"));
+            refused(&connection.answer(), 400, "invalid_json", "", &format!("{path}: {shown}"));
         }
     }
     // Half a surrogate pair is JSON by its shape, and no text.
     let answer = setting.gateway.post(COMPLETIONS, r#"{"model":"m","prompt":"\ud800"}"#);
-    setting.refused(&answer, 400, "invalid_json", "prompt", "half a surrogate pair");
+    refused(&answer, 400, "invalid_json", "prompt", "half a surrogate pair");
     setting.nothing_was_sent();
 }
 
@@ -189,7 +190,7 @@ fn missing_and_doubled_fields() {
         (EMBEDDINGS, r#"{"model":"m"}"#, "input"),
         (EMBEDDINGS, r#"{"input":"a"}"#, "model"),
     ] {
-        setting.refused(&setting.gateway.post(path, body), 400, "missing_required_parameter", param, body);
+        refused(&setting.gateway.post(path, body), 400, "missing_required_parameter", param, body);
     }
     for (path, body, param) in [
         (CHAT, r#"{"model":"m","model":"m","messages":[{"role":"user","content":"a"}]}"#, "model"),
@@ -208,7 +209,7 @@ fn missing_and_doubled_fields() {
         (EMBEDDINGS, r#"{"model":"m","input":"a","inpu\u0074":"b"}"#, "input"),
         ("/tokenize", r#"{"model":"m","model":"x","prompt":"a"}"#, "model"),
     ] {
-        setting.refused(&setting.gateway.post(path, body), 400, "duplicate_parameter", param, body);
+        refused(&setting.gateway.post(path, body), 400, "duplicate_parameter", param, body);
     }
     setting.nothing_was_sent();
 }
@@ -224,12 +225,12 @@ fn models_that_nobody_serves() {
             ("/tokenize", r#""prompt":"a""#),
         ] {
             let answer = setting.gateway.post(path, &format!("{{\"model\":\"{name}\",{rest}}}"));
-            setting.refused(&answer, 404, "model_not_found", "model", name);
+            refused(&answer, 404, "model_not_found", "model", name);
         }
     }
     // A name as long as the body may be is not said back.
     let answer = setting.gateway.post(COMPLETIONS, &format!(r#"{{"model":"{}","prompt":"a"}}"#, "x".repeat(60_000)));
-    setting.refused(&answer, 404, "model_not_found", "model", "a long name");
+    refused(&answer, 404, "model_not_found", "model", "a long name");
     assert!(answer.body.len() < 1000);
     setting.nothing_was_sent();
 }
@@ -267,7 +268,7 @@ fn prompts_that_do_not_fit_the_context() {
         } else {
             "input"
         };
-        setting.refused(&answer, 400, "context_length_exceeded", param, &body[body.len().saturating_sub(80)..]);
+        refused(&answer, 400, "context_length_exceeded", param, &body[body.len().saturating_sub(80)..]);
         let error = answer.error();
         assert!(
             error["message"].as_str().is_some_and(|message| message.contains("maximum context length is 4096 tokens")),
@@ -285,204 +286,6 @@ fn prompts_that_do_not_fit_the_context() {
         let answer = setting.gateway.post(path, &body);
         assert_eq!(answer.status, 200, "{}", answer.text());
     }
-}
-
-#[test]
-fn bodies_that_are_too_large() {
-    let setting = Setting::new();
-    let body = format!(r#"{{"model":"m","prompt":"a","x":"{}"}}"#, "y".repeat(65_536));
-    let check = |answer: &Answer, what: &str| {
-        setting.refused(answer, 413, "request_too_large", "", what);
-        assert_eq!(answer.header("connection"), Some("close"), "{what}: the rest of the body is not read");
-    };
-    // Announced: refused before a byte of it is there.
-    let head = format!("POST {COMPLETIONS} HTTP/1.1\r\nhost: t\r\ncontent-type: application/json\r\n");
-    for length in [65_537_u64, 1 << 40, u64::MAX] {
-        let mut connection = Connection::to(setting.gateway.client);
-        connection.send(format!("{head}content-length: {length}\r\n\r\n").as_bytes());
-        let answer = connection.answer();
-        if length == u64::MAX && answer.status == 400 {
-            continue; // no length that HTTP would let pass
-        }
-        check(&answer, &length.to_string());
-    }
-    // Not announced: refused where the bound is passed, also when it never ends.
-    let mut connection = Connection::to(setting.gateway.client);
-    connection.send(format!("{head}transfer-encoding: chunked\r\n\r\n").as_bytes());
-    connection.send(format!("{:x}\r\n{body}\r\n", body.len()).as_bytes());
-    check(&connection.answer(), "chunked");
-    // The largest body that is taken is taken.
-    let fitting = format!(r#"{{"model":"x","prompt":"a","y":"{}"}}"#, "z".repeat(65_536 - 35));
-    assert_eq!(fitting.len(), 65_536 + fitting.len() - 65_536);
-    let answer = setting.gateway.post(COMPLETIONS, &format!("{fitting}{}", " ".repeat(65_536 - fitting.len())));
-    setting.refused(&answer, 404, "model_not_found", "model", "65536 bytes");
-    let answer = setting.gateway.post(COMPLETIONS, &format!("{fitting}{}", " ".repeat(65_537 - fitting.len())));
-    check(&answer, "65537 bytes");
-    setting.nothing_was_sent();
-}
-
-#[test]
-fn content_types_and_encodings_that_are_not_read() {
-    let setting = Setting::new();
-    let send = |headers: &str| {
-        let head =
-            format!("POST {COMPLETIONS} HTTP/1.1\r\nhost: t\r\n{headers}content-length: {}\r\n\r\n{GOOD}", GOOD.len());
-        client::request(setting.gateway.client, head.as_bytes())
-    };
-    for headers in [
-        "content-type: text/plain\r\n",
-        "content-type: application/x-www-form-urlencoded\r\n",
-        "content-type: multipart/form-data; boundary=x\r\n",
-        "content-type: application/jsonx\r\n",
-        "content-type: \r\n",
-        "content-type: application/json\r\ncontent-encoding: gzip\r\n",
-        "content-encoding: zstd\r\n",
-        "content-encoding: identity, gzip\r\n",
-    ] {
-        setting.refused(&send(headers), 415, "", "", headers);
-    }
-    assert!(setting.recorder.posts().is_empty());
-    for (count, headers) in [
-        "",
-        "content-type: application/json; charset=utf-8\r\n",
-        "content-type: APPLICATION/JSON\r\n",
-        "content-type: application/vnd.openai+json\r\n",
-        "content-encoding: identity\r\n",
-    ]
-    .iter()
-    .enumerate()
-    {
-        assert_eq!(send(headers).status, 200, "{headers}");
-        assert_eq!(setting.recorder.posts().len(), count + 1);
-    }
-}
-
-#[test]
-fn unknown_paths_and_wrong_methods() {
-    let setting = Setting::new();
-    let send = |method: &str, path: &str| {
-        let head = format!(
-            "{method} {path} HTTP/1.1\r\nhost: t\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{GOOD}",
-            GOOD.len()
-        );
-        client::request(setting.gateway.client, head.as_bytes())
-    };
-    for path in [
-        "/",
-        "/v1",
-        "/v1/",
-        "/v2/completions",
-        "/v1/chat",
-        "/v1/chat/completions/",
-        "/v1/completions/",
-        "/v1//completions",
-        "/v1/chat%2Fcompletions",
-        "/V1/completions",
-        "/v1/../sleep",
-        "/completions",
-        "/chat/completions",
-        // What engines leave open.
-        "/sleep",
-        "/wake_up",
-        "/is_sleeping",
-        "/reset_prefix_cache",
-        "/reset_mm_cache",
-        "/collective_rpc",
-        "/v1/load_lora_adapter",
-        "/v1/unload_lora_adapter",
-        "/start_profile",
-        "/stop_profile",
-        "/update_weights",
-        "/pause",
-        "/resume",
-        "/scale_elastic_ep",
-        "/abort_requests",
-        "/server_info",
-        "/flush_cache",
-        "/slots/0",
-        "/props",
-        "/load",
-        "/version",
-        "/ping",
-        "/invocations",
-        "/tokenizer_info",
-        "/docs",
-        "/openapi.json",
-        "/api/generate",
-        "/generate",
-        // What is the other listener's.
-        "/metrics",
-        "/livez",
-        "/readyz",
-        "/admin/v1/keys",
-        "/ui/",
-        "/simulated/faults",
-    ] {
-        for method in ["POST", "GET", "PUT", "DELETE"] {
-            let answer = send(method, path);
-            setting.refused(&answer, 404, "", "", path);
-            let expected = format!("Invalid URL ({method} {path})");
-            assert_eq!(answer.error()["message"], expected.as_str());
-        }
-    }
-    for (method, path) in [
-        ("GET", CHAT),
-        ("PUT", CHAT),
-        ("DELETE", COMPLETIONS),
-        ("PATCH", EMBEDDINGS),
-        ("GET", "/tokenize"),
-        ("OPTIONS", "/detokenize"),
-        ("POST", "/v1/models"),
-        ("DELETE", "/v1/models/m"),
-        ("POST", "/health"),
-    ] {
-        let answer = send(method, path);
-        setting.refused(&answer, 405, "", "", &format!("{method} {path}"));
-        assert!(answer.header("allow").is_some(), "{method} {path}: {:?}", answer.headers);
-    }
-    assert_eq!(client::get(setting.gateway.client, "/health").status, 200);
-    setting.nothing_was_sent();
-}
-
-#[test]
-fn headers_that_cannot_be_meant() {
-    let setting = Setting::new();
-    for (line, param) in [
-        ("x-forebay-priority: urgent", "x-forebay-priority"),
-        ("x-forebay-priority: INTERACTIVE", "x-forebay-priority"),
-        ("x-forebay-priority: ", "x-forebay-priority"),
-        ("x-forebay-priority: 1", "x-forebay-priority"),
-        ("x-forebay-deadline-ms: 0", "x-forebay-deadline-ms"),
-        ("x-forebay-deadline-ms: -5", "x-forebay-deadline-ms"),
-        ("x-forebay-deadline-ms: 1.5", "x-forebay-deadline-ms"),
-        ("x-forebay-deadline-ms: soon", "x-forebay-deadline-ms"),
-        ("x-forebay-deadline-ms: ", "x-forebay-deadline-ms"),
-        ("x-forebay-deadline-ms: 99999999999999999999", "x-forebay-deadline-ms"),
-    ] {
-        let answer = client::post_with(setting.gateway.client, COMPLETIONS, &[line], GOOD);
-        setting.refused(&answer, 400, "invalid_value", param, line);
-    }
-    setting.nothing_was_sent();
-    for line in ["x-forebay-priority: batch", "x-forebay-priority: default", "x-forebay-deadline-ms: 4294967295"] {
-        let answer = client::post_with(setting.gateway.client, COMPLETIONS, &[line], GOOD);
-        assert_eq!(answer.status, 200, "{line}: {}", answer.text());
-    }
-}
-
-#[test]
-fn a_request_id_comes_back_where_it_is_harmless() {
-    let setting = Setting::new();
-    for (sent, kept) in
-        [("abc-1.2:3_4", true), ("a b", false), ("a\"b", false), ("", false), (&*"x".repeat(129), false)]
-    {
-        let line = format!("x-request-id: {sent}");
-        for path in [COMPLETIONS, "/nowhere"] {
-            let answer = client::post_with(setting.gateway.client, path, &[&line], "{}");
-            assert!(answer.status == 400 || answer.status == 404);
-            assert_eq!(answer.header("x-request-id") == Some(sent), kept, "{sent:?}: {:?}", answer.headers);
-        }
-    }
-    setting.nothing_was_sent();
 }
 
 #[test]

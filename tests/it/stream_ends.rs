@@ -1,6 +1,8 @@
 //! How a stream ends: whole, with `[DONE]` also where the engine left it out, or with one error event and nothing after
 //! it; and a failure before the first event still has a status of its own.
 
+use std::time::{Duration, Instant};
+
 use super::support::client::{Answer, Connection, error_object};
 use super::support::process::{Gateway, model, tokenizer};
 use super::support::recorder::{Recorder, Step, chunk, stream, stream_end, stream_head};
@@ -252,4 +254,41 @@ fn a_broken_stream_leaves_its_connection_usable() {
         connection.post(CHAT, &[], ASK.as_bytes());
         assert_eq!(connection.answer().text(), [TEXT, FINISH, DONE].concat());
     }
+}
+
+/// Keep-alive comments are no answer: an engine that sends nothing else is as silent as one that sends nothing.
+#[test]
+fn comments_alone_do_not_put_off_the_first_byte() {
+    let recorder = Recorder::start("m", vec![stream(&[])]);
+    let extra = format!("tokenizer = {:?}\nfirst_byte_seconds = 1\n", tokenizer());
+    let gateway = Gateway::start(&model("m", &[recorder.address], &extra));
+    let Step::Write(few) = chunk(b": keep-alive\n\n") else { panic!("a chunk is written") };
+    let Step::Write(many) = chunk(&b": keep-alive\n\n".repeat(4096)) else { panic!("a chunk is written") };
+    let now_and_then =
+        (0..40).flat_map(|_| [Step::Write(few.clone()), Step::Pause(Duration::from_millis(100))]).collect();
+    // Now and then, and without a pause.
+    for comments in [now_and_then, vec![Step::Repeat(many, 1 << 20)]] {
+        let began = Instant::now();
+        recorder.play([vec![stream_head()], comments].concat());
+        let answer = ask(&gateway);
+        println!("given up after {:?}", began.elapsed());
+        assert_eq!(answer.status, 504, "{}", answer.text());
+        assert_eq!(answer.error()["code"], "upstream_timeout");
+        assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    }
+}
+
+/// An engine that goes on and on after its last event keeps neither the client nor the gateway.
+#[test]
+fn what_follows_the_end_is_not_read_for_ever() {
+    let (gateway, recorder) = setting();
+    let Step::Write(piece) = chunk(&vec![b'x'; 64 << 10]) else { panic!("a chunk is written") };
+    let whole = [TEXT, FINISH, DONE].concat();
+    recorder.play(vec![stream_head(), chunk(whole.as_bytes()), Step::Repeat(piece, 1 << 20)]);
+    let began = Instant::now();
+    let answer = ask(&gateway);
+    println!("let go after {:?}", began.elapsed());
+    assert_eq!((answer.text(), answer.whole), (whole, true));
+    assert_eq!(outcome(&gateway, &answer), "completed");
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
 }

@@ -104,7 +104,7 @@ fn unusual_events_pass_unread() {
     let unusual = [
         "\u{feff}: hello\n\nevent: chunk\nid: 7\n",
         &text(0, "a"),
-        "\n\n: between\n\nretry: 10\n\nevent: ping\n\ndata:{\"choices\":[],\"vendor\":{\"x\":1}}\n\n",
+        "\n\n: between\n\nretry: 10\n\nevent: ping\n\ndata:{\"choices\":[],\"error\":null,\"vendor\":{\"x\":1}}\n\n",
         "data: {\"choices\":[{\"delta\":{\"content\":\"b\"},\ndata: \"finish_reason\":\"stop\"}]}\n\n",
         ": after\n\n",
         DONE,
@@ -269,4 +269,19 @@ fn a_slow_client_slows_the_worker_down() {
     let answer = connection.answer();
     assert_eq!(answer.body.len(), EVENTS * event.len() + finish(0).len() + DONE.len());
     assert!(answer.text().ends_with(&[finish(0).as_str(), DONE].concat()));
+}
+
+/// A client of HTTP/1.0 knows no chunks: its stream ends with the connection.
+#[test]
+fn an_old_client_gets_the_same_stream() {
+    let (gateway, recorder) = setting();
+    recorder.play(stream(&[answer().as_bytes()]));
+    let body = asking_for_usage();
+    let head =
+        format!("POST {CHAT} HTTP/1.0\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
+    let mut connection = Connection::to(gateway.client);
+    connection.send(&[head.as_bytes(), body.as_bytes()].concat());
+    let got = connection.answer();
+    assert_eq!((got.status, got.text()), (200, answer()));
+    assert_eq!(got.header("transfer-encoding"), None);
 }

@@ -43,7 +43,7 @@ fn conversations() -> Vec<Value> {
 /// `fields` with more of them, as text.
 fn with(fields: &Value, more: Value) -> String {
     let mut fields = fields.clone();
-    let more = if let Value::Object(more) = more { more } else { panic!("fields") };
+    let Value::Object(more) = more else { panic!("fields") };
     fields.as_object_mut().expect("fields").extend(more);
     fields.to_string()
 }
@@ -233,4 +233,42 @@ fn an_estimate_refuses_nobody() {
         refused.error(),
         json!({"message": message, "type": "invalid_request_error", "param": null, "code": "context_length_exceeded"})
     );
+}
+
+#[test]
+fn questions_about_tokens_go_to_the_engine_where_only_it_knows() {
+    let recorder = Recorder::start("m", vec![]);
+    let gateway = without_tokenizer(&recorder);
+    for (path, body, said) in [
+        (
+            "/tokenize",
+            r#"{ "model":"other","prompt":"a","return_token_strs":true }"#,
+            r#"{"count":1,"max_model_len":4096,"tokens":[64],"token_strs":["a"],"vendor":1}"#,
+        ),
+        ("/tokenize", r#"{"messages":[{"role":"user","content":"a"}]}"#, r#"{"count":9}"#),
+        ("/detokenize", r#"{"model":"m","tokens":[64]}"#, r#"{ "prompt":"a" }"#),
+    ] {
+        recorder.play(answer("200 OK", said));
+        let answered = gateway.post(path, body);
+        assert_eq!((answered.status, answered.text().as_str()), (200, said), "{body}");
+        let posts = recorder.posts();
+        let sent = posts.last().map(|post| (post.path(), String::from_utf8_lossy(&post.body).into_owned()));
+        assert_eq!(sent, Some((path, body.replace("other", "m"))));
+        for (status, said, shown, code) in [
+            (
+                "400 Bad Request",
+                r#"{"error":{"message":"no template at /opt/m/t","type":"BadRequestError","param":null,"code":400}}"#,
+                400,
+                None,
+            ),
+            ("404 Not Found", r#"{"detail":"Not Found"}"#, 501, Some("no_tokenizer")),
+            ("401 Unauthorized", r#"{"error":"Unauthorized"}"#, 502, Some("upstream_error")),
+            ("500 Internal Server Error", "oops", 502, Some("upstream_error")),
+        ] {
+            recorder.play(answer(status, said));
+            let refused = gateway.post(path, body);
+            assert_eq!((refused.status, refused.error()["code"].as_str()), (shown, code), "{body}: {}", refused.text());
+            assert!(!refused.text().contains("/opt"), "{}", refused.text());
+        }
+    }
 }

@@ -117,7 +117,7 @@ fn encoding(criterion: &mut Criterion<CpuTime>) {
         let cached = load().with_cache(Arc::new(Cache::new(64 << 20)));
         let mut group = criterion.benchmark_group(format!("encode/{name}"));
         group.sample_size(20);
-        for (label, tokens) in [("1k", 1_000), ("4k", 4_000), ("16k", 16_000), ("100k", 100_000)] {
+        for (label, tokens) in [("0.6k", 600), ("1k", 1_000), ("16k", 16_000), ("100k", 100_000)] {
             let mut compare = |way: &str, tokenizer: &Tokenizer| {
                 group.bench_function(format!("{label} {way}"), |bencher| {
                     let text = |prose: &mut Prose| prose.tokens(tokens);
@@ -131,7 +131,7 @@ fn encoding(criterion: &mut Criterion<CpuTime>) {
             compare("new, no cache", &plain);
             compare("new, cache", &cached);
         }
-        for (label, tokens) in [("4k", 4_000), ("16k", 16_000), ("100k", 100_000)] {
+        for (label, tokens) in [("0.6k", 600), ("1k", 1_000), ("16k", 16_000), ("100k", 100_000)] {
             let seen = prose.tokens(tokens * 95 / 100);
             cached.encode(&seen, Special::Omit).unwrap();
             group.bench_function(format!("{label}, 95 % seen"), |bencher| {

@@ -3,9 +3,9 @@
 //! Between two safe cuts (`cuts`) ids depend on the piece alone, so a piece is looked up by its content, wherever in
 //! a prompt it stands and whichever request it came with.
 //!
-//! Invariants: a key is a BLAKE3 hash of the text under a random key of this process, so nobody can prepare a text that
-//! is mistaken for another's; the memory held stays under the budget given; a hit gives exactly the ids that encoding
-//! would give.
+//! Invariants: a hit compares the text itself, so no text is ever mistaken for another's, whatever hashes alike (XXH3 is
+//! fast, but made to be fooled; its seed is random in each process, so that nobody can even spoil the cache); the memory
+//! held stays under the budget given.
 //!
 //! Not here: keeping tenants from learning by timing whether a text was seen before.
 
@@ -20,17 +20,17 @@ use crate::cuts::{Head, Piece};
 /// Locks are held for a look-up or an insertion in one of these many parts.
 const SHARDS: usize = 16;
 
-/// What an entry costs beside its ids: key, pointer, counts, and its places in map and queue.
-const ENTRY_BYTES: usize = 128;
+/// What an entry costs beside its text and ids: pointers, counts, and its places in map and queue.
+const ENTRY_BYTES: usize = 160;
 
 /// Which tokenizer a piece was encoded by: a hash of its definition, so that the same file loaded twice shares entries.
 pub(crate) type Fingerprint = [u8; 32];
 
-type Key = [u8; 16];
+type Key = u64;
 
 /// A cache that any number of tokenizers share.
 pub struct Cache {
-    hash_key: [u8; 32],
+    seed: u64,
     shards: Vec<Mutex<Shard>>,
     hits: AtomicU64,
     misses: AtomicU64,
@@ -55,12 +55,12 @@ impl std::fmt::Debug for Cache {
 }
 
 impl Cache {
-    /// A cache that holds at most `bytes_max` bytes: about as much as the text it remembers.
+    /// A cache that holds at most `bytes_max` bytes: about twice the text it remembers.
     #[must_use]
     pub fn new(bytes_max: usize) -> Self {
         let shard = || Mutex::new(Shard::new(bytes_max / SHARDS));
         Self {
-            hash_key: rand::random(),
+            seed: rand::random(),
             shards: std::iter::repeat_with(shard).take(SHARDS).collect(),
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
@@ -90,28 +90,22 @@ impl Cache {
         encode: impl FnOnce() -> Option<Vec<u32>>,
     ) -> Option<Arc<[u32]>> {
         let key = self.key(tokenizer, piece);
-        let shard = self.shards.get(usize::from(key[0]) % SHARDS)?;
-        if let Some(ids) = shard.lock().get(&key) {
+        let shard = self.shards.get((key >> 32) as usize % SHARDS)?;
+        if let Some(ids) = shard.lock().get(key, tokenizer, piece) {
             self.hits.fetch_add(1, Ordering::Relaxed);
             return Some(ids);
         }
         self.misses.fetch_add(1, Ordering::Relaxed);
         let ids: Arc<[u32]> = encode()?.into();
-        shard.lock().insert(key, Arc::clone(&ids));
+        let (text, head) = (piece.text.into(), piece.head);
+        shard.lock().insert(key, Entry { tokenizer: *tokenizer, head, text, ids: Arc::clone(&ids), asked: false });
         Some(ids)
     }
 
     fn key(&self, tokenizer: &Fingerprint, piece: Piece<'_>) -> Key {
-        let head = match piece.head {
-            Head::Plain => 0,
-            Head::Space => 1,
-            Head::Mark => 2,
-        };
-        let mut hasher = blake3::Hasher::new_keyed(&self.hash_key);
-        hasher.update(tokenizer).update(&[head]).update(piece.text.as_bytes());
-        let mut key = Key::default();
-        hasher.finalize_xof().fill(&mut key);
-        key
+        let [.., a, b, c, d, e, f, g, h] = *tokenizer;
+        let tokenizer = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+        xxhash_rust::xxh3::xxh3_64_with_seed(piece.text.as_bytes(), self.seed ^ tokenizer ^ piece.head as u64)
     }
 }
 
@@ -124,8 +118,21 @@ struct Shard {
 }
 
 struct Entry {
+    tokenizer: Fingerprint,
+    head: Head,
+    text: Box<str>,
     ids: Arc<[u32]>,
     asked: bool,
+}
+
+impl Entry {
+    fn cost(&self) -> usize {
+        ENTRY_BYTES + self.text.len() + size_of_val::<[u32]>(&self.ids)
+    }
+
+    fn is_of(&self, tokenizer: &Fingerprint, piece: Piece<'_>) -> bool {
+        *self.text == *piece.text && self.head == piece.head && self.tokenizer == *tokenizer
+    }
 }
 
 impl Shard {
@@ -133,21 +140,21 @@ impl Shard {
         Self { bytes_max, bytes: 0, entries: HashMap::new(), queue: VecDeque::new() }
     }
 
-    fn get(&mut self, key: &Key) -> Option<Arc<[u32]>> {
-        let entry = self.entries.get_mut(key)?;
+    fn get(&mut self, key: Key, tokenizer: &Fingerprint, piece: Piece<'_>) -> Option<Arc<[u32]>> {
+        let entry = self.entries.get_mut(&key).filter(|entry| entry.is_of(tokenizer, piece))?;
         entry.asked = true;
         Some(Arc::clone(&entry.ids))
     }
 
-    fn insert(&mut self, key: Key, ids: Arc<[u32]>) {
-        let cost = cost(&ids);
-        // another request may have brought the same piece meanwhile
+    fn insert(&mut self, key: Key, entry: Entry) {
+        let cost = entry.cost();
+        // another request may have brought the same piece meanwhile; of two that hash alike the first stays
         if cost > self.bytes_max || self.entries.contains_key(&key) {
             return;
         }
         while self.bytes + cost > self.bytes_max && self.evict() {}
         self.bytes += cost;
-        self.entries.insert(key, Entry { ids, asked: false });
+        self.entries.insert(key, entry);
         self.queue.push_back(key);
     }
 
@@ -161,16 +168,12 @@ impl Shard {
             }
             _ => {
                 if let Some(entry) = self.entries.remove(&key) {
-                    self.bytes -= cost(&entry.ids);
+                    self.bytes -= entry.cost();
                 }
             }
         }
         true
     }
-}
-
-fn cost(ids: &[u32]) -> usize {
-    std::mem::size_of_val(ids) + ENTRY_BYTES
 }
 
 #[cfg(test)]
@@ -197,9 +200,27 @@ mod tests {
     }
 
     #[test]
+    fn pieces_that_hash_alike_are_not_mistaken_for_each_other() {
+        let mut shard = Shard::new(1 << 20);
+        let entry = |text: &str, id| Entry {
+            tokenizer: MODEL,
+            head: Head::Plain,
+            text: text.into(),
+            ids: [id].into(),
+            asked: false,
+        };
+        shard.insert(7, entry("a", 1));
+        shard.insert(7, entry("b", 2));
+        assert_eq!(shard.get(7, &MODEL, piece("a")).as_deref(), Some(&[1][..]));
+        assert_eq!(shard.get(7, &MODEL, piece("b")), None);
+        assert_eq!(shard.get(7, &[8; 32], piece("a")), None);
+        assert_eq!(shard.get(7, &MODEL, Piece { text: "a", head: Head::Space }), None);
+        assert_eq!(shard.bytes, shard.entries.values().map(Entry::cost).sum::<usize>());
+    }
+
+    #[test]
     fn two_processes_hash_differently() {
-        let (one, other) = (Cache::new(0), Cache::new(0));
-        assert_ne!(one.key(&MODEL, piece("a")), other.key(&MODEL, piece("a")));
+        assert_ne!(Cache::new(0).key(&MODEL, piece("a")), Cache::new(0).key(&MODEL, piece("a")));
     }
 
     #[test]

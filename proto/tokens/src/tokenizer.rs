@@ -19,9 +19,8 @@ use crate::detokenizer::Detokenizer;
 use crate::error::{Error, LoadError};
 use crate::template::ChatTemplate;
 
-/// Text shorter than this (bytes) is encoded whole: looking it up would save less than a tenth of a millisecond, and
-/// short texts are seldom seen twice.
-const CACHED_FROM_BYTES: usize = 4096;
+/// Text shorter than this (bytes) is encoded whole: it would be one piece, found only when all of it was seen before.
+const CACHED_FROM_BYTES: usize = PIECE_BYTES;
 
 /// Special tokens around or within a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
