@@ -10,6 +10,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use crate::http::{content_length, head_bytes};
+use crate::upstream::PACE;
 
 /// English that every prompt is cut from.
 const PROSE: &str = include_str!("../../backends/simulated-engine/model/prose.txt");
@@ -23,8 +24,18 @@ const FRESH_EVERY: usize = 512;
 pub(crate) struct Question {
     /// Length of the body.
     pub(crate) bytes: usize,
-    pub(crate) stream: bool,
+    pub(crate) form: Form,
     pub(crate) novelty: Novelty,
+}
+
+/// How the answer is to come.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    Whole,
+    /// As events, as fast as they go.
+    Stream,
+    /// As events, one a [`PACE`]; the latency is the first one's.
+    PacedStream,
 }
 
 /// How much of a prompt has been seen before.
@@ -41,13 +52,17 @@ pub(crate) enum Novelty {
 struct Prepared {
     bytes: Vec<u8>,
     fresh: Vec<usize>,
-    stream: bool,
+    form: Form,
 }
 
 impl Question {
     fn prepare(self, model: &str) -> anyhow::Result<Prepared> {
-        let stream = if self.stream { r#""stream":true,"# } else { "" };
-        let open = format!(r#"{{"model":"{model}",{stream}"max_tokens":64,"messages":[{{"role":"user","content":""#);
+        let form = match self.form {
+            Form::Whole => "",
+            Form::Stream => r#""stream":true,"#,
+            Form::PacedStream => r#""stream":true,"paced":true,"#,
+        };
+        let open = format!(r#"{{"model":"{model}",{form}"max_tokens":64,"messages":[{{"role":"user","content":""#);
         let close = r#""}]}"#;
         let room = self.bytes.checked_sub(open.len() + close.len()).context("the body has no room for a message")?;
         let head = format!(
@@ -70,7 +85,7 @@ impl Question {
         }
         let fresh = within.iter().map(|at| head.len() + open.len() + at).collect();
         let bytes = [head.as_bytes(), open.as_bytes(), &message, close.as_bytes()].concat();
-        Ok(Prepared { bytes, fresh, stream: self.stream })
+        Ok(Prepared { bytes, fresh, form: self.form })
     }
 }
 
@@ -98,8 +113,13 @@ pub(crate) async fn drive(
     let prepared = question.prepare(model)?;
     let end = Instant::now() + length;
     let mut clients = JoinSet::new();
-    for _ in 0..connections {
-        clients.spawn(client(address, prepared.clone(), end));
+    for index in 0..u32::try_from(connections)? {
+        let (prepared, wait) = (prepared.clone(), PACE * index / u32::try_from(connections)?);
+        clients.spawn(async move {
+            // Not all at the same beat.
+            tokio::time::sleep(wait).await;
+            client(address, prepared, end).await
+        });
     }
     let mut latencies = Vec::new();
     while let Some(client) = clients.join_next().await {
@@ -117,9 +137,9 @@ async fn client(address: SocketAddr, mut request: Prepared, end: Instant) -> any
         request.renew();
         let began = Instant::now();
         stream.write_all(&request.bytes).await?;
-        answer(&mut stream, &mut buffer, request.stream).await?;
+        let first = answer(&mut stream, &mut buffer, request.form).await?;
         let now = Instant::now();
-        latencies.push(now - began);
+        latencies.push(if request.form == Form::PacedStream { first } else { now } - began);
         if now >= end {
             return Ok(latencies);
         }
@@ -127,12 +147,13 @@ async fn client(address: SocketAddr, mut request: Prepared, end: Instant) -> any
     }
 }
 
-/// Reads one answer whole, and refuses every other than a good one.
-async fn answer(stream: &mut TcpStream, buffer: &mut Vec<u8>, streamed: bool) -> anyhow::Result<()> {
+/// Reads one answer whole, and refuses every other than a good one; when its first bytes came.
+async fn answer(stream: &mut TcpStream, buffer: &mut Vec<u8>, form: Form) -> anyhow::Result<Instant> {
     const LAST_EVENT: &[u8] = b"data: [DONE]\n\n\r\n0\r\n\r\n";
-    let mut head = None;
+    let (mut head, mut first) = (None, None);
     loop {
         ensure!(stream.read_buf(buffer).await? > 0, "the answer broke off: {}", String::from_utf8_lossy(buffer));
+        let first = *first.get_or_insert_with(Instant::now);
         if head.is_none() {
             head = head_bytes(buffer);
         }
@@ -142,11 +163,11 @@ async fn answer(stream: &mut TcpStream, buffer: &mut Vec<u8>, streamed: bool) ->
         }
         // How the last event is cut into chunks is the proxy's own choice; none of them cuts this short one.
         let whole = match buffer.get(..head).and_then(content_length) {
-            Some(length) => !streamed && buffer.len() >= head + length,
-            None => streamed && buffer.ends_with(LAST_EVENT),
+            Some(length) => form == Form::Whole && buffer.len() >= head + length,
+            None => form != Form::Whole && buffer.ends_with(LAST_EVENT),
         };
         if whole {
-            return Ok(());
+            return Ok(first);
         }
     }
 }

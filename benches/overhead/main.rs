@@ -22,8 +22,10 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 
-use crate::load::{Novelty, Question, drive};
+use crate::load::{Form, Novelty, Question, drive};
 use crate::proxy::Proxy;
 use crate::report::{Round, Series};
 use crate::upstream::MODELS;
@@ -42,6 +44,9 @@ struct Arguments {
     /// Only the paths whose name contains this.
     #[arg(long, default_value = "")]
     only: String,
+    /// Only the targets whose name contains this, beside nginx and the worker itself.
+    #[arg(long, default_value = "")]
+    through: String,
     /// A Forebay to measure, may be repeated [default: the one built now].
     #[arg(long)]
     forebay: Vec<PathBuf>,
@@ -57,8 +62,8 @@ struct Way {
     question: Question,
 }
 
-const SMALL: Question = Question { bytes: 256, stream: false, novelty: Novelty::Everywhere };
-const WAYS: [Way; 5] = [
+const SMALL: Question = Question { bytes: 256, form: Form::Whole, novelty: Novelty::Everywhere };
+const WAYS: [Way; 6] = [
     Way { name: "small request, c=1", connections: 1, question: SMALL },
     Way { name: "small request, c=32", connections: 32, question: SMALL },
     Way { name: "16 KiB body, c=32", connections: 32, question: Question { bytes: 16 << 10, ..SMALL } },
@@ -67,7 +72,12 @@ const WAYS: [Way; 5] = [
         connections: 32,
         question: Question { bytes: 16 << 10, novelty: Novelty::AtTheEnd, ..SMALL },
     },
-    Way { name: "64-chunk stream, c=32", connections: 32, question: Question { stream: true, ..SMALL } },
+    Way { name: "64-chunk stream, c=32", connections: 32, question: Question { form: Form::Stream, ..SMALL } },
+    Way {
+        name: "64-chunk stream, one each 10 ms, c=128 (latency: first event)",
+        connections: 128,
+        question: Question { form: Form::PacedStream, ..SMALL },
+    },
 ];
 
 /// Where requests are sent.
@@ -87,10 +97,17 @@ fn main() -> anyhow::Result<()> {
     if !machine::pin_this_process() {
         println!("cannot pin processes to cores (two cores and taskset are needed): figures are less steady\n");
     }
-    let upstream = upstream::start()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let (mut proxies, targets) = start(&arguments.forebay, upstream).await?;
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let upstream = listener.local_addr()?;
+        let mut background = JoinSet::new();
+        background.spawn(upstream::run(listener));
+        background.spawn(stay_awake());
+        let (mut proxies, mut targets) = start(&arguments.forebay, upstream).await?;
+        targets.retain(|target| {
+            target.process.is_none() || target.name == report::NGINX || target.name.contains(&arguments.through)
+        });
         println!("{}\n", machine::description());
         println!("{}", report::HEADER);
         for way in WAYS.iter().filter(|way| way.name.contains(&arguments.only)) {
@@ -107,6 +124,14 @@ fn main() -> anyhow::Result<()> {
         proxies.clear();
         Ok(())
     })
+}
+
+/// Keeps this thread from ever going to sleep. Else each write of a proxy would also pay for waking it, which on a
+/// virtual machine can cost more than the write, and the slower proxy would pay for it more often.
+async fn stay_awake() -> std::io::Result<()> {
+    loop {
+        tokio::task::yield_now().await;
+    }
 }
 
 /// All proxies, ready, and the targets they make.

@@ -1,12 +1,13 @@
 //! The worker behind the proxies: answers at once with canned bytes, and says of itself what a vLLM server says.
 //!
-//! A streamed answer leaves one event a write, and between two events every other connection gets its turn, as the
-//! sequences of a batch do. Its usage event comes only where it was asked for.
+//! A streamed answer leaves one event a write. Between two events every other connection gets its turn, as the sequences
+//! of a batch do, or, where the request says `"paced":true` (a field that every proxy must pass on), a step's time goes
+//! by. The usage event comes only where it was asked for.
 
 use std::fmt::Write as _;
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -16,28 +17,16 @@ use crate::http::{content_length, head_bytes};
 
 /// Events with text in a streamed answer.
 pub(crate) const EVENTS: usize = 64;
+/// Time between two events of a paced answer.
+pub(crate) const PACE: Duration = Duration::from_millis(10);
 /// Models that it serves, for the two ways of counting.
 pub(crate) const MODELS: [&str; 2] = ["counted", "guessed"];
 
 /// Where in a body the fields are looked for that decide the answer's form; both stand before the messages.
 const FIELDS_WITHIN: usize = 160;
 
-/// Starts the server on a thread and a port of its own, for the rest of the process.
-pub(crate) fn start() -> io::Result<SocketAddr> {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
-    listener.set_nonblocking(true)?;
-    let address = listener.local_addr()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-    std::thread::Builder::new().name("upstream".into()).spawn(move || {
-        if let Err(error) = runtime.block_on(accept(listener)) {
-            eprintln!("the upstream cannot go on: {error}");
-        }
-    })?;
-    Ok(address)
-}
-
-async fn accept(listener: std::net::TcpListener) -> io::Result<()> {
-    let listener = TcpListener::from_std(listener)?;
+/// Serves whoever connects, for as long as it is polled.
+pub(crate) async fn run(listener: TcpListener) -> io::Result<()> {
     let answers = Arc::new(Answers::new());
     let mut connections = JoinSet::new();
     loop {
@@ -60,9 +49,10 @@ async fn serve(mut stream: TcpStream, answers: Arc<Answers>) -> io::Result<()> {
         } else if !contains(body, br#""stream":true"#) {
             stream.write_all(&answers.whole).await?;
         } else {
+            let paced = contains(body, br#""paced":true"#);
             for event in &answers.events {
                 stream.write_all(event).await?;
-                tokio::task::yield_now().await;
+                if paced { tokio::time::sleep(PACE).await } else { tokio::task::yield_now().await }
             }
             if contains(body, br#""include_usage":true"#) {
                 stream.write_all(&answers.usage).await?;

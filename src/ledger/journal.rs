@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
-use crossbeam::channel::{Sender, bounded};
+use crossbeam::channel::{Receiver, Sender, bounded};
 use tokio::sync::mpsc;
 
 use super::row::Row;
@@ -24,6 +24,8 @@ const FLUSH_INTERVAL: Duration = Duration::from_secs(1);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// Batches that may wait for a slow reader of the access log.
 const ACCESS_BATCHES_MAX: usize = 64;
+/// Time for its last lines at the end; whoever reads it may have stopped to.
+const ACCESS_LAST_LINES: Duration = Duration::from_secs(1);
 
 /// The writing thread; [`Journal::close`] waits for the last row.
 #[derive(Debug)]
@@ -35,9 +37,8 @@ impl Journal {
     pub(super) fn start(directory: &Path, access_log: bool, rows: mpsc::Receiver<Row>) -> std::io::Result<Self> {
         std::fs::create_dir_all(directory)?;
         let files = Files::open(directory)?;
-        let access = if access_log { Some(access_log_writer()?) } else { None };
-        let thread =
-            std::thread::Builder::new().name("journal".into()).spawn(move || write(rows, files, access.as_ref()))?;
+        let access = if access_log { Some(AccessLog::start()?) } else { None };
+        let thread = std::thread::Builder::new().name("journal".into()).spawn(move || write(rows, files, access))?;
         Ok(Self { thread })
     }
 
@@ -49,7 +50,7 @@ impl Journal {
     }
 }
 
-fn write(mut rows: mpsc::Receiver<Row>, mut files: Files, access: Option<&Sender<Vec<u8>>>) {
+fn write(mut rows: mpsc::Receiver<Row>, mut files: Files, access: Option<AccessLog>) {
     let mut batch = Vec::with_capacity(BATCH_ROWS_MAX);
     let mut lines = Vec::new();
     while rows.blocking_recv_many(&mut batch, BATCH_ROWS_MAX) > 0 {
@@ -60,24 +61,47 @@ fn write(mut rows: mpsc::Receiver<Row>, mut files: Files, access: Option<&Sender
             }
         }
         files.append(&lines);
-        if let Some(access) = access {
-            // A full channel drops the lines: the access log never holds up the journal.
-            let _ = access.try_send(lines.clone());
+        if let Some(access) = &access {
+            access.write(&lines);
         }
     }
     files.flush();
+    if let Some(access) = access {
+        access.close();
+    }
 }
 
-fn access_log_writer() -> std::io::Result<Sender<Vec<u8>>> {
-    let (sender, receiver) = bounded::<Vec<u8>>(ACCESS_BATCHES_MAX);
-    std::thread::Builder::new().name("access-log".into()).spawn(move || {
-        for lines in receiver {
-            if std::io::stdout().write_all(&lines).and_then(|()| std::io::stdout().flush()).is_err() {
-                return; // nobody reads standard output any more
+/// The rows on standard output, by a thread of its own: it never holds up the journal.
+struct AccessLog {
+    batches: Sender<Vec<u8>>,
+    /// Closed when the thread has ended.
+    ended: Receiver<()>,
+}
+
+impl AccessLog {
+    fn start() -> std::io::Result<Self> {
+        let (batches, to_write) = bounded::<Vec<u8>>(ACCESS_BATCHES_MAX);
+        let (ending, ended) = bounded(0);
+        std::thread::Builder::new().name("access-log".into()).spawn(move || {
+            let _ending: Sender<()> = ending;
+            for lines in to_write {
+                if std::io::stdout().write_all(&lines).and_then(|()| std::io::stdout().flush()).is_err() {
+                    return; // nobody reads standard output any more
+                }
             }
-        }
-    })?;
-    Ok(sender)
+        })?;
+        Ok(Self { batches, ended })
+    }
+
+    /// Lines for which there is no room are dropped.
+    fn write(&self, lines: &[u8]) {
+        let _ = self.batches.try_send(lines.to_vec());
+    }
+
+    fn close(self) {
+        drop(self.batches);
+        let _ = self.ended.recv_timeout(ACCESS_LAST_LINES);
+    }
 }
 
 struct Files {

@@ -39,6 +39,9 @@ impl Counted {
 /// Counts with the model's own tokenizer.
 pub(super) fn exactly(tokenizer: &Tokenizer, model: &Model, asked: &Asked, body: &[u8]) -> Result<Counted, Error> {
     match asked {
+        // A template of the client's own is a program that engines refuse unless told to trust it; it is not run here.
+        Asked::Chat(chat) if chat.template.chat_template.is_some() => Ok(estimate(model, asked)),
+        Asked::Embedding(embedding) if embedding.template.chat_template.is_some() => Ok(estimate(model, asked)),
         Asked::Chat(chat) => {
             let prompt = rendered(tokenizer, body, &chat.messages, chat.tools.as_ref(), &chat.template)?;
             Ok(Counted::of(&[prompt.ids], model, asked, prompt.exact))
@@ -109,6 +112,9 @@ pub struct Tokenized {
 pub(super) fn tokenized(tokenizer: &Tokenizer, asked: &Tokenize, body: &[u8]) -> Result<Tokenized, Error> {
     let ids = match &asked.prompt {
         Source::Plain(text) => tokenizer.encode(text, special(asked.template.add_special_tokens.unwrap_or(true)))?,
+        Source::Messages(_) if asked.template.chat_template.is_some() => {
+            return Err(Error::Template("chat_template: a template of the request's own is not accepted".to_owned()));
+        }
         Source::Messages(messages) => rendered(tokenizer, body, messages, asked.tools.as_ref(), &asked.template)?.ids,
     };
     let strings =
@@ -126,13 +132,12 @@ fn rendered(
 ) -> Result<Rendered, Error> {
     let at = |span: Option<&Span>| span.and_then(|span| body.get(span.clone()));
     let text = |span: &Option<Span>| at(span.as_ref()).map_or(Ok(None), string);
-    let (reasoning_effort, chat_template) = (text(&template.reasoning_effort)?, text(&template.chat_template)?);
+    let reasoning_effort = text(&template.reasoning_effort)?;
     let chat = Chat {
         tools: at(tools),
         documents: at(template.documents.as_ref()),
         kwargs: at(template.chat_template_kwargs.as_ref()),
         reasoning_effort: reasoning_effort.as_deref(),
-        chat_template: chat_template.as_deref(),
         add_generation_prompt: template.add_generation_prompt.unwrap_or(true),
         continue_final_message: template.continue_final_message.unwrap_or(false),
         add_special_tokens: template.add_special_tokens.unwrap_or(false),

@@ -173,6 +173,13 @@ class Gateway(Process):
         complete = (line for file in files for line in file.read_text().splitlines(keepends=True) if line[-1] == "\n")
         return [json.loads(line) for line in complete]
 
+    def ended(self, count):
+        """The rows of the first `count` requests, as soon as all are there; fails when there are more."""
+        eventually(f"{count} rows", lambda: len(self.rows()) >= count)
+        rows = self.rows()
+        assert len(rows) == count, rows
+        return rows
+
     def row(self, request_id):
         """The row of the request with this `x-request-id`, as soon as it is there."""
         found = eventually(f"the row of {request_id}", lambda: [r for r in self.rows() if r["request"] == request_id])

@@ -1,5 +1,5 @@
-"""`/v1/chat/completions`, whole and streamed. The engine answers equal requests equally, so that what it says when asked
-directly is the measure of what comes through the gateway."""
+"""`/v1/chat/completions`, whole and streamed. The engine answers equal requests equally, so that what it says when
+asked directly is the measure of what comes through the gateway."""
 
 import asyncio
 
@@ -93,7 +93,8 @@ def test_stream_helper_accumulates(client):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_response_headers(client, stream):
-    with client.chat.completions.with_streaming_response.create(model="m", messages=MESSAGES, stream=stream) as response:
+    create = client.chat.completions.with_streaming_response.create
+    with create(model="m", messages=MESSAGES, stream=stream) as response:
         headers = response.headers
         body = response.read()
     assert response.status_code == 200

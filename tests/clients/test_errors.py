@@ -197,14 +197,18 @@ def test_wrong_header(client, unheard, name, value):
     assert refused.value.param == name
 
 
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+IMAGE = [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
         ({"temperature": -1}, "temperature must be non-negative"),
         ({"top_p": 2}, "top_p must be in"),
         ({"logprobs": True, "top_logprobs": 50}, "greater than max allowed"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}}, "nonsense"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]}]}, "multimodal"),
+        ({"response_format": SCHEMA}, "nonsense"),
+        ({"messages": [{"role": "user", "content": IMAGE}]}, "multimodal"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

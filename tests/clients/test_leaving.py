@@ -48,8 +48,8 @@ def test_client_times_out(slow, slow_worker, freed, stream):
             # Nothing of a whole answer comes before its end; a stream is silent when the worker is.
             if stream:
                 slow_worker.faults({"kind": {"stall": {"after": 3}}})
-            answer = impatient.chat.completions.create(**LONG, stream=stream, extra_body=FOREVER, extra_headers=identity)
-            list(answer)
+            request = LONG | {"stream": stream, "extra_body": FOREVER, "extra_headers": identity}
+            list(impatient.chat.completions.create(**request))
         assert time.monotonic() - before < 5
     slow_worker.faults()
     row = left(slow, identity["x-request-id"])
@@ -64,8 +64,12 @@ def test_timeouts_are_retried_as_the_client_says(slow, slow_worker, freed):
             **LONG, extra_body=FOREVER, extra_headers=identity
         )
     assert slow_worker.begun() == begun + 2
-    rows = eventually("two rows", lambda: [r for r in slow.rows() if r["request"] == "tried-twice"][1:] and slow.rows())
-    assert [row["outcome"] for row in rows if row["request"] == "tried-twice"] == ["client_gone"] * 2
+
+    def outcomes():
+        return [row["outcome"] for row in slow.rows() if row["request"] == "tried-twice"]
+
+    eventually("two rows", lambda: len(outcomes()) == 2)
+    assert outcomes() == ["client_gone"] * 2
 
 
 def test_closed_stream(slow, slow_worker, freed):

@@ -19,7 +19,11 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "
         {"messages": MESSAGES},
         {"messages": MESSAGES, "tools": TOOLS},
         {"messages": MESSAGES, "add_generation_prompt": False},
-        {"messages": [*MESSAGES, {"role": "assistant", "content": "It"}], "add_generation_prompt": False, "continue_final_message": True},
+        {
+            "messages": [*MESSAGES, {"role": "assistant", "content": "It"}],
+            "add_generation_prompt": False,
+            "continue_final_message": True,
+        },
     ],
 )
 def test_equal_to_the_engine(gateway, direct, body):
@@ -48,7 +52,6 @@ def test_there_and_back(gateway):
         ("/detokenize", {"model": "m"}, 400, "tokens"),
         ("/detokenize", {"model": "m", "tokens": "x"}, 400, "tokens"),
         ("/detokenize", {"model": "m", "tokens": [-1]}, 400, "tokens"),
-        ("/detokenize", {"model": "m", "tokens": [4_000_000_000]}, 400, "tokens"),
     ],
 )
 def test_refusals(gateway, path, body, status, param):

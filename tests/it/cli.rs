@@ -107,7 +107,8 @@ fn without_a_configuration_it_serves_what_it_finds() {
         return;
     };
     let name = format!("found-{}", std::process::id());
-    let _worker = Worker::start_at(port, &["--model", &name]);
+    let worker = Worker::start_at(port, &["--model", &name]);
+    assert_eq!(client::get(worker.address, "/health").status, 200, "it listens before it has loaded its tokenizer");
     let here = directory();
     let mut gateway = Process::start(&["serve"], here.path(), &[]);
     let client: SocketAddr =

@@ -46,6 +46,7 @@ fn names_and_labels_are_those_that_dashboards_know() {
     workers[1].faults(r#"[{"kind":{"status":{"code":500}}}]"#);
     assert_eq!(gateway.post("/v1/chat/completions", &chat("hi", "")).status, 502);
 
+    let rows = eventually("all rows", || Some(gateway.rows()).filter(|rows| rows.len() == 4));
     let text = scrape(&gateway);
     let found = series(&text);
     for (name, labels) in [
@@ -84,7 +85,6 @@ fn names_and_labels_are_those_that_dashboards_know() {
     assert_eq!(value("forebay_ttft_seconds_count{model=\"m\"}"), 2.0);
     assert_eq!(value("forebay_tpot_seconds_count{model=\"m\"}"), 2.0);
     assert_eq!(value("forebay_tokens_total{model=\"m\",kind=\"output\"}"), 12.0);
-    let rows = gateway.rows();
     let sum = |name: &str| -> f64 {
         rows.iter().filter(|row| row["outcome"] == "completed").filter_map(|row| row[name].as_f64()).sum()
     };
@@ -152,13 +152,13 @@ fn gauges_follow_the_workers() {
     drop(client);
     eventually("the poll to see it end", || (gauge("worker_running", "w0") == 0.0).then_some(()));
 
-    // Promised until the first event.
+    // Promised until the first event; of a prompt that should be prefilled by now one token stays.
     recorder.play(crate::support::body::held());
     let mut client = Connection::to(gateway.client);
     client.post("/v1/chat/completions", &[], streamed(&long("promised")).replace(r#""m""#, r#""n""#).as_bytes());
     recorder.await_posts(1);
     let promised = gauge("worker_promised_tokens", "recorder");
-    assert!(promised > 1000.0, "{promised}");
+    assert!(promised >= 1.0, "{promised}");
     recorder.go_on();
     assert_eq!(client.answer().status, 200);
     eventually("nothing to be promised", || (gauge("worker_promised_tokens", "recorder") == 0.0).then_some(()));

@@ -31,7 +31,7 @@ CONTEXT = 2048
 # says how many requests run.
 KINDS = {
     "llamacpp": (["llamacpp/bin/python", "models/smollm2.gguf"], 60, "llamacpp:requests_processing"),
-    "vllm": (["vllm/bin/vllm", "models/smollm2/tokenizer.json", "models/minilm/tokenizer.json"], 300, "vllm:num_requests_running"),
+    "vllm": (["vllm/bin/vllm", "models/smollm2", "models/minilm"], 300, "vllm:num_requests_running"),
 }
 
 

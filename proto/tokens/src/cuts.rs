@@ -24,7 +24,7 @@ use tokenizers::models::bpe::BPE;
 use tokenizers::{AddedToken, Tokenizer};
 
 /// Bytes after which the next safe cut is taken. Smaller pieces find more of a prompt that was edited, larger ones
-/// cost less to look up; between 512 and 8192 the cost of a 100k-token prompt differs by 45 µs.
+/// take less upkeep; at this size looking up a prompt of 100k tokens takes a tenth of a millisecond.
 pub(crate) const PIECE_BYTES: usize = 2048;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

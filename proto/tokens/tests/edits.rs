@@ -15,7 +15,7 @@ use rand::rngs::StdRng;
 use crate::common::text::{TextSource, seeded};
 use crate::common::trained::{families, train};
 
-const PROMPT_BYTES: std::ops::Range<usize> = 5_000..14_000;
+const PROMPT_BYTES: std::ops::Range<usize> = 4_000..10_000;
 
 fn edits_each(tokenizers: usize) -> usize {
     let total = std::env::var("FOREBAY_EDITS").ok().and_then(|edits| edits.parse().ok()).unwrap_or(10_000);

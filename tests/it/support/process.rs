@@ -4,8 +4,9 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 
 use super::client::{self, Answer};
 use super::{PATIENCE, eventually};
@@ -14,6 +15,8 @@ use super::{PATIENCE, eventually};
 pub(crate) struct Process {
     child: Child,
     lines: Receiver<String>,
+    /// What follows its output.
+    readers: Vec<JoinHandle<()>>,
     /// Everything it wrote to standard output until now.
     pub(crate) stdout: Arc<Mutex<String>>,
     /// Everything it wrote to standard error until now.
@@ -31,28 +34,10 @@ impl Process {
         let mut child =
             command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("forebay starts");
         let (sender, lines) = channel();
-        let stdout = Arc::new(Mutex::new(String::new()));
-        let stderr = Arc::new(Mutex::new(String::new()));
-        let out = child.stdout.take().expect("piped");
-        let all = Arc::clone(&stdout);
-        std::thread::spawn(move || {
-            for line in BufReader::new(out).lines().map_while(Result::ok) {
-                let mut text = all.lock().unwrap();
-                text.push_str(&line);
-                text.push('\n');
-                let _ = sender.send(line);
-            }
-        });
-        let err = child.stderr.take().expect("piped");
-        let all = Arc::clone(&stderr);
-        std::thread::spawn(move || {
-            for line in BufReader::new(err).lines().map_while(Result::ok) {
-                let mut text = all.lock().unwrap();
-                text.push_str(&line);
-                text.push('\n');
-            }
-        });
-        Self { child, lines, stdout, stderr }
+        let (stdout, stderr) = (Arc::default(), Arc::default());
+        let out = follow(child.stdout.take().expect("piped"), &stdout, Some(sender));
+        let err = follow(child.stderr.take().expect("piped"), &stderr, None);
+        Self { child, lines, readers: vec![out, err], stdout, stderr }
     }
 
     /// The next line of standard output that `pick` takes.
@@ -87,9 +72,11 @@ impl Process {
         self.child.try_wait().expect("waiting works")
     }
 
-    /// Waits for the end.
+    /// Waits for the end; then all that it wrote has been read.
     pub(crate) fn wait(&mut self) -> ExitStatus {
-        eventually("the process to end", || self.exited())
+        let status = eventually("the process to end", || self.exited());
+        self.readers.drain(..).for_each(|reader| reader.join().expect("a reader"));
+        status
     }
 }
 
@@ -100,12 +87,25 @@ impl Drop for Process {
     }
 }
 
+/// Keeps every line of `pipe` in `all`, and hands it on.
+fn follow(pipe: impl Read + Send + 'static, all: &Arc<Mutex<String>>, lines: Option<Sender<String>>) -> JoinHandle<()> {
+    let all = Arc::clone(all);
+    std::thread::spawn(move || {
+        for line in BufReader::new(pipe).lines().map_while(Result::ok) {
+            let mut text = all.lock().unwrap();
+            text.push_str(&line);
+            text.push('\n');
+            if let Some(lines) = &lines {
+                let _ = lines.send(line);
+            }
+        }
+    })
+}
+
 /// Runs `forebay` to its end: exit code, standard output, standard error.
 pub(crate) fn run(arguments: &[&str], directory: &Path, environment: &[(&str, &str)]) -> (i32, String, String) {
     let mut process = Process::start(arguments, directory, environment);
     let status = process.wait();
-    // The readers see the end of the pipes right after.
-    std::thread::sleep(std::time::Duration::from_millis(50));
     (status.code().unwrap_or(-1), process.out(), process.err())
 }
 
