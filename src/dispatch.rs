@@ -31,7 +31,7 @@ use attempt::Failed;
 pub use driver::Place;
 use driver::{Driver, Verdict};
 use intake::Intake;
-pub use intake::{Learned, PoolSpec, WorkerSpec};
+pub use intake::{Fact, Learned, PoolSpec, WorkerSpec};
 pub use workers::Worker;
 use workers::Workers;
 

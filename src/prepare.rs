@@ -15,14 +15,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use forebay_backends::tokenize;
-use forebay_backends::transport::Channel;
 use forebay_proto::error::{ApiError, from_engine};
 use forebay_proto::peek::{self, Input, Source, Span};
 use forebay_proto::splice::Edits;
 use forebay_tokens::Special;
 use http::StatusCode;
 
-use crate::routing::{Counting, Model};
+use crate::routing::{Counting, EngineTokenizer, Model};
 use count::Counted;
 pub use count::Tokenized;
 use cpu::CpuPool;
@@ -215,7 +214,7 @@ impl Prepare {
                 let body = body.clone();
                 self.pool.run(move || count::exactly(&tokenizer, &model, &asked, &body)).await.ok_or(Error::Busy)??
             }
-            Counting::Engine { channel, model: name } => match by_engine(channel, name, asked, body).await {
+            Counting::Engines(engines) => match by_engine(engines, asked, body).await {
                 Some(ids) => Counted::of(&[ids], model, asked, true),
                 None => count::estimate(model, asked),
             },
@@ -249,8 +248,8 @@ impl Prepare {
                 let counted = self.pool.run(move || count::tokenized(&tokenizer, &asked, &body)).await;
                 Ok(Answered::Here(counted.ok_or(Error::Busy)??))
             }
-            Counting::Engine { channel, model } => {
-                engines_answer(channel, tokenize::TOKENIZE, model, asked.model.as_ref(), &body).await
+            Counting::Engines(engines) => {
+                engines_answer(engines, tokenize::TOKENIZE, asked.model.as_ref(), &body).await
             }
             Counting::Estimate => Err(Error::NoTokenizer),
         }
@@ -272,8 +271,8 @@ impl Prepare {
                 let text = self.pool.run(move || tokenizer.decode(&asked.tokens, Special::Add)).await;
                 Ok(Answered::Here(text.ok_or(Error::Busy)??))
             }
-            Counting::Engine { channel, model } => {
-                engines_answer(channel, tokenize::DETOKENIZE, model, asked.model.as_ref(), &body).await
+            Counting::Engines(engines) => {
+                engines_answer(engines, tokenize::DETOKENIZE, asked.model.as_ref(), &body).await
             }
             Counting::Estimate => Err(Error::NoTokenizer),
         }
@@ -288,37 +287,47 @@ pub enum Answered<T> {
 }
 
 async fn engines_answer<T>(
-    channel: &Channel,
+    engines: &[EngineTokenizer],
     path: &'static str,
-    name: &str,
-    model: Option<&peek::Model>,
+    asked: Option<&peek::Model>,
     body: &Bytes,
 ) -> Result<Answered<T>, Error> {
-    let mut edits = Edits::new();
-    if let Some(model) = model {
-        edits.model(model, name);
-    }
-    match tokenize::ask(channel, path, edits.apply(body)).await {
-        Ok((status, answer)) if status.is_success() => Ok(Answered::Engine(answer)),
-        Ok((status @ (StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY), answer)) => {
-            Err(Error::Engine(from_engine(status.as_u16(), &answer)))
+    let mut failed = Error::NoAnswer;
+    for EngineTokenizer { channel, model } in engines {
+        let mut edits = Edits::new();
+        if let Some(asked) = asked {
+            edits.model(asked, model);
         }
-        // An engine of this kind has the path, but not every release and not behind every proxy.
-        Ok((StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED, _)) => Err(Error::NoTokenizer),
-        Ok(_) | Err(_) => Err(Error::NoAnswer),
+        match tokenize::ask(channel, path, edits.apply(body)).await {
+            Ok((status, answer)) if status.is_success() => return Ok(Answered::Engine(answer)),
+            Ok((status @ (StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY), answer)) => {
+                return Err(Error::Engine(from_engine(status.as_u16(), &answer)));
+            }
+            // An engine of this kind has the path, but not every release and not behind every proxy.
+            Ok((StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED, _)) => failed = Error::NoTokenizer,
+            Ok(_) | Err(_) => {}
+        }
     }
+    Err(failed)
 }
 
 /// Token ids by the engine's own word. A chat or completion body is a `/tokenize` body too: the fields that shape the
 /// prompt have the same names there, and the others are ignored. One prompt a call, so lists are left to the estimate.
-async fn by_engine(channel: &Channel, model: &str, asked: &Asked, body: &Bytes) -> Option<Vec<u32>> {
+async fn by_engine(engines: &[EngineTokenizer], asked: &Asked, body: &Bytes) -> Option<Vec<u32>> {
     match asked {
         Asked::Chat(_) => {}
         Asked::Completion(completion) if matches!(completion.prompt, Input::Text(_)) => {}
         _ => return None,
     }
-    let mut edits = Edits::new();
-    edits.model(asked.model(), model);
-    let counting = tokenize::tokenize(channel, edits.apply(body));
-    tokio::time::timeout(ENGINE_COUNT_TIMEOUT, counting).await.ok()?.ok()
+    let counting = async {
+        for EngineTokenizer { channel, model } in engines {
+            let mut edits = Edits::new();
+            edits.model(asked.model(), model);
+            if let Ok(ids) = tokenize::tokenize(channel, edits.apply(body)).await {
+                return Some(ids);
+            }
+        }
+        None
+    };
+    tokio::time::timeout(ENGINE_COUNT_TIMEOUT, counting).await.ok()?
 }

@@ -20,14 +20,18 @@ use crate::telemetry::ModelMetrics;
 pub enum Counting {
     /// With the model's own tokenizer, here.
     Tokenizer(Arc<Tokenizer>),
-    /// With the model's own tokenizer, by asking an engine's `/tokenize`.
-    Engine {
-        channel: Channel,
-        /// The model's name there.
-        model: String,
-    },
+    /// With the model's own tokenizer, by asking one of these engines' `/tokenize`. At least one.
+    Engines(Arc<[EngineTokenizer]>),
     /// By length; never a reason to refuse.
     Estimate,
+}
+
+/// An engine that counts for us.
+#[derive(Clone)]
+pub struct EngineTokenizer {
+    pub channel: Channel,
+    /// The model's name there.
+    pub model: String,
 }
 
 /// One configured model with its pool of workers.

@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use crate::http::{content_length, head_bytes};
-use crate::upstream::PACE;
+use crate::upstream::{EVENTS, PACE};
 
 /// English that every prompt is cut from.
 const PROSE: &str = include_str!("../../backends/simulated-engine/model/prose.txt");
@@ -107,17 +107,18 @@ pub(crate) async fn drive(
     address: SocketAddr,
     model: &str,
     question: Question,
-    connections: usize,
+    connections: u32,
     length: Duration,
 ) -> anyhow::Result<Vec<Duration>> {
     let prepared = question.prepare(model)?;
     let end = Instant::now() + length;
     let mut clients = JoinSet::new();
-    for index in 0..u32::try_from(connections)? {
-        let (prepared, wait) = (prepared.clone(), PACE * index / u32::try_from(connections)?);
+    // Paced streams begin one after the other, so that their events do not fall together.
+    let ramp = if question.form == Form::PacedStream { PACE * EVENTS } else { Duration::ZERO };
+    for index in 0..connections {
+        let prepared = prepared.clone();
         clients.spawn(async move {
-            // Not all at the same beat.
-            tokio::time::sleep(wait).await;
+            tokio::time::sleep(ramp * index / connections).await;
             client(address, prepared, end).await
         });
     }

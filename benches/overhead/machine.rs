@@ -1,5 +1,7 @@
 //! This machine: its cores, its nginx, and what a process has used of it (Linux's `/proc`).
 
+use std::collections::HashMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -54,17 +56,29 @@ fn on_path(program: &str) -> Option<PathBuf> {
     directories.map(|directory| directory.join(program)).find(|file| file.is_file())
 }
 
-/// CPU time, user and system, of all threads that the process has now. From the scheduler's own account in
+/// CPU time, user and system, that each thread of a process had at one moment. From the scheduler's own account in
 /// nanoseconds, since `utime` and `stime` count in hundredths of a second.
-pub(crate) fn cpu_time(process: u32) -> anyhow::Result<Duration> {
-    let mut total = Duration::ZERO;
-    for thread in std::fs::read_dir(format!("/proc/{process}/task"))? {
-        // A thread may have ended since the directory was read.
-        let Ok(account) = std::fs::read_to_string(thread?.path().join("schedstat")) else { continue };
-        let on_cpu = account.split(' ').next().and_then(|ns| ns.parse().ok());
-        total += Duration::from_nanos(on_cpu.context("the kernel keeps no account of a thread's CPU time")?);
+pub(crate) struct CpuTime(HashMap<OsString, Duration>);
+
+impl CpuTime {
+    pub(crate) fn of(process: u32) -> anyhow::Result<Self> {
+        let mut threads = HashMap::new();
+        for thread in std::fs::read_dir(format!("/proc/{process}/task"))? {
+            let thread = thread?;
+            // A thread may have ended since the directory was read.
+            let Ok(account) = std::fs::read_to_string(thread.path().join("schedstat")) else { continue };
+            let on_cpu = account.split(' ').next().and_then(|ns| ns.parse().ok());
+            let on_cpu = on_cpu.context("the kernel keeps no account of a thread's CPU time")?;
+            threads.insert(thread.file_name(), Duration::from_nanos(on_cpu));
+        }
+        Ok(Self(threads))
     }
-    Ok(total)
+
+    /// What the threads that still live have used since `earlier`. Idle ones of a pool may have ended in between.
+    pub(crate) fn since(&self, earlier: &Self) -> Duration {
+        let before = |thread| earlier.0.get(thread).copied().unwrap_or_default();
+        self.0.iter().map(|(thread, now)| now.saturating_sub(before(thread))).sum()
+    }
 }
 
 /// Resident memory in MiB.
@@ -90,7 +104,7 @@ pub(crate) fn description() -> String {
 
 /// What a command prints, on either of its outputs; nothing where it cannot run.
 fn said(command: &mut Command) -> String {
-    let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).output().ok();
+    let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).output().ok().filter(|output| output.status.success());
     let bytes = output.map(|output| [output.stdout, output.stderr].concat()).unwrap_or_default();
     String::from_utf8_lossy(&bytes).trim().to_owned()
 }

@@ -17,8 +17,8 @@ mod report;
 mod upstream;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Parser;
@@ -26,6 +26,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::load::{Form, Novelty, Question, drive};
+use crate::machine::CpuTime;
 use crate::proxy::Proxy;
 use crate::report::{Round, Series};
 use crate::upstream::MODELS;
@@ -58,7 +59,7 @@ struct Arguments {
 /// A kind of request, and how many are under way at once.
 struct Way {
     name: &'static str,
-    connections: usize,
+    connections: u32,
     question: Question,
 }
 
@@ -89,41 +90,38 @@ struct Target {
 }
 
 fn main() -> anyhow::Result<()> {
-    let mut arguments = Arguments::parse();
-    if arguments.forebay.is_empty() {
-        arguments.forebay.push(env!("CARGO_BIN_EXE_forebay").into());
-    }
-    let length = Duration::try_from_secs_f64(arguments.seconds).context("--seconds")?;
+    let arguments = Arguments::parse();
+    // Before there is any other thread, since it is threads that are pinned.
     if !machine::pin_this_process() {
         println!("cannot pin processes to cores (two cores and taskset are needed): figures are less steady\n");
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
-        let upstream = listener.local_addr()?;
-        let mut background = JoinSet::new();
-        background.spawn(upstream::run(listener));
-        background.spawn(stay_awake());
-        let (mut proxies, mut targets) = start(&arguments.forebay, upstream).await?;
-        targets.retain(|target| {
-            target.process.is_none() || target.name == report::NGINX || target.name.contains(&arguments.through)
-        });
-        println!("{}\n", machine::description());
-        println!("{}", report::HEADER);
-        for way in WAYS.iter().filter(|way| way.name.contains(&arguments.only)) {
-            let measured = measure(way, &targets, arguments.rounds, length).await;
-            let series = measured.with_context(|| proxies.iter().map(Proxy::log).collect::<String>())?;
-            print!("{}", report::rows(way.name, &series));
-        }
-        println!("\nresident memory at the end:");
-        for target in &targets {
-            if let Some(process) = target.process {
-                println!("- {}: {:.0} MiB", target.name, machine::resident_mib(process)?);
-            }
-        }
-        proxies.clear();
-        Ok(())
-    })
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(run(&arguments))
+}
+
+async fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let length = Duration::try_from_secs_f64(arguments.seconds).context("--seconds")?;
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let upstream = listener.local_addr()?;
+    let mut background = JoinSet::new();
+    background.spawn(upstream::run(listener));
+    background.spawn(stay_awake());
+
+    let proxies = start(&arguments.forebay, upstream).await?;
+    let mut targets = targets(upstream, &proxies);
+    targets.retain(|target| {
+        target.process.is_none() || target.name == report::NGINX || target.name.contains(&arguments.through)
+    });
+    println!("{}\n\n{}", machine::description(), report::HEADER);
+    for way in WAYS.iter().filter(|way| way.name.contains(&arguments.only)) {
+        let measured = measure(way, &targets, arguments.rounds, length).await;
+        let series = measured.with_context(|| proxies.iter().map(Proxy::log).collect::<String>())?;
+        print!("{}", report::rows(way.name, &series));
+    }
+    println!("\nresident memory at the end:");
+    for proxy in &proxies {
+        println!("- {}: {:.0} MiB", proxy.name, machine::resident_mib(proxy.process())?);
+    }
+    Ok(())
 }
 
 /// Keeps this thread from ever going to sleep. Else each write of a proxy would also pay for waking it, which on a
@@ -134,37 +132,45 @@ async fn stay_awake() -> std::io::Result<()> {
     }
 }
 
-/// All proxies, ready, and the targets they make.
-async fn start(forebays: &[PathBuf], upstream: SocketAddr) -> anyhow::Result<(Vec<Proxy>, Vec<Target>)> {
-    let [counted, guessed] = MODELS;
-    let mut proxies = Vec::new();
-    let mut targets = vec![Target { name: "direct".into(), address: upstream, process: None, model: guessed }];
-    let mut add = |proxy: Proxy, names: &[(String, &'static str)]| {
-        let (address, process) = (proxy.address, Some(proxy.process()));
-        targets.extend(names.iter().map(|(name, model)| Target { name: name.clone(), address, process, model }));
-        proxies.push(proxy);
-    };
-    match Proxy::nginx(upstream)? {
-        Some(nginx) => add(nginx, &[(report::NGINX.to_owned(), guessed)]),
-        None => println!("no nginx here (apt-get install nginx-light): nothing to compare with\n"),
+/// All proxies, ready.
+async fn start(forebays: &[PathBuf], upstream: SocketAddr) -> anyhow::Result<Vec<Proxy>> {
+    let mut proxies = Vec::from_iter(Proxy::nginx(upstream)?);
+    if proxies.is_empty() {
+        println!("no nginx here (apt-get install nginx-light): nothing to compare with\n");
+    }
+    if forebays.is_empty() {
+        proxies.push(Proxy::forebay("forebay", Path::new(env!("CARGO_BIN_EXE_forebay")), upstream)?);
     }
     for program in forebays {
-        let of = if forebays.len() > 1 { format!(" ({})", program.display()) } else { String::new() };
-        let names = [(format!("forebay, guessed{of}"), guessed), (format!("forebay, counted{of}"), counted)];
-        add(Proxy::forebay(program, upstream)?, &names);
+        proxies.push(Proxy::forebay(&program.display().to_string(), program, upstream)?);
     }
     for proxy in &mut proxies {
         let address = proxy.address;
-        proxy
-            .ready(async || {
-                for model in MODELS {
-                    drive(address, model, SMALL, 1, Duration::ZERO).await?;
-                }
-                Ok(())
-            })
-            .await?;
+        let ask = async || {
+            for model in MODELS {
+                drive(address, model, SMALL, 1, Duration::ZERO).await?;
+            }
+            Ok(())
+        };
+        proxy.ready(ask).await?;
     }
-    Ok((proxies, targets))
+    Ok(proxies)
+}
+
+/// The worker itself, nginx, and Forebay with each way of counting.
+fn targets(upstream: SocketAddr, proxies: &[Proxy]) -> Vec<Target> {
+    let [counted, guessed] = MODELS;
+    let mut targets =
+        vec![Target { name: report::DIRECT.to_owned(), address: upstream, process: None, model: guessed }];
+    for proxy in proxies {
+        let target = |name, model| Target { name, address: proxy.address, process: Some(proxy.process()), model };
+        if proxy.name == report::NGINX {
+            targets.push(target(proxy.name.clone(), guessed));
+        } else {
+            targets.extend([guessed, counted].map(|model| target(format!("{}, {model}", proxy.name), model)));
+        }
+    }
+    targets
 }
 
 /// Every target in turn, for all rounds; the order moves on by one each round.
@@ -181,10 +187,12 @@ async fn measure<'t>(
             let (Some(target), Some(series)) = (targets.get(at), series.get_mut(at)) else { continue };
             let ask = |length| drive(target.address, target.model, way.question, way.connections, length);
             ask(WARM_UP).await?;
-            let before = target.process.map(machine::cpu_time).transpose()?;
+            let before = target.process.map(CpuTime::of).transpose()?;
+            let began = Instant::now();
             let latencies = ask(length).await?;
-            let after = target.process.map(machine::cpu_time).transpose()?;
-            let cpu = before.zip(after).map(|(before, after)| after.saturating_sub(before));
+            let length = began.elapsed();
+            let after = target.process.map(CpuTime::of).transpose()?;
+            let cpu = before.zip(after).map(|(before, after)| after.since(&before));
             series.rounds.push(Round::new(latencies, cpu, length));
         }
     }

@@ -11,11 +11,12 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use tempfile::TempDir;
 
-use crate::machine;
 use crate::upstream::MODELS;
+use crate::{machine, report};
 
 /// A proxy that runs.
 pub(crate) struct Proxy {
+    pub(crate) name: String,
     pub(crate) address: SocketAddr,
     child: Child,
     directory: TempDir,
@@ -50,12 +51,12 @@ impl Proxy {
         std::fs::write(&file, config)?;
         let mut command = machine::pinned(machine::PROXY_CORE, &program);
         command.arg("-c").arg(&file).arg("-e").arg(directory.path().join("log"));
-        Self::start(command, address, directory).map(Some)
+        Self::start(report::NGINX, command, address, directory).map(Some)
     }
 
     /// Forebay with both models of the upstream: one counted with the tokenizer that ships with the simulated engine,
     /// one whose engine it does not know and whose prompts' lengths it guesses.
-    pub(crate) fn forebay(program: &Path, upstream: SocketAddr) -> anyhow::Result<Self> {
+    pub(crate) fn forebay(name: &str, program: &Path, upstream: SocketAddr) -> anyhow::Result<Self> {
         let (address, ops_address, directory) = (free_address()?, free_address()?, tempfile::tempdir()?);
         let [counted, guessed] = MODELS;
         let mut config = String::new();
@@ -73,14 +74,14 @@ impl Proxy {
         std::fs::write(&file, config)?;
         let mut command = machine::pinned(machine::PROXY_CORE, program);
         command.arg("serve").arg("--config").arg(&file);
-        Self::start(command, address, directory)
+        Self::start(name, command, address, directory)
     }
 
-    fn start(mut command: Command, address: SocketAddr, directory: TempDir) -> anyhow::Result<Self> {
+    fn start(name: &str, mut command: Command, address: SocketAddr, directory: TempDir) -> anyhow::Result<Self> {
         let log = File::create(directory.path().join("stderr"))?;
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn();
         let child = child.with_context(|| format!("cannot start {command:?}"))?;
-        Ok(Self { address, child, directory })
+        Ok(Self { name: name.to_owned(), address, child, directory })
     }
 
     pub(crate) fn process(&self) -> u32 {

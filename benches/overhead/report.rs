@@ -5,7 +5,7 @@ use std::time::Duration;
 
 /// The target that others are compared with, and the one that latency is added to.
 pub(crate) const NGINX: &str = "nginx";
-const DIRECT: &str = "direct";
+pub(crate) const DIRECT: &str = "direct";
 
 pub(crate) const HEADER: &str = "\
 | path | through | CPU µs a request (least to most) | x nginx | p50 µs | p99 µs | added p50 µs | requests/s |

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use crate::http::{content_length, head_bytes};
 
 /// Events with text in a streamed answer.
-pub(crate) const EVENTS: usize = 64;
+pub(crate) const EVENTS: u32 = 64;
 /// Time between two events of a paced answer.
 pub(crate) const PACE: Duration = Duration::from_millis(10);
 /// Models that it serves, for the two ways of counting.
@@ -134,7 +134,7 @@ impl Answers {
     }
 }
 
-fn event(index: usize) -> String {
+fn event(index: u32) -> String {
     let finish = if index + 1 == EVENTS { r#""stop""# } else { "null" };
     format!(
         r#"data: {{"id":"chatcmpl-6b0e","object":"chat.completion.chunk","created":1700000000,"model":"bench","choices":[{{"index":0,"delta":{{"content":" water"}},"logprobs":null,"finish_reason":{finish},"token_ids":null}}]}}"#

@@ -24,6 +24,9 @@ pub struct Event {
     pub data: Option<Bytes>,
     /// Value of the last `event` line.
     pub name: Option<Bytes>,
+    /// Whether it is UTF-8 and every line of it is a comment or a known field. The standard has clients skip other
+    /// lines, but no engine writes any: they tell of a damaged stream.
+    pub well_formed: bool,
 }
 
 /// What a stream ended with.
@@ -174,7 +177,7 @@ impl Line {
 impl Event {
     fn read(raw: Bytes, first: bool) -> Self {
         const BOM: &[u8] = "\u{feff}".as_bytes();
-        let mut event = Self { data: None, name: None, raw };
+        let mut event = Self { data: None, name: None, well_formed: std::str::from_utf8(&raw).is_ok(), raw };
         let mut joined = BytesMut::new();
         let mut rest: &[u8] = &event.raw;
         if first {
@@ -198,7 +201,9 @@ impl Event {
                         joined.extend_from_slice(value);
                     }
                 },
-                _ => {}
+                // A comment, a blank line, and the fields that only browsers act on.
+                b"" | b"id" | b"retry" => {}
+                _ => event.well_formed = false,
             }
         }
         if !joined.is_empty() {

@@ -6,7 +6,7 @@ use axum::body::Body;
 use axum::response::Response;
 use forebay_proto::error::{ApiError, openai_body};
 use forebay_proto::peek::Refusal as Unreadable;
-use forebay_scheduler::Refusal;
+use forebay_scheduler::{Failure, Refusal};
 use http::header::{CONNECTION, CONTENT_TYPE, HeaderName, RETRY_AFTER};
 use http::{HeaderValue, Method, StatusCode};
 
@@ -175,20 +175,19 @@ impl Error {
 
     /// Whether trying the same again at once is useless although the status suggests it: our own attempts are spent.
     fn is_final(&self) -> bool {
-        matches!(
-            self,
-            Self::Pipeline(pipeline::Error::Deadline)
-                | Self::Pipeline(pipeline::Error::Dispatch(dispatch::Error::Refused {
-                    reason: Refusal::AttemptsExhausted { .. } | Refusal::TimedOut,
-                    ..
-                }))
-        ) || self.is_engines_failure()
-    }
-
-    /// The last of several failures, in an engine's words.
-    fn is_engines_failure(&self) -> bool {
-        matches!(self, Self::Pipeline(pipeline::Error::Dispatch(dispatch::Error::Engine { status, .. }))
-            if !status.is_client_error())
+        match self {
+            Self::Pipeline(pipeline::Error::Deadline) => true,
+            Self::Pipeline(pipeline::Error::Dispatch(dispatch::Error::Refused { reason, .. })) => match reason {
+                // Nobody was there to take it, as in a restart: a client does well to come again.
+                Refusal::AttemptsExhausted { last } => *last != Failure::Connect,
+                reason => *reason == Refusal::TimedOut,
+            },
+            // The last of several failures, in an engine's words.
+            Self::Pipeline(pipeline::Error::Dispatch(dispatch::Error::Engine { status, .. })) => {
+                !status.is_client_error()
+            }
+            _ => false,
+        }
     }
 }
 
@@ -265,10 +264,13 @@ fn shown_refusal(reason: &Refusal, retry_after: Option<Duration>) -> Shown {
             bad_request(StatusCode::BAD_REQUEST, Some("context_length_exceeded"), Some("messages"), message)
         }
         Refusal::AttemptsExhausted { last } => match last {
-            forebay_scheduler::Failure::Overloaded { .. } => {
+            Failure::Overloaded { .. } => {
                 unavailable("server_is_overloaded", retry_after, "Every worker of this model is at its limit.")
             }
-            forebay_scheduler::Failure::Timeout => {
+            Failure::Connect => {
+                unavailable("no_worker", retry_after, "No worker of this model can be reached. Please retry later.")
+            }
+            Failure::Timeout => {
                 gateway(StatusCode::GATEWAY_TIMEOUT, "upstream_timeout", "The workers of this model did not answer.")
             }
             _ => gateway(StatusCode::BAD_GATEWAY, "upstream_error", "The workers of this model failed to answer."),

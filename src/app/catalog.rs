@@ -2,21 +2,21 @@
 //!
 //! Whenever either changes, the routing table is made anew and swapped. What was learned of a model survives a reload.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::Context;
-use forebay_backends::transport::{Channel, Endpoint};
+use forebay_backends::transport::Endpoint;
 use forebay_scheduler::{PoolId, PoolLimits};
 use forebay_tokens::Tokenizer;
 use tokio::sync::{Mutex, mpsc};
 
 use super::tokenizers::{self, Tokenizers};
 use crate::config::{self, Config};
-use crate::dispatch::{Dispatch, Learned, PoolSpec, WorkerSpec};
-use crate::routing::{Counting, Model, Routing};
+use crate::dispatch::{Dispatch, Fact, Learned, PoolSpec, WorkerSpec};
+use crate::routing::{Counting, EngineTokenizer, Model, Routing};
 use crate::telemetry::ModelMetrics;
 
 /// Tokens in a prefix block until an engine says how large its KV blocks are (vLLM's default).
@@ -41,11 +41,28 @@ struct Known {
     pool: PoolId,
     metrics: Arc<ModelMetrics>,
     created: u64,
-    max_model_len: Option<u32>,
+    /// By the worker's name.
+    said: BTreeMap<Arc<str>, Said>,
     block_tokens: u32,
     /// The tokenizer found at the worker's word, where the configuration names none.
     found: Option<Arc<Tokenizer>>,
-    engine: Option<(Channel, String)>,
+}
+
+/// What one worker said of the model.
+struct Said {
+    max_model_len: Option<u32>,
+    tokenizer: Option<EngineTokenizer>,
+}
+
+impl Known {
+    /// A prompt must fit wherever it is placed: the smallest context of the pool counts.
+    fn max_model_len(&self) -> Option<u32> {
+        self.said.values().filter_map(|said| said.max_model_len).min()
+    }
+
+    fn engines(&self) -> Arc<[EngineTokenizer]> {
+        self.said.values().filter_map(|said| said.tokenizer.clone()).collect()
+    }
 }
 
 impl Catalog {
@@ -83,10 +100,10 @@ impl Catalog {
     }
 
     /// Takes in what workers say, until the last sender is gone.
-    pub(super) async fn follow(&self, mut learned: mpsc::Receiver<Learned>) {
-        while let Some(fact) = learned.recv().await {
+    pub(super) async fn follow(&self, mut facts: mpsc::Receiver<Learned>) {
+        while let Some(learned) = facts.recv().await {
             let mut state = self.state.lock().await;
-            let blocks_changed = state.learn(fact).await;
+            let blocks_changed = state.learn(learned).await;
             self.routing.apply(state.table());
             if let (true, Ok(pools)) = (blocks_changed, state.pools()) {
                 self.dispatch.apply(&pools);
@@ -99,7 +116,11 @@ impl State {
     /// Gives each model its pool and metrics, and forgets the models that are gone.
     fn name_models(&mut self) {
         let Self { config, next_pool, models, .. } = self;
-        models.retain(|name, _| config.models.iter().any(|model| model.name.as_str() == &**name));
+        models.retain(|name, known| {
+            let Some(model) = config.models.iter().find(|model| model.name.as_str() == &**name) else { return false };
+            known.said.retain(|name, _| model.workers.iter().any(|worker| worker.name.as_str() == &**name));
+            true
+        });
         for model in &config.models {
             models.entry(model.name.as_str().into()).or_insert_with(|| {
                 let pool = PoolId(*next_pool);
@@ -109,10 +130,9 @@ impl State {
                     pool,
                     metrics: Arc::new(ModelMetrics::register(model.name.as_str())),
                     created: now.map_or(0, |now| now.as_secs()),
-                    max_model_len: None,
+                    said: BTreeMap::new(),
                     block_tokens: BLOCK_TOKENS,
                     found: None,
-                    engine: None,
                 }
             });
         }
@@ -125,17 +145,17 @@ impl State {
 
     fn model(&self, model: &config::Model, known: &Known) -> Model {
         let configured = model.tokenizer.as_ref().and_then(|directory| self.tokenizers.get(directory));
-        let counting = match (configured.or_else(|| known.found.clone()), &known.engine) {
+        let counting = match (configured.or_else(|| known.found.clone()), known.engines()) {
             (Some(tokenizer), _) => Counting::Tokenizer(tokenizer),
-            (None, Some((channel, name))) => Counting::Engine { channel: channel.clone(), model: name.clone() },
-            (None, None) => Counting::Estimate,
+            (None, engines) if !engines.is_empty() => Counting::Engines(engines),
+            (None, _) => Counting::Estimate,
         };
         Model {
             name: model.name.as_str().into(),
             aliases: model.aliases.iter().map(|alias| alias.as_str().into()).collect(),
             pool: known.pool,
             counting,
-            max_model_len: model.max_model_len.map(Into::into).or(known.max_model_len),
+            max_model_len: model.max_model_len.map(Into::into).or_else(|| known.max_model_len()),
             block_tokens: known.block_tokens,
             metrics: Arc::clone(&known.metrics),
             created: known.created,
@@ -148,28 +168,30 @@ impl State {
     }
 
     /// Whether the size of the model's prefix blocks changed.
-    async fn learn(&mut self, fact: Learned) -> bool {
+    async fn learn(&mut self, learned: Learned) -> bool {
         let Self { config, models, .. } = self;
-        let Some((name, known)) = models.iter_mut().find(|(_, known)| known.pool == fact.pool) else {
+        let Some((name, known)) = models.iter_mut().find(|(_, known)| known.pool == learned.pool) else {
             return false;
         };
-        // A prompt must fit wherever it is placed: the smallest context of the pool counts.
-        known.max_model_len = match (known.max_model_len, fact.max_model_len) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
+        let (max_model_len, root, tokenizer) = match learned.fact {
+            Fact::BlockTokens(tokens) => return std::mem::replace(&mut known.block_tokens, tokens) != tokens,
+            Fact::Model { max_model_len, root, tokenizer } => (max_model_len, root, tokenizer),
         };
-        let blocks_changed = fact.block_tokens.is_some_and(|tokens| tokens != known.block_tokens);
-        known.block_tokens = fact.block_tokens.unwrap_or(known.block_tokens);
-        known.engine = fact.tokenizer.or(known.engine.take());
+        let first = known.said.insert(learned.worker, Said { max_model_len, tokenizer }).is_none();
         let configured = config.models.iter().any(|model| model.name.as_str() == &**name && model.tokenizer.is_some());
-        let Some(root) = fact.root.filter(|_| !configured && known.found.is_none()) else { return blocks_changed };
-        known.found = tokio::task::spawn_blocking(move || tokenizers::find(&root)).await.ok().flatten();
-        match (&known.found, &known.engine) {
-            (Some(_), _) => tracing::info!(model = &**name, "counting tokens with the model's files on this machine"),
-            (None, Some(_)) => tracing::info!(model = &**name, "counting tokens by asking the engine"),
-            (None, None) => tracing::warn!(model = &**name, "no tokenizer found, token counts are estimates"),
+        if configured || known.found.is_some() {
+            return false;
         }
-        blocks_changed
+        if let Some(root) = root {
+            known.found = tokio::task::spawn_blocking(move || tokenizers::find(&root)).await.ok().flatten();
+        }
+        match (&known.found, known.engines().is_empty()) {
+            (Some(_), _) => tracing::info!(model = &**name, "counting tokens with the model's files on this machine"),
+            _ if !first => {}
+            (None, false) => tracing::info!(model = &**name, "counting tokens by asking the engine"),
+            (None, true) => tracing::warn!(model = &**name, "no tokenizer found, token counts are estimates"),
+        }
+        false
     }
 }
 

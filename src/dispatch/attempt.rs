@@ -110,6 +110,9 @@ async fn stream(mut body: Body) -> Result<Reply, Failed> {
     let mut splitter = Splitter::new(EVENT_BYTES_MAX);
     loop {
         while let Some(event) = splitter.next().map_err(|_| Failed::elsewhere(Failure::Malformed))? {
+            if !event.well_formed {
+                return Err(Failed::elsewhere(Failure::Malformed));
+            }
             if event.data.is_some() {
                 return begin(event, splitter, body);
             }

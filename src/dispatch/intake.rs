@@ -14,13 +14,14 @@ use forebay_backends::transport::{Channel, Endpoint, Timeouts, Transport};
 use forebay_scheduler::{Action, Event, PoolId, PoolLimits, WorkerId};
 use http::HeaderValue;
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::Dispatch;
 use super::driver::Driver;
 use super::workers::{Identity, Worker, Workers};
+use crate::routing::EngineTokenizer;
 use crate::telemetry::{ModelMetrics, Registry, WorkerMetrics};
 
 /// Probes and notices that may wait for the task that carries them out. The core asks again for what is lost.
@@ -55,13 +56,24 @@ pub struct WorkerSpec {
 /// What a worker said about the model it serves.
 pub struct Learned {
     pub pool: PoolId,
-    pub max_model_len: Option<u32>,
-    /// Tokens in one KV block, where the engine says so.
-    pub block_tokens: Option<u32>,
-    /// Where the worker has the model's files: a directory, perhaps also on this machine, or a hub name.
-    pub root: Option<String>,
-    /// For counting by the engine itself, where it can.
-    pub tokenizer: Option<(Channel, String)>,
+    /// The worker's configured name.
+    pub worker: Arc<str>,
+    pub fact: Fact,
+    /// Dropped once the fact is taken in.
+    pub taken: oneshot::Sender<()>,
+}
+
+pub enum Fact {
+    /// Who the worker is, told at every probe that it passes.
+    Model {
+        max_model_len: Option<u32>,
+        /// Where the worker has the model's files: a directory, perhaps also on this machine, or a hub name.
+        root: Option<String>,
+        /// For counting by the engine itself, where it can.
+        tokenizer: Option<EngineTokenizer>,
+    },
+    /// Tokens in one of its KV blocks.
+    BlockTokens(u32),
 }
 
 /// What belongs to one configured worker while it is here.
@@ -224,7 +236,7 @@ impl Intake {
             Some(None) => false,
             Some(Some(detected)) => {
                 let first = worker.identity.load().is_none();
-                self.identified(&worker, &spec, &model, &detected);
+                self.identified(&worker, &spec, &model, &detected).await;
                 if first {
                     self.watch(&worker, &gone, detected.engine);
                 }
@@ -241,7 +253,7 @@ impl Intake {
         Some((member.spec.clone(), member.gone.clone(), Arc::clone(model)))
     }
 
-    fn identified(&self, worker: &Arc<Worker>, spec: &WorkerSpec, model: &str, detected: &Detected) {
+    async fn identified(&self, worker: &Arc<Worker>, spec: &WorkerSpec, model: &str, detected: &Detected) {
         let served = match &spec.model {
             Some(name) => name.clone(),
             None => only_model(detected).unwrap_or(model).to_owned(),
@@ -251,16 +263,21 @@ impl Intake {
             tracing::warn!(worker = &*worker.name, model = served, "the worker does not list this model");
         }
         let counts = detected.engine.serves(Api::Tokenize);
-        let learned = Learned {
-            pool: worker.pool,
+        let fact = Fact::Model {
             max_model_len: facts.and_then(|facts| facts.max_model_len),
-            block_tokens: None,
             root: facts.and_then(|facts| facts.root.clone()),
-            tokenizer: counts.then(|| (worker.channel.clone(), served.clone())),
+            tokenizer: counts.then(|| EngineTokenizer { channel: worker.channel.clone(), model: served.clone() }),
         };
         worker.identity.store(Some(Arc::new(Identity { model: served })));
-        if self.learned.try_send(learned).is_err() {
-            tracing::warn!(worker = &*worker.name, "too many workers report at once, facts about a model are left out");
+        self.tell(worker, fact).await;
+    }
+
+    /// Tells the routing table and waits until it knows, so that a worker that is up is a worker that is known.
+    async fn tell(&self, worker: &Worker, fact: Fact) {
+        let (taken, known) = oneshot::channel();
+        let learned = Learned { pool: worker.pool, worker: Arc::clone(&worker.name), fact, taken };
+        if self.learned.send(learned).await.is_ok() {
+            let _ = known.await;
         }
     }
 
@@ -280,7 +297,7 @@ impl Intake {
                         let says = (load.kv_tokens, load.block_tokens);
                         if says != (None, None) && says != cache {
                             cache = says;
-                            intake.cache_size(&worker, &load);
+                            intake.cache_size(&worker, &load).await;
                         }
                         let gauges = &worker.metrics;
                         gauges.running.set(f64::from(load.running));
@@ -297,7 +314,7 @@ impl Intake {
 
     /// The worker says how large its KV cache is and its blocks are: the core counts reservations in them, and prompts
     /// are hashed in them.
-    fn cache_size(&self, worker: &Worker, load: &Load) {
+    async fn cache_size(&self, worker: &Worker, load: &Load) {
         let standard = forebay_scheduler::WorkerSpec::default();
         let block_tokens = load.block_tokens;
         let spec = forebay_scheduler::WorkerSpec {
@@ -306,9 +323,8 @@ impl Intake {
             ..standard
         };
         self.driver.tell(Event::WorkerJoined { worker: worker.id, pool: worker.pool, spec });
-        let learned = Learned { pool: worker.pool, max_model_len: None, block_tokens, root: None, tokenizer: None };
-        if self.learned.try_send(learned).is_err() {
-            tracing::warn!(worker = &*worker.name, "too many workers report at once, a block size is left out");
+        if let Some(block_tokens) = block_tokens {
+            self.tell(worker, Fact::BlockTokens(block_tokens)).await;
         }
     }
 }

@@ -90,6 +90,9 @@ impl StreamRelay {
 
     /// What the client gets of one event.
     fn pass(&mut self, event: &Event) -> Option<Bytes> {
+        if !event.well_formed {
+            return Some(self.cut("the worker sent garbage", Failure::Malformed));
+        }
         let Some(data) = &event.data else { return Some(event.raw.clone()) };
         match stream::read(data) {
             Chunk::Done if self.completeness.complete() => {
@@ -99,7 +102,10 @@ impl StreamRelay {
             Chunk::Done => {
                 Some(self.cut("the worker ended the stream before the answer was finished", Failure::Malformed))
             }
-            Chunk::Error { error, .. } => Some(self.fail(&error, Failure::Status5xx)),
+            Chunk::Error { error, .. } => {
+                let code = error.code.or_else(|| Some("upstream_error".to_owned()));
+                Some(self.fail(&ApiError { code, ..error }, Failure::Status5xx))
+            }
             Chunk::Malformed => {
                 self.malformed += 1;
                 tracing::warn!(request = self.entry.name().as_str(), "skipped a stream event that is not JSON");

@@ -137,6 +137,24 @@ fn too_long_wherever_it_is_cut() {
     }
 }
 
+#[test]
+fn what_no_engine_writes_is_told_apart() {
+    let check = |input: &[u8], well_formed: bool| {
+        let mut splitter = Splitter::new(1 << 10);
+        splitter.push(Bytes::copy_from_slice(input));
+        let event = splitter.next().unwrap().unwrap();
+        assert_eq!(event.well_formed, well_formed, "{}", String::from_utf8_lossy(input));
+    };
+    for good in
+        ["data: x\n\n", ": keep-alive\n\n", "id: 1\nretry: 5\nevent: e\ndata: x\n\n", "\u{feff}data: x\n\n", "\n"]
+    {
+        check(good.as_bytes(), true);
+    }
+    for bad in [&b"data: \xff\n\n"[..], b"HTTP/1.1 200 OK\n\n", b"no event\ndata: x\n\n", b"\x80\n\n"] {
+        check(bad, false);
+    }
+}
+
 proptest! {
     #[test]
     fn the_same_events_however_it_arrives(
