@@ -162,13 +162,13 @@ fn a_lone_malformed_event_is_left_out() {
 /// knows.
 #[test]
 fn bytes_that_are_no_event_end_the_stream() {
-    let (gateway, recorder) = setting();
     for bad in [
         &b"data: {\"choices\":[],\"x\":\"\xff\xfe\"}\n\n"[..],
         b"\x80\x81 no event\n\n",
         b"HTTP/1.1 500 Oops\n\n",
         b"no field\ndata: {\"choices\":[]}\n\n",
     ] {
+        let (gateway, recorder) = setting();
         recorder.play(stream(&[TEXT.as_bytes(), bad, FINISH.as_bytes(), DONE.as_bytes()]));
         let answer = ask(&gateway);
         assert_eq!(answer.stream_end(), Err("the worker sent garbage".to_owned()), "{}", String::from_utf8_lossy(bad));
