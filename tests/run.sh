@@ -4,7 +4,8 @@
 # left out is said at the end. With CI=true nothing may be left out.
 #
 #   tests/run.sh            all of it
-#   tests/run.sh wire …     only these parts: fmt clippy test clients real
+#   tests/run.sh test …     only these parts: fmt clippy test clients real
+#   FOREBAY_TEST_VLLM=1     also asks a real vLLM, where one is set up (some minutes)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export FOREBAY_SHARED_DIR="${FOREBAY_SHARED_DIR:-$PWD/../shared}"

@@ -1,16 +1,17 @@
 //! Workers behind TLS: trusted ones are reached, all others are not sent a byte of the request.
 
-use std::{path::Path, sync::Arc};
+use std::sync::{Arc, LazyLock};
 
 use forebay_backends::{
     Error,
     transport::{Channel, Endpoint, Timeouts, Transport},
 };
 use forebay_scheduler::Failure;
+use rcgen::{CertifiedKey, KeyPair};
 use rustls::{
     RootCertStore, ServerConfig,
     crypto::ring,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    pki_types::{CertificateDer, PrivateKeyDer},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -21,19 +22,23 @@ use tokio_util::task::TaskTracker;
 
 use crate::support::{Server, post};
 
-fn certificate(name: &str) -> CertificateDer<'static> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tls").join(name);
-    CertificateDer::from_pem_file(path).expect("a certificate")
+/// A certificate for `localhost` and 127.0.0.1 that is its own authority, made anew for each run.
+static IDENTITY: LazyLock<CertifiedKey<KeyPair>> = LazyLock::new(|| {
+    rcgen::generate_simple_self_signed(["localhost".to_owned(), "127.0.0.1".to_owned()]).expect("a certificate")
+});
+
+fn certificate() -> CertificateDer<'static> {
+    IDENTITY.cert.der().clone()
 }
 
 /// Answers each request `ok`; gives back its port.
 async fn tls_server(tracker: &TaskTracker, address: &str) -> u16 {
-    let key = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tls/server.key");
+    let key = PrivateKeyDer::try_from(IDENTITY.signing_key.serialize_der()).expect("a key");
     let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .expect("protocol versions")
         .with_no_client_auth()
-        .with_single_cert(vec![certificate("server.pem")], PrivateKeyDer::from_pem_file(key).expect("a key"))
+        .with_single_cert(vec![certificate()], key)
         .expect("a server configuration");
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let acceptor = TlsAcceptor::from(Arc::new(config));
@@ -63,7 +68,7 @@ async fn tls_server(tracker: &TaskTracker, address: &str) -> u16 {
 fn channel(url: &str, trusted: bool) -> Channel {
     let mut roots = RootCertStore::empty();
     if trusted {
-        roots.add(certificate("authority.pem")).expect("an authority");
+        roots.add(certificate()).expect("an authority");
     }
     let endpoint = Endpoint::new(&url.parse().expect("a URL"), None).expect("an endpoint");
     Transport::with_roots(TaskTracker::new(), roots).channel(endpoint, Timeouts::default())
