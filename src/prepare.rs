@@ -1,6 +1,6 @@
 //! How much work is a request: its exact token count and the hashes of its prefix blocks.
 //!
-//! Counting runs on a bounded pool of threads of its own ([`cpu`]), since it takes about a microsecond a token.
+//! Counting runs on a bounded pool of threads of its own (`cpu`), since it takes about a microsecond a token.
 //! A [`Prompt`] proves that the prompt was counted and fits the model's context; a count that is only an estimate is
 //! marked so and never a reason to refuse.
 //!
