@@ -39,7 +39,10 @@ pub fn run() -> ExitCode {
             return if error.use_stderr() { ExitCode::from(WRONG_USE) } else { ExitCode::SUCCESS };
         }
     };
-    crate::telemetry::logs::install(std::env::var("FOREBAY_LOG").ok().as_deref());
+    // What people read on the terminal should not be cut up by what operators read in logs.
+    let quiet = !matches!(arguments.verb, Verb::Serve(_));
+    let filter = std::env::var("FOREBAY_LOG").unwrap_or_else(|_| if quiet { "warn" } else { "info" }.to_owned());
+    crate::telemetry::logs::install(&filter);
     // A second installation (a test's) leaves the first in place, which is the same.
     let _ = rustls::crypto::ring::default_provider().install_default();
     match arguments.verb {

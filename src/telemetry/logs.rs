@@ -7,9 +7,9 @@ use tracing_subscriber::fmt::format::FmtSpan;
 ///
 /// JSON lines when standard error is not a terminal, text otherwise. A filter that cannot be read is said and
 /// replaced by `info`. A second call in one process changes nothing.
-pub fn install(filter: Option<&str>) {
+pub fn install(filter: &str) {
     use std::io::IsTerminal;
-    let (filter, complaint) = match EnvFilter::try_new(filter.unwrap_or("info")) {
+    let (filter, complaint) = match EnvFilter::try_new(filter) {
         Ok(filter) => (filter, None),
         Err(error) => (EnvFilter::new("info"), Some(error)),
     };
