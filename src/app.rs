@@ -36,6 +36,9 @@ const OPS_CONNECTIONS_MAX: usize = 256;
 /// Time for error events and closing handshakes once the drain time is over.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
+/// Time for the last rows at the end, should the disk refuse them.
+const JOURNAL_CLOSE: Duration = Duration::from_secs(10);
+
 /// What connections are accepted on.
 pub struct Listeners {
     pub client: TcpListener,
@@ -158,8 +161,9 @@ impl Gateway {
         let _ = tokio::time::timeout(LAST_WORDS, self.tracker.wait()).await;
         drop((self.catalog, self.dispatch));
         let journal = self.journal;
-        if tokio::task::spawn_blocking(move || journal.close()).await.is_err() {
-            tracing::error!("the usage journal was not closed");
+        let closing = tokio::task::spawn_blocking(move || journal.close());
+        if tokio::time::timeout(JOURNAL_CLOSE, closing).await.is_err() {
+            tracing::error!("the usage journal takes no more rows, the last ones are lost");
         }
     }
 }

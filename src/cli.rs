@@ -1,5 +1,13 @@
 //! The command line.
 
+/// Writes a line to standard output, where somebody may have stopped to read.
+macro_rules! say {
+    ($($line:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout(), $($line)*);
+    }};
+}
+
 mod check;
 mod demo;
 mod gateway;
@@ -66,7 +74,10 @@ fn block_on(verb: impl Future<Output = anyhow::Result<()>>) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(verb) {
+    let ended = runtime.block_on(verb);
+    // What still blocks a thread (a disk that stands still) must not hold the process.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.is::<WrongUse>() => {
             eprintln!("{error}");

@@ -79,7 +79,6 @@ pub struct Streamed {
 
 /// A document, whole or as much of it as is held back for a retry.
 pub struct Whole {
-    pub status: StatusCode,
     pub content_type: HeaderValue,
     pub head: VecDeque<Bytes>,
     pub rest: Option<Body>,

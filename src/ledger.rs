@@ -29,6 +29,9 @@ pub use row::{Outcome, Row, TokensFrom};
 /// some 300 bytes.
 pub const OPEN_ROWS_MAX: usize = 65_536;
 
+/// More tokens than any engine counts for one request.
+const TOKENS_PLAUSIBLE_MAX: u64 = 1 << 28;
+
 /// The ledger cannot take another row now: the disk does not keep up.
 #[derive(Debug, thiserror::Error)]
 #[error("the usage journal is full")]
@@ -128,6 +131,9 @@ impl Entry {
 
     /// Notes what the engine says it used; it wins over our own counts.
     pub fn used(&mut self, usage: &Usage) {
+        if usage.prompt_tokens.max(usage.completion_tokens) > TOKENS_PLAUSIBLE_MAX {
+            return; // one absurd answer must not spoil every sum it goes into
+        }
         let tokens = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
         self.row.prompt_tokens = tokens(usage.prompt_tokens);
         self.row.prompt_tokens_from = TokensFrom::Engine;
@@ -151,7 +157,9 @@ impl Entry {
 
     /// Says how the request ended; the last word counts. An entry that is dropped without it was left by its client.
     pub fn end(&mut self, outcome: Outcome, status: u16) {
-        self.row.outcome = outcome;
+        // A deadline that passes at a worker is no refusal: an engine saw the request.
+        let tried = outcome == Outcome::Refused && self.row.attempts > 0;
+        self.row.outcome = if tried { Outcome::Failed } else { outcome };
         self.row.status = status;
     }
 }

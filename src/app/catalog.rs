@@ -78,6 +78,9 @@ impl Catalog {
 
     /// Takes over a configuration whole, or not at all when one of its tokenizers cannot be loaded.
     pub(super) async fn apply(&self, config: Config) -> anyhow::Result<()> {
+        for worker in config.models.iter().flat_map(|model| &model.workers) {
+            endpoint(worker)?;
+        }
         let mut state = self.state.lock().await;
         let directories: Vec<PathBuf> = config.models.iter().filter_map(|model| model.tokenizer.clone()).collect();
         let mut tokenizers = state.tokenizers.clone();
@@ -91,8 +94,8 @@ impl Catalog {
             anyhow::Ok(tokenizers)
         })
         .await??;
-        state.config = config;
-        state.name_models();
+        let old = std::mem::replace(&mut state.config, config);
+        state.name_models(&old);
         let pools = state.pools()?;
         self.routing.apply(state.table());
         self.dispatch.apply(&pools);
@@ -114,11 +117,22 @@ impl Catalog {
 
 impl State {
     /// Gives each model its pool and metrics, and forgets the models that are gone.
-    fn name_models(&mut self) {
+    fn name_models(&mut self, old: &Config) {
         let Self { config, next_pool, models, .. } = self;
         models.retain(|name, known| {
             let Some(model) = config.models.iter().find(|model| model.name.as_str() == &**name) else { return false };
-            known.said.retain(|name, _| model.workers.iter().any(|worker| worker.name.as_str() == &**name));
+            let before = old.models.iter().find(|old| old.name == model.name);
+            let stays = |worker: &config::Worker| before.is_some_and(|before| before.workers.contains(worker));
+            known
+                .said
+                .retain(|name, _| model.workers.iter().any(|worker| worker.name.as_str() == &**name && stays(worker)));
+            let other = |worker: &config::Worker| {
+                let before = before.and_then(|before| before.workers.iter().find(|before| before.name == worker.name));
+                before.is_some_and(|before| before != worker)
+            };
+            if model.workers.iter().any(other) {
+                known.found = None; // it may serve another model's files under the old name
+            }
             true
         });
         for model in &config.models {
@@ -195,6 +209,11 @@ impl State {
     }
 }
 
+fn endpoint(worker: &config::Worker) -> anyhow::Result<Endpoint> {
+    Endpoint::new(&worker.url, worker.api_key.as_ref().map(config::Secret::inner))
+        .with_context(|| format!("worker `{}` cannot be reached by its url", worker.name.as_str()))
+}
+
 fn pool(model: &config::Model, known: &Known) -> anyhow::Result<PoolSpec> {
     let limits = PoolLimits {
         block_tokens: known.block_tokens,
@@ -205,9 +224,7 @@ fn pool(model: &config::Model, known: &Known) -> anyhow::Result<PoolSpec> {
         ..PoolLimits::default()
     };
     let workers = model.workers.iter().map(|worker| {
-        let key = worker.api_key.as_ref().map(config::Secret::inner);
-        let endpoint = Endpoint::new(&worker.url, key)
-            .with_context(|| format!("worker `{}` cannot be reached by its url", worker.name.as_str()))?;
+        let endpoint = endpoint(worker)?;
         Ok(WorkerSpec {
             name: worker.name.as_str().into(),
             endpoint,

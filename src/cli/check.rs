@@ -19,7 +19,7 @@ pub(super) fn run(arguments: &Arguments) -> ExitCode {
     match gateway::reader(Vec::new()).load(&arguments.config) {
         Ok(config) => {
             let workers: usize = config.models.iter().map(|model| model.workers.len()).sum();
-            println!("{}: {} models, {workers} workers, no mistakes", arguments.config.display(), config.models.len());
+            say!("{}: {} models, {workers} workers, no mistakes", arguments.config.display(), config.models.len());
             ExitCode::SUCCESS
         }
         Err(mistakes) => {

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use url::Url;
 
-use super::gateway;
+use super::gateway::{self, Signals};
 use crate::app::{Gateway, Listeners};
 use crate::config::{Config, Model, Name, Worker};
 use crate::telemetry::Registry;
@@ -45,10 +45,11 @@ pub(super) struct Arguments {
 }
 
 pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let signals = Signals::install()?;
     let directory = Scratch::make()?;
     let stop = CancellationToken::new();
     let engines = TaskTracker::new();
-    let ended = demo(&arguments, &directory.0, &stop, &engines).await;
+    let ended = demo(&arguments, &directory.0, signals, &stop, &engines).await;
     stop.cancel();
     engines.close();
     let _ = tokio::time::timeout(Duration::from_secs(2), engines.wait()).await;
@@ -75,6 +76,7 @@ impl Drop for Scratch {
 async fn demo(
     arguments: &Arguments,
     directory: &Path,
+    signals: Signals,
     stop: &CancellationToken,
     engines: &TaskTracker,
 ) -> anyhow::Result<()> {
@@ -85,7 +87,7 @@ async fn demo(
         let listener = listener().await?;
         let address = listener.local_addr()?;
         let name = format!("worker-{}", index + 1);
-        println!("  {name}  simulated vLLM at http://{address}");
+        say!("  {name}  simulated vLLM at http://{address}");
         let options =
             Options { model: MODEL.to_owned(), seed: u64::from(index), tokenizer: None, ..Options::default() };
         engines.spawn(forebay_simulated_engine::serve(options, listener, stop.clone()));
@@ -106,19 +108,19 @@ async fn demo(
     let registry = Registry::install().context("cannot install the metrics recorder")?;
     let running = Gateway::start(config.clone(), listeners, registry).await?;
     let (client, ops) = (running.client_address(), running.ops_address());
-    println!("  gateway   http://{client}   (metrics: http://{ops}/metrics)\n");
+    say!("  gateway   http://{client}   (metrics: http://{ops}/metrics)\n");
     let shown = show(client, engines).await;
     if let Err(error) = shown {
         running.shutdown(tokio::time::sleep(Duration::from_secs(1))).await;
         return Err(error);
     }
     if arguments.once {
-        println!("\nall was well");
+        say!("\nall was well");
         running.shutdown(tokio::time::sleep(Duration::from_secs(1))).await;
         return Ok(());
     }
-    println!("\nThe gateway stays up. Try it (Ctrl-C ends it):\n\n{}\n", curl(client));
-    stay(running, config).await
+    say!("\nThe gateway stays up. Try it (Ctrl-C ends it):\n\n{}\n", curl(client));
+    stay(running, config, signals).await
 }
 
 /// The simulated engine's own model directory, as a real engine would have one on its disk.
@@ -129,9 +131,9 @@ fn write_model(directory: &Path) -> std::io::Result<()> {
     std::fs::write(directory.join("tokenizer_config.json"), model.tokenizer_config)
 }
 
-async fn stay(running: Gateway, mut config: Config) -> anyhow::Result<()> {
+async fn stay(running: Gateway, mut config: Config, signals: Signals) -> anyhow::Result<()> {
     config.server.drain = Duration::from_secs(1);
-    gateway::run(running, config, None).await
+    gateway::run(running, config, signals, None).await
 }
 
 fn curl(client: SocketAddr) -> String {
@@ -147,54 +149,57 @@ async fn show(client: SocketAddr, tracker: &TaskTracker) -> anyhow::Result<()> {
     let transport = Transport::new(tracker.clone());
     let caller = Caller(transport.channel(endpoint, Timeouts::default()));
 
-    println!("1. A chat, counted here before any worker sees it");
+    say!("1. A chat, counted here before any worker sees it");
     let answer = caller.ask("/v1/chat/completions", &chat("What is a forebay?", false)).await?;
     let counted =
         caller.ask("/tokenize", &json!({ "model": MODEL, "messages": messages("What is a forebay?") })).await?;
     let (ours, theirs) = (number(&counted.json, "/count"), number(&answer.json, "/usage/prompt_tokens"));
-    println!("   {} says: {}", answer.worker, text(&answer.json));
-    println!("   prompt tokens: {ours} by the gateway, {theirs} by the engine");
+    say!("   {} says: {}", answer.worker, text(&answer.json));
+    say!("   prompt tokens: {ours} by the gateway, {theirs} by the engine");
     anyhow::ensure!(ours == theirs && ours > 0, "the gateway counted other tokens than the engine");
 
-    println!("2. A stream, each event as soon as it is there");
+    say!("2. A stream, each event as soon as it is there");
     let stream = caller.stream(&chat("How many turbines are there?", true)).await?;
-    println!(
+    say!(
         "   {}: first event after {} ms, {} events in {} ms, all of them finished",
-        stream.worker, stream.first_ms, stream.events, stream.total_ms
+        stream.worker,
+        stream.first_ms,
+        stream.events,
+        stream.total_ms
     );
 
-    println!("3. Eight questions of one conversation: they go where the prefix is cached");
+    say!("3. Eight questions of one conversation: they go where the prefix is cached");
     let mut placed: Vec<String> = Vec::new();
     for turn in 0..8 {
         let answer =
             caller.ask("/v1/chat/completions", &chat(&format!("Question {turn}: is the gate open?"), false)).await?;
         placed.push(answer.worker);
     }
-    println!("   {}", placed.join(" "));
+    say!("   {}", placed.join(" "));
 
-    println!("4. Thirty-two different questions at once: they spread");
+    say!("4. Thirty-two different questions at once: they spread");
     let asked: Vec<Value> = (0..32).map(|n| solo(&format!("{n} litres flow past gauge {}. Why?", n * 7))).collect();
     let answers = futures::future::join_all(asked.iter().map(|body| caller.ask("/v1/chat/completions", body))).await;
     let mut spread = std::collections::BTreeMap::<String, u32>::new();
     for answer in answers {
         *spread.entry(answer?.worker).or_default() += 1;
     }
-    println!("   {}", spread.iter().map(|(worker, count)| format!("{worker}: {count}")).collect::<Vec<_>>().join(", "));
+    say!("   {}", spread.iter().map(|(worker, count)| format!("{worker}: {count}")).collect::<Vec<_>>().join(", "));
 
-    println!("5. Embeddings");
+    say!("5. Embeddings");
     let answer = caller.ask("/v1/embeddings", &json!({ "model": MODEL, "input": ["water", "turbine"] })).await?;
-    println!(
+    say!(
         "   {} vectors from {}",
         answer.json.pointer("/data").and_then(Value::as_array).map_or(0, Vec::len),
         answer.worker
     );
 
-    println!("6. A prompt that is too long is refused before any worker sees it");
+    say!("6. A prompt that is too long is refused before any worker sees it");
     let long = solo(&"water ".repeat(60_000));
     let refused = caller.send("/v1/chat/completions", &long).await?;
     let status = refused.status;
     let body: Value = serde_json::from_slice(&refused.body.collect(1 << 20).await?)?;
-    println!("   {status}: {}", string(&body, "/error/message"));
+    say!("   {status}: {}", string(&body, "/error/message"));
     anyhow::ensure!(status == StatusCode::BAD_REQUEST, "expected status 400, got {status}");
     Ok(())
 }

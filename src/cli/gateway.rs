@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use forebay_backends::engines::ENGINES;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::app::Gateway;
 use crate::config::{Config, Environment, Flag, Reader, Watch};
@@ -32,7 +32,7 @@ pub(super) async fn listen(address: SocketAddr, or_next: bool) -> anyhow::Result
     if or_next && busy.kind() == std::io::ErrorKind::AddrInUse {
         for port in (1..=64).filter_map(|step| address.port().checked_add(step)) {
             if let Ok(listener) = TcpListener::bind(SocketAddr::new(address.ip(), port)).await {
-                println!("port {} is taken, using {port}", address.port());
+                say!("port {} is taken, using {port}", address.port());
                 return Ok(listener);
             }
         }
@@ -44,6 +44,25 @@ pub(super) async fn listen(address: SocketAddr, or_next: bool) -> anyhow::Result
 pub(super) struct Source {
     pub(super) reader: Reader,
     pub(super) path: PathBuf,
+    /// Made before the file is read for the first time, so that no change is missed.
+    pub(super) watch: Watch,
+}
+
+/// The signals a gateway acts on; made before anything that takes time, since until then they end the process.
+pub(super) struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hang_up: Signal,
+}
+
+impl Signals {
+    pub(super) fn install() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
+        })
+    }
 }
 
 impl Source {
@@ -74,18 +93,20 @@ impl Source {
 
 /// Waits for SIGTERM or SIGINT, reloading on SIGHUP and when the file changes; then drains. A second signal ends the
 /// drain at once.
-pub(super) async fn run(gateway: Gateway, mut config: Config, source: Option<Source>) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hang_up = signal(SignalKind::hangup())?;
-    let mut watch = source.as_ref().map(|source| Watch::new(source.path.clone()));
+pub(super) async fn run(
+    gateway: Gateway,
+    mut config: Config,
+    signals: Signals,
+    mut source: Option<Source>,
+) -> anyhow::Result<()> {
+    let Signals { mut terminate, mut interrupt, mut hang_up } = signals;
     let mut interval = tokio::time::interval(WATCH_INTERVAL);
     loop {
         let reload = tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
             _ = hang_up.recv() => true,
-            _ = interval.tick() => watch.as_mut().is_some_and(Watch::look),
+            _ = interval.tick() => source.as_mut().is_some_and(|source| source.watch.look()),
         };
         if let (true, Some(source)) = (reload, &source) {
             source.reload(&gateway, &mut config).await;

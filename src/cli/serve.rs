@@ -9,9 +9,9 @@ use forebay_backends::transport::Transport;
 use tokio_util::task::TaskTracker;
 
 use super::WrongUse;
-use super::gateway::{self, Source};
+use super::gateway::{self, Signals, Source};
 use crate::app::{Gateway, Listeners};
-use crate::config::{Config, Flag, Model, Name, Server, Worker};
+use crate::config::{Config, Flag, Model, Name, Server, Watch, Worker};
 use crate::telemetry::Registry;
 
 /// What is read when nothing names a file.
@@ -37,6 +37,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let signals = Signals::install()?;
     let flag = |name, key, value: Option<String>| value.map(|value| Flag { name, key, value });
     let flags =
         [flag("--listen", "listen", arguments.listen), flag("--ops-listen", "ops_listen", arguments.ops_listen)];
@@ -44,7 +45,10 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let default = Path::new(DEFAULT_FILE).is_file().then(|| DEFAULT_FILE.into());
     let wrong = |mistakes: crate::config::Mistakes| WrongUse(mistakes.to_string());
     let (config, source) = match arguments.config.or(default) {
-        Some(path) => (reader.load(&path).map_err(wrong)?, Some(Source { reader, path })),
+        Some(path) => {
+            let watch = Watch::new(path.clone());
+            (reader.load(&path).map_err(wrong)?, Some(Source { reader, path, watch }))
+        }
         None => (reader.without_file().map_err(wrong)?, None),
     };
     let probing = source.is_none();
@@ -54,24 +58,24 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let config = if probing { probe(config, &own).await? } else { config };
     let registry = Registry::install().context("cannot install the metrics recorder")?;
     let gateway = Gateway::start(config.clone(), Listeners { client, ops }, registry).await?;
-    println!("clients: http://{}   operators: http://{}", gateway.client_address(), gateway.ops_address());
+    say!("clients: http://{}   operators: http://{}", gateway.client_address(), gateway.ops_address());
     for model in &config.models {
         let workers: Vec<_> = model.workers.iter().map(|worker| worker.name.as_str()).collect();
-        println!("model {} on {}", model.name.as_str(), workers.join(", "));
+        say!("model {} on {}", model.name.as_str(), workers.join(", "));
     }
-    gateway::run(gateway, config, source).await
+    gateway::run(gateway, config, signals, source).await
 }
 
 /// Fills an empty configuration with what listens on this machine.
 async fn probe(mut config: Config, own: &[u16]) -> anyhow::Result<Config> {
-    println!("no configuration file: asking the usual local ports for engines");
+    say!("no configuration file: asking the usual local ports for engines");
     let tracker = TaskTracker::new();
     let transport = Transport::new(tracker);
     let found = local::probe_local(&transport, &local::USUAL_PORTS, own).await;
     transport.close();
     for engine in &found {
         let models: Vec<_> = engine.detected.models.iter().map(|model| model.id.as_str()).collect();
-        println!("found {} at {}, serving {}", engine.detected.engine.name(), engine.url, models.join(", "));
+        say!("found {} at {}, serving {}", engine.detected.engine.name(), engine.url, models.join(", "));
     }
     config.models = models(&found, &config.server)?;
     anyhow::ensure!(

@@ -87,7 +87,7 @@ enum Wire {
 pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, arguments.port));
     let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
-    println!("simulated {:?} serving {} at http://{}", arguments.engine, arguments.model, listener.local_addr()?);
+    say!("simulated {:?} serving {} at http://{}", arguments.engine, arguments.model, listener.local_addr()?);
     let stop = CancellationToken::new();
     let serving = forebay_simulated_engine::serve(options(arguments)?, listener, stop.clone());
     tokio::pin!(serving);

@@ -13,7 +13,7 @@ use forebay_proto::splice::Edits;
 use forebay_proto::sse::{Event, Splitter};
 use forebay_proto::stream::{self, Chunk};
 use forebay_scheduler::Failure;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderName, RETRY_AFTER};
+use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, RETRY_AFTER};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 
@@ -27,6 +27,8 @@ const HELD_BYTES_MAX: usize = 1 << 20;
 const ERROR_BYTES_MAX: usize = 64 << 10;
 /// Longest stream event: a chunk with the log probabilities of many tokens is some 100 KiB.
 const EVENT_BYTES_MAX: usize = 8 << 20;
+/// The longest time to stay away that an engine may ask of a client.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
@@ -137,6 +139,12 @@ fn begin(event: Event, splitter: Splitter, body: Body) -> Result<Reply, Failed> 
 
 async fn whole(response: Response) -> Result<Reply, Failed> {
     let Response { status, headers, mut body } = response;
+    // Whatever else an engine, or something that stands where one was, calls a success is no answer to a client.
+    let encoded = headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity");
+    let html = headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/html"));
+    if status != StatusCode::OK || encoded || html {
+        return Err(Failed::elsewhere(Failure::Malformed));
+    }
     let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
     let content_type = headers.get(CONTENT_TYPE).cloned().unwrap_or(JSON);
     let mut head = VecDeque::new();
@@ -150,11 +158,11 @@ async fn whole(response: Response) -> Result<Reply, Failed> {
             }
             None => {
                 let length = Some(held as u64);
-                return Ok(Reply::Whole(Whole { status, content_type, head, rest: None, length }));
+                return Ok(Reply::Whole(Whole { content_type, head, rest: None, length }));
             }
         }
     }
-    Ok(Reply::Whole(Whole { status, content_type, head, rest: Some(body), length }))
+    Ok(Reply::Whole(Whole { content_type, head, rest: Some(body), length }))
 }
 
 /// What an engine's error status means for the request.
@@ -168,6 +176,7 @@ async fn refused(response: Response) -> Failed {
     }
     let retry_after = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse::<f64>().ok());
     let retry_after = retry_after.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let retry_after = retry_after.map(|wait| wait.min(RETRY_AFTER_MAX));
     engine_error(status, from_engine(status.as_u16(), &bytes), retry_after)
 }
 

@@ -292,7 +292,6 @@ fn finished(entry: &Entry) -> End {
 pub struct WholeRelay {
     entry: Entry,
     place: Place,
-    status: u16,
     head: VecDeque<Bytes>,
     upstream: Option<Body>,
     tap: Tap,
@@ -314,11 +313,10 @@ impl WholeRelay {
     /// `closing` cuts the answer when the gateway's drain time is over.
     #[must_use]
     pub fn new(entry: Entry, place: Place, whole: Whole, closing: CancellationToken) -> Self {
-        let Whole { status, head, rest, length, .. } = whole;
+        let Whole { head, rest, length, .. } = whole;
         let mut relay = Self {
             entry,
             place,
-            status: status.as_u16(),
             head,
             upstream: rest,
             tap: Tap::new(),
@@ -349,13 +347,13 @@ impl WholeRelay {
         if let Some(usage) = std::mem::take(&mut self.tap).finish() {
             self.entry.used(&usage);
         }
-        self.entry.end(Outcome::Completed, self.status);
+        self.entry.end(Outcome::Completed, 200);
         self.place.ended(finished(&self.entry));
     }
 
     /// The status line is out: only a cut connection tells the client that this is not the whole answer.
     fn cut(&mut self, end: End) {
-        self.entry.end(Outcome::Cut, self.status);
+        self.entry.end(Outcome::Cut, 200);
         self.place.ended(end);
         self.upstream = None;
     }

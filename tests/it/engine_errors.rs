@@ -180,3 +180,25 @@ fn strange_statuses_are_bad_gateways() {
         assert_eq!(answer.header("location"), None);
     }
 }
+
+/// What stands where an engine was (a proxy's page, an empty answer) is no answer, whatever its status says.
+#[test]
+fn successes_that_are_none_are_failures() {
+    let (gateway, recorder) = setting();
+    for (what, status, headers, body) in [
+        ("no content", "204 No Content", "", ""),
+        ("a part", "206 Partial Content", "", "{}"),
+        ("compressed", "200 OK", "content-encoding: gzip\r\n", "\u{1f}"),
+    ] {
+        recorder.play(json_with(status, headers, body));
+        let answer = ask(&gateway);
+        assert_eq!(answer.refusal(502), "upstream_error", "{what}");
+        assert_eq!(gateway.row_of(&answer)["outcome"], "failed", "{what}");
+        recover(&gateway, &recorder);
+    }
+    let page = "HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 16\r\n\r\n<h1>nginx</h1>\r\n";
+    recorder.play(vec![super::support::recorder::Step::Write(page.into())]);
+    let answer = ask(&gateway);
+    assert_eq!(answer.refusal(502), "upstream_error");
+    assert!(!answer.text().contains("nginx"), "{}", answer.text());
+}
