@@ -19,12 +19,14 @@ pub(crate) fn families() -> Vec<(&'static str, Value, Value, bool)> {
     };
     let llama3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
     let qwen = llama3.replace(r"\p{N}{1,3}", r"\p{N}");
+    let marks = llama3.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+");
     // as GPT-4o: punctuation takes slashes, too, so the cuts of its relatives would be wrong
     let o200k = llama3.replace(r"[\r\n]*|\s*", r"[\r\n/]*|\s*");
     vec![
         ("gpt2", bytes(true), Value::Null, true),
         ("llama3", split(llama3), Value::Null, true),
         ("qwen", split(&qwen), json!({"type": "NFC"}), true),
+        ("letters with marks", split(&marks), Value::Null, true),
         ("unknown pattern", split(&o200k), Value::Null, false),
         ("lower-casing", split(llama3), json!({"type": "Lowercase"}), false),
         (
