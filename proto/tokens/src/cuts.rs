@@ -65,9 +65,9 @@ pub(crate) struct Cuts {
     mark: Option<u32>,
 }
 
-/// The patterns of the cl100k family, as they stand in `tokenizer.json`: Qwen 2 and 3, Llama 3, and (letters with their
-/// marks) the simulated engine's; those of DeepSeek V3 below. They
-/// differ in how they group digits and scripts, which no cut touches.
+/// The patterns of the cl100k family, as they stand in `tokenizer.json`: Qwen 2 and 3, Llama 3, and, with marks among the
+/// letters, the simulated engine's. They and DeepSeek V3's below differ in how they group digits and scripts, which no
+/// cut touches.
 const CL100K_PATTERNS: [&str; 3] = [
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
