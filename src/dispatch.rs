@@ -20,7 +20,7 @@ use bytes::Bytes;
 use forebay_backends::transport::Body;
 use forebay_proto::error::ApiError;
 use forebay_proto::sse::{Event, Splitter};
-use forebay_scheduler::{Class, PoolId, Refusal, Request, TenantId};
+use forebay_scheduler::{Class, PoolId, Refusal, Request, RouteId, TenantId};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::Instant;
 use tracing::Instrument;
@@ -34,9 +34,6 @@ use intake::Intake;
 pub use intake::{Fact, Learned, PoolSpec, WorkerSpec};
 pub use workers::Worker;
 use workers::Workers;
-
-/// Output tokens to expect of a request that names no maximum, until the scheduler learns better.
-const EXPECTED_OUTPUT: u32 = 256;
 
 /// One request for a pool.
 pub struct Job<'a> {
@@ -190,6 +187,15 @@ impl Dispatch {
     }
 }
 
+/// What the core tells kinds of request apart by.
+fn route(asked: &Asked) -> RouteId {
+    RouteId(match asked {
+        Asked::Chat(_) => 0,
+        Asked::Completion(_) => 1,
+        Asked::Embedding(_) => 2,
+    })
+}
+
 fn request(id: forebay_scheduler::RequestId, job: &Job<'_>, driver: &Driver) -> Request {
     let max_output = job.asked.max_output();
     Request {
@@ -197,10 +203,10 @@ fn request(id: forebay_scheduler::RequestId, job: &Job<'_>, driver: &Driver) -> 
         pool: job.pool,
         tenant: TenantId(0),
         class: job.class,
+        route: route(job.asked),
         deadline: job.deadline.map(|deadline| driver.tick(deadline)),
         prompt_tokens: job.prompt.tokens,
         blocks: Arc::clone(&job.prompt.blocks),
-        expected_output: max_output.unwrap_or(EXPECTED_OUTPUT),
         max_output,
         sequences: job.asked.choices().max(1),
         body_bytes: u32::try_from(job.body.len()).unwrap_or(u32::MAX),

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use forebay_scheduler::{
-    Action, Class, Config, Core, End, Event, KvEvent, PoolId, PoolLimits, Request, RequestId, TenantId, Tick, WorkerId,
-    WorkerSpec,
+    Action, Class, Config, Core, End, Event, KvEvent, PoolId, PoolLimits, Request, RequestId, RouteId, TenantId, Tick,
+    WorkerId, WorkerSpec,
 };
 
 const POOL: PoolId = PoolId(1);
@@ -70,8 +70,8 @@ impl Load {
             deadline: None,
             prompt_tokens: 2000,
             blocks,
-            expected_output: 200,
-            max_output: None,
+            route: RouteId(0),
+            max_output: Some(200),
             sequences: 1,
             body_bytes: 8000,
             streamed: true,

@@ -15,6 +15,8 @@ pub struct Config {
     pub speculative_ttl: Duration,
     /// Seconds that KV pressure `k` costs, times `k/(1-k)` (0.15 s).
     pub kv_pressure_seconds: f64,
+    /// Standard deviations of the expected output that a KV cache keeps free beyond its mean (2).
+    pub kv_deviations: f64,
     /// What a cached token is worth against one to prefill, in a calm pool (1.5): above 1 pays for keeping
     /// conversations together.
     pub overlap_gain_calm: f64,
@@ -41,6 +43,10 @@ pub struct Config {
     pub probe_max: Duration,
     /// When a worker that fails requests gets no more.
     pub breaker: Breaker,
+    /// How long a worker that returns from an illness gets less than its share (20 s).
+    pub slow_start: Duration,
+    /// Share of a pool's workers that may be left alone for being slow; at least one of several (0.3).
+    pub outliers_max: f64,
     /// Prefill speed of a pool in which nothing was measured or hinted yet (2000 tokens/s).
     pub rate_cold: f64,
     /// Decisions kept for `explain` (1024).
@@ -70,6 +76,7 @@ impl Default for Config {
             speculative_lease: Duration::from_secs(5),
             speculative_ttl: Duration::from_secs(120),
             kv_pressure_seconds: 0.15,
+            kv_deviations: 2.0,
             overlap_gain_calm: 1.5,
             overlap_gain_busy: 3.0,
             age_weight: 0.1,
@@ -82,6 +89,8 @@ impl Default for Config {
             probe_first: Duration::from_millis(500),
             probe_max: Duration::from_secs(5),
             breaker: Breaker::default(),
+            slow_start: Duration::from_secs(20),
+            outliers_max: 0.3,
             rate_cold: 2000.0,
             decisions_kept: 1024,
         }

@@ -17,12 +17,13 @@ use smallvec::SmallVec;
 use crate::config::Config;
 use crate::explain::Decisions;
 use crate::lane::Standing;
+use crate::outputs::Plan;
 use crate::placement::Scored;
 use crate::pool::Pool;
 use crate::rng::Rng;
 use crate::timers::Timers;
 use crate::worker::backlog::SendNumber;
-use crate::worker::{Slot, Workers};
+use crate::worker::{Reserved, Slot, Workers};
 use crate::{Action, Event, Failure, PoolId, Request, RequestId, TenantId, Tick, WorkerId};
 
 /// The scheduler of one gateway: all its pools, workers and waiting requests.
@@ -48,6 +49,7 @@ pub struct Core {
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) request: Request,
+    plan: Plan,
     arrived: Tick,
     /// It is refused when it still waits then.
     expires: Tick,
@@ -79,8 +81,10 @@ struct Sent {
     /// None once the worker has left.
     slot: Option<Slot>,
     at: Tick,
+    /// Seconds from then to the first token, as predicted.
+    predicted: f64,
     uncached: u32,
-    reserved: u64,
+    reserved: Reserved,
     number: SendNumber,
     started: bool,
 }

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::{PoolId, RequestId, TenantId, WorkerId};
+use crate::{PoolId, RequestId, RouteId, TenantId, WorkerId};
 
 /// Priority class of a request; the order of the variants is the order of service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -40,6 +40,8 @@ pub struct Request {
     pub tenant: TenantId,
     /// Its priority.
     pub class: Class,
+    /// In which way it is asked; how long its output will be is learned for each tenant and route.
+    pub route: RouteId,
     /// Latest moment of the first token, where the client named one. Bounds the wait here; after the send the caller
     /// enforces it, since only it can stop the engine.
     pub deadline: Option<crate::Tick>,
@@ -49,8 +51,6 @@ pub struct Request {
     /// before it, so that equal hashes mean equal prefixes at the same position; the salt (model, LoRA, cache salt)
     /// is in the first.
     pub blocks: Arc<[u64]>,
-    /// Output tokens to expect from one sequence.
-    pub expected_output: u32,
     /// The client's own limit on output tokens of one sequence.
     pub max_output: Option<u32>,
     /// Sequences the engine will generate: `n` times the number of prompts; at least 1.
@@ -62,17 +62,29 @@ pub struct Request {
     pub streamed: bool,
 }
 
-impl Request {
-    /// Output tokens to plan for, over all sequences.
-    pub(crate) fn planned_output(&self) -> u64 {
-        let each = self.max_output.map_or(self.expected_output, |max| self.expected_output.min(max));
-        u64::from(each) * u64::from(self.sequences.max(1))
-    }
+/// How a pool's workers are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Policy {
+    /// Everything this crate is for.
+    #[default]
+    Forebay,
+    /// The workers in turn. For comparison: a request is sent as it comes, and waits in the engine.
+    RoundRobin,
+    /// The worker with the fewest requests of ours. For comparison, as above.
+    LeastRequests,
+}
+
+impl Policy {
+    /// Every policy by the name that users give it.
+    pub const NAMES: [(&str, Self); 3] =
+        [("forebay", Self::Forebay), ("round-robin", Self::RoundRobin), ("least-requests", Self::LeastRequests)];
 }
 
 /// Bounds and habits of one pool.
 #[derive(Debug, Clone)]
 pub struct PoolLimits {
+    /// How its workers are chosen.
+    pub policy: Policy,
     /// Tokens in one block of [`Request::blocks`] (16: what vLLM uses by default).
     pub block_tokens: u32,
     /// Requests that may wait (4096).
@@ -93,6 +105,7 @@ pub struct PoolLimits {
 impl Default for PoolLimits {
     fn default() -> Self {
         Self {
+            policy: Policy::Forebay,
             block_tokens: 16,
             queue_requests_max: 4096,
             queue_bytes_max: 256 << 20,

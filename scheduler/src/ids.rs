@@ -36,3 +36,8 @@ id!(
     TenantId(u32),
     "tenant-"
 );
+id!(
+    /// Kind of request (chat, completions, …): what is asked in one way is answered at like length.
+    RouteId(u32),
+    "route-"
+);

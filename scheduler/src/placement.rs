@@ -6,16 +6,18 @@
 //! Not here: when it is sent (`core::settle`), and what waits before it in a lane (`lane`).
 
 mod candidates;
+mod policy;
 mod terms;
 
 use smallvec::SmallVec;
 
 use crate::config::Config;
+use crate::outputs::Plan;
 use crate::pool::Pool;
 use crate::prefix::Matches;
 use crate::rng::Rng;
 use crate::worker::{Slot, Worker, Workers};
-use crate::{Class, Request, Tick, WorkerId};
+use crate::{Class, Policy, Request, Tick, WorkerId};
 
 pub(crate) use terms::TERMS;
 
@@ -46,6 +48,7 @@ pub(crate) struct Prospect<'a> {
     pub(crate) now: Tick,
     pub(crate) config: &'a Config,
     pub(crate) request: &'a Request,
+    pub(crate) plan: &'a Plan,
     pub(crate) worker: &'a Worker,
     /// Prompt tokens the worker is believed to hold.
     pub(crate) matched_tokens: u32,
@@ -108,13 +111,21 @@ impl<'a> Scene<'a> {
     /// believed to match so many tokens there when it was bound (by now the index holds what *it* will bring, too).
     pub(crate) fn choose(
         &self,
-        request: &Request,
+        (request, plan): (&Request, &Plan),
         failed_on: &[WorkerId],
         at_head: Option<(Slot, u32)>,
         rng: &mut Rng,
         scored: &mut Vec<Scored>,
     ) -> Choice {
         scored.clear();
+        if self.pool.limits.policy != Policy::Forebay {
+            let picked = policy::pick(self, request, failed_on, self.pool.placed, rng);
+            scored.extend(picked.and_then(|slot| {
+                let matched = self.matched_tokens(request, self.pool.index.held_by(self.now, slot, &request.blocks));
+                self.score((request, plan), slot, matched, Ahead::Lane)
+            }));
+            return if scored.is_empty() { Choice::Nobody } else { Choice::Winner(0) };
+        }
         let matches = self.pool.index.lookup(self.now, &request.blocks);
         let bound = at_head.map(|(slot, _)| slot);
         for slot in candidates::gather(self, request, failed_on, bound, &matches, rng) {
@@ -122,7 +133,7 @@ impl<'a> Scene<'a> {
                 Some((bound, matched)) if bound == slot => (matched, Ahead::Sent),
                 _ => (self.matched_tokens(request, held(&matches, slot)), Ahead::Lane),
             };
-            scored.extend(self.score(request, slot, matched, ahead));
+            scored.extend(self.score((request, plan), slot, matched, ahead));
         }
         let left = request.deadline.map(|deadline| deadline.seconds_since(self.now));
         let in_time = |scored: &Scored| left.is_none_or(|left| scored.first_token_seconds <= left);
@@ -134,9 +145,22 @@ impl<'a> Scene<'a> {
         winner(scored, rng)
     }
 
+    /// Whether the worker is there for the request: eligible, large enough, and has not failed it.
+    pub(crate) fn may_take(&self, request: &Request, failed_on: &[WorkerId], slot: Slot) -> bool {
+        self.workers.get(slot).is_some_and(|worker| {
+            worker.is_eligible() && worker.holds(request.prompt_tokens) && !failed_on.contains(&worker.id)
+        })
+    }
+
     /// One request at one worker that holds so many of its tokens.
-    pub(crate) fn score(&self, request: &Request, slot: Slot, matched_tokens: u32, ahead: Ahead) -> Option<Scored> {
-        let prospect = self.prospect(request, slot, matched_tokens, ahead)?;
+    pub(crate) fn score(
+        &self,
+        (request, plan): (&Request, &Plan),
+        slot: Slot,
+        matched_tokens: u32,
+        ahead: Ahead,
+    ) -> Option<Scored> {
+        let prospect = self.prospect((request, plan), slot, matched_tokens, ahead)?;
         let terms = TERMS.map(|(_, seconds)| seconds(&prospect));
         Some(Scored {
             slot,
@@ -167,7 +191,13 @@ impl<'a> Scene<'a> {
         (ours + foreign) * worker.reported.margin(now, ttl)
     }
 
-    fn prospect(&self, request: &'a Request, slot: Slot, matched_tokens: u32, ahead: Ahead) -> Option<Prospect<'a>> {
+    fn prospect<'b>(
+        &'b self,
+        (request, plan): (&'b Request, &'b Plan),
+        slot: Slot,
+        matched_tokens: u32,
+        ahead: Ahead,
+    ) -> Option<Prospect<'b>> {
         let worker = self.workers.get(slot)?;
         let foreign = worker.reported.foreign(self.now, self.config.report_ttl);
         let lane = if ahead == Ahead::Lane { worker.lane.sequences_before(request.class) } else { 0 };
@@ -175,6 +205,7 @@ impl<'a> Scene<'a> {
             now: self.now,
             config: self.config,
             request,
+            plan,
             worker,
             matched_tokens,
             ahead_tokens: self.ahead_tokens(worker, request.class, ahead),

@@ -9,6 +9,7 @@ use std::time::Duration;
 use crate::config::Config;
 use crate::fairness::Fairness;
 use crate::lane::Lane;
+use crate::outputs::Outputs;
 use crate::prefix::PrefixIndex;
 use crate::worker::{Slot, Workers};
 use crate::{Class, PoolLimits, Request, RequestId, Tick};
@@ -33,10 +34,13 @@ pub(crate) struct Pool {
     pub(crate) queue: Queue,
     pub(crate) fairness: Fairness,
     pub(crate) index: PrefixIndex,
+    pub(crate) outputs: Outputs,
     /// Share of candidates that had work to do when a request came: how busy the pool is, 0 to 1.
     pub(crate) busy: f64,
     /// Mean of the prompt tokens to compute of our own requests.
     pub(crate) uncached_mean: f64,
+    /// Requests placed so far.
+    pub(crate) placed: u64,
     median: Option<(Tick, f64)>,
     rate_cold: f64,
 }
@@ -63,8 +67,10 @@ impl Pool {
             queue: Queue::default(),
             fairness: Fairness::default(),
             index: PrefixIndex::new(config.index_bytes_max),
+            outputs: Outputs::default(),
             busy: 0.0,
             uncached_mean: PROMPT_TOKENS_ASSUMED,
+            placed: 0,
             median: None,
             rate_cold: config.rate_cold,
         }
@@ -89,6 +95,7 @@ impl Pool {
     }
 
     pub(crate) fn observe_decision(&mut self, busy: f64, uncached: u32) {
+        self.placed += 1;
         self.busy += (busy - self.busy) * MEAN_WEIGHT;
         self.uncached_mean += (f64::from(uncached) - self.uncached_mean) * MEAN_WEIGHT;
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::core::Core;
 use crate::placement::{Ahead, Scene};
-use crate::worker::Worker;
+use crate::worker::{Reserved, Worker};
 use crate::{Class, Decision, HealthState, LoadReport, PoolId, Request, RequestId, Tick, WorkerId};
 
 /// One worker now.
@@ -17,6 +17,9 @@ pub struct WorkerView {
     pub pool: PoolId,
     /// Its standing.
     pub health: HealthState,
+    /// How well it is, from 1 to 0: the share of recent attempts that worked, times how punctual its first tokens are
+    /// (seconds predicted for their uncached tokens over seconds taken). 0 while it gets nothing.
+    pub health_score: f64,
     /// Gets nothing new because it is to leave.
     pub draining: bool,
     /// Time for which it asked to be left alone.
@@ -134,15 +137,16 @@ impl Core {
             worker: worker.id,
             pool: worker.pool,
             health: worker.health.state(),
+            health_score: worker.health_score(now, &self.config),
             draining: worker.draining,
             busy: worker.busy_until.since(now),
             sent_requests: u32::try_from(worker.sent.len()).unwrap_or(u32::MAX),
             sent_sequences: worker.sequences,
             lane_requests: worker.lane.requests(),
             promised_tokens: backlog as u64 + worker.lane.tokens_before(Class::Batch),
-            reserved_tokens: worker.reserved,
+            reserved_tokens: worker.reserved.tokens,
             kv_tokens: worker.spec.kv_tokens,
-            kv_usage: worker.kv_pressure(now, 0, &self.config),
+            kv_usage: worker.kv_pressure(now, Reserved::default(), &self.config),
             prefill_rate: worker.speed(now, pool.fleet_rate(), &self.config),
             rate_measured: worker.measured_rate().is_some(),
             reported: worker.reported.fresh(now, self.config.report_ttl).map(|(at, load)| (now.since(at), load)),

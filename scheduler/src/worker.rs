@@ -6,6 +6,7 @@
 
 pub(crate) mod backlog;
 pub(crate) mod health;
+pub(crate) mod latency;
 mod load;
 mod rate;
 
@@ -13,9 +14,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::config::Config;
 use crate::lane::Lane;
-use crate::{GpuReport, HealthState, PoolId, Request, RequestId, Tick, WorkerId, WorkerSpec};
+use crate::outputs::Plan;
+use crate::{GpuReport, HealthState, LoadReport, PoolId, Request, RequestId, Tick, WorkerId, WorkerSpec};
 use backlog::{Backlog, SendNumber};
 use health::Health;
+use latency::Latency;
 use load::Reported;
 use rate::Rate;
 
@@ -24,12 +27,45 @@ const STAY_WEIGHT: f64 = 0.05;
 /// Most KV tokens reserved for one request where the capacity is not known; keeps sums in range.
 const NEED_MAX: u64 = 1 << 32;
 
+/// Largest variance kept of one request; keeps sums in range.
+const VARIANCE_MAX: u64 = 1 << 42;
+
+/// KV tokens promised to one request or to several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Reserved {
+    /// Prompt and expected output.
+    pub(crate) tokens: u64,
+    /// Of these, the expected output.
+    pub(crate) output_tokens: u64,
+    /// Variance of the output.
+    pub(crate) variance: u64,
+}
+
+impl Reserved {
+    pub(crate) fn plus(self, more: Self) -> Self {
+        Self {
+            tokens: self.tokens + more.tokens,
+            output_tokens: self.output_tokens + more.output_tokens,
+            variance: self.variance + more.variance,
+        }
+    }
+
+    fn minus(self, less: Self) -> Self {
+        Self {
+            tokens: self.tokens.saturating_sub(less.tokens),
+            output_tokens: self.output_tokens.saturating_sub(less.output_tokens),
+            variance: self.variance.saturating_sub(less.variance),
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) id: WorkerId,
     pub(crate) pool: PoolId,
     pub(crate) spec: WorkerSpec,
     pub(crate) health: Health,
+    pub(crate) latency: Latency,
     pub(crate) draining: bool,
     /// Overloaded by its own account until then.
     pub(crate) busy_until: Tick,
@@ -38,8 +74,8 @@ pub(crate) struct Worker {
     pub(crate) lane: Lane,
     pub(crate) sent: BTreeSet<RequestId>,
     pub(crate) sequences: u64,
-    /// KV tokens promised to what was sent.
-    pub(crate) reserved: u64,
+    /// What was promised to what was sent.
+    pub(crate) reserved: Reserved,
     pub(crate) reported: Reported,
     backlog: Backlog,
     rate: Rate,
@@ -62,13 +98,14 @@ impl Worker {
             pool,
             spec,
             health: Health::new(now, config),
+            latency: Latency::default(),
             draining: false,
             busy_until: Tick::ZERO,
             trial: None,
             lane: Lane::default(),
             sent: BTreeSet::new(),
             sequences: 0,
-            reserved: 0,
+            reserved: Reserved::default(),
             reported: Reported::default(),
             backlog: Backlog::default(),
             rate: Rate::default(),
@@ -106,22 +143,16 @@ impl Worker {
         self.spec.kv_tokens.is_none_or(|capacity| u64::from(prompt_tokens) < capacity)
     }
 
-    /// KV tokens to reserve for the request: prompt and expected output in whole blocks, at most what there is.
-    pub(crate) fn need(&self, request: &Request) -> u64 {
-        let tokens = u64::from(request.prompt_tokens) + request.planned_output();
-        let rounded = tokens.next_multiple_of(u64::from(self.spec.block_tokens.max(1)));
-        rounded.min(self.spec.kv_tokens.unwrap_or(NEED_MAX))
+    /// What to reserve for a request: prompt and expected output in whole blocks, at most what there is.
+    pub(crate) fn need(&self, plan: &Plan) -> Reserved {
+        let block = u64::from(self.spec.block_tokens.max(1));
+        let most = self.spec.kv_tokens.unwrap_or(NEED_MAX);
+        let tokens = (u64::from(plan.prompt_tokens) + plan.output_tokens).next_multiple_of(block).min(most);
+        Reserved { tokens, output_tokens: plan.output_tokens.min(tokens), variance: plan.variance.min(VARIANCE_MAX) }
     }
 
     /// Whether the request may be sent now. A worker that has nothing always takes one.
-    pub(crate) fn has_room(
-        &self,
-        now: Tick,
-        request: &Request,
-        uncached: u32,
-        fleet_rate: f64,
-        config: &Config,
-    ) -> bool {
+    pub(crate) fn has_room(&self, now: Tick, plan: &Plan, uncached: u32, fleet_rate: f64, config: &Config) -> bool {
         if !self.may_send() || self.busy_until > now {
             return false;
         }
@@ -131,19 +162,27 @@ impl Worker {
         let foreign = self.reported.foreign(now, config.report_ttl);
         let sequences = self.sequences + u64::from(foreign.map_or(0, |foreign| foreign.running));
         let backlog = self.backlog_tokens(now, fleet_rate, config);
-        sequences + u64::from(request.sequences.max(1)) <= u64::from(self.spec.sequences_max)
+        sequences + u64::from(plan.sequences) <= u64::from(self.spec.sequences_max)
             && (backlog <= 0.0 || backlog + f64::from(uncached) <= f64::from(self.spec.window_tokens))
-            && self.kv_pressure(now, self.need(request), config).is_none_or(|pressure| pressure <= 1.0)
+            && self.kv_pressure(now, self.need(plan), config).is_none_or(|pressure| pressure <= 1.0)
     }
 
-    /// Share of the KV cache in use with `more` tokens: ours or the engine's account, whichever is greater.
-    pub(crate) fn kv_pressure(&self, now: Tick, more: u64, config: &Config) -> Option<f64> {
-        let reserved = (self.reserved + more) as f64;
-        let ours = self.spec.kv_tokens.map(|capacity| reserved / capacity.max(1) as f64);
-        let engines = self.reported.kv_usage(now, config.report_ttl, reserved, self.spec.kv_tokens);
-        match (ours, engines) {
-            (Some(ours), Some(engines)) => Some(ours.max(engines)),
-            (ours, engines) => ours.or(engines),
+    /// Share of the KV cache that will be in use with `more`: by the engine's account and what we know to come, where
+    /// it reports (prompts that share blocks take less than their sum), else by our own.
+    pub(crate) fn kv_pressure(&self, now: Tick, more: Reserved, config: &Config) -> Option<f64> {
+        let with = self.reserved.plus(more);
+        let spread = config.kv_deviations * (with.variance as f64).sqrt();
+        match (self.spec.kv_tokens, self.reported.kv_usage(now, config.report_ttl)) {
+            (Some(capacity), used) => {
+                let capacity = capacity.max(1) as f64;
+                let ours = with.tokens as f64 / capacity;
+                let engines = used.map(|used| {
+                    let since = with.tokens as f64 - used.reserved as f64;
+                    used.share + (used.to_come as f64 + since) / capacity
+                });
+                Some((engines.unwrap_or(ours) + spread / capacity).max(0.0))
+            }
+            (None, used) => used.map(|used| used.share),
         }
     }
 
@@ -174,17 +213,22 @@ impl Worker {
         }
     }
 
+    /// How well it is, 1 to 0: few failures, punctual first tokens.
+    pub(crate) fn health_score(&self, now: Tick, config: &Config) -> f64 {
+        self.health.score(now, config) * self.latency.punctuality()
+    }
+
     /// Takes a request in. Returns its place in the backlog.
     pub(crate) fn hold(
         &mut self,
         now: Tick,
-        request: &Request,
+        (request, plan): (&Request, &Plan),
         uncached: u32,
         fleet_rate: f64,
         config: &Config,
-    ) -> (u64, SendNumber) {
-        let need = self.need(request);
-        self.reserved += need;
+    ) -> (Reserved, SendNumber) {
+        let need = self.need(plan);
+        self.reserved = self.reserved.plus(need);
         self.sequences += u64::from(request.sequences.max(1));
         self.sent.insert(request.id);
         if self.health.state() == HealthState::HalfOpen {
@@ -210,14 +254,14 @@ impl Worker {
         &mut self,
         now: Tick,
         request: &Request,
-        (reserved, number): (u64, SendNumber),
+        (reserved, number): (Reserved, SendNumber),
         started: bool,
         (fleet_rate, config): (f64, &Config),
     ) {
         if !self.sent.remove(&request.id) {
             return;
         }
-        self.reserved = self.reserved.saturating_sub(reserved);
+        self.reserved = self.reserved.minus(reserved);
         self.sequences = self.sequences.saturating_sub(u64::from(request.sequences.max(1)));
         if self.trial == Some(request.id) {
             self.trial = None;
@@ -227,6 +271,17 @@ impl Worker {
             self.backlog.remove(now, speed, number);
             self.rate.spoil();
         }
+    }
+
+    /// Its engine's metrics were read.
+    pub(crate) fn observe(&mut self, now: Tick, report: LoadReport, fleet_rate: f64, config: &Config) {
+        let backlog = self.backlog_tokens(now, fleet_rate, config) as u64;
+        self.reported.observe(
+            now,
+            report,
+            self.sequences,
+            (self.reserved.tokens, backlog + self.reserved.output_tokens),
+        );
     }
 
     /// A request ended well after `seconds` here.

@@ -5,12 +5,13 @@ use std::time::Duration;
 use super::{Core, Entry, Place, Sent};
 use crate::explain::{Candidate, Cause};
 use crate::lane::Standing;
+use crate::outputs::Plan;
 use crate::placement::{Choice, Scene, Scored};
 use crate::pool::Pool;
 use crate::time::duration;
 use crate::timers::Timer;
 use crate::worker::Slot;
-use crate::{Action, Class, Failure, PoolId, Refusal, Request, RequestId, TenantId, Tick};
+use crate::{Action, Class, Failure, Policy, PoolId, Refusal, Request, RequestId, TenantId, Tick};
 
 /// Bounds of what a client is told to wait.
 const RETRY_AFTER_SECONDS: (f64, f64) = (1.0, 60.0);
@@ -29,8 +30,10 @@ impl Core {
             request.deadline.map_or(timeout, |deadline| deadline.min(timeout))
         });
         let reason = self.inadmissible(&request, expires);
+        let plan = self.plan(&request);
         let entry = Entry {
             request,
+            plan,
             arrived: now,
             expires,
             place: Place::Loose,
@@ -45,6 +48,11 @@ impl Core {
             Some(reason) => self.refuse(id, reason, out),
             None => self.place(id, Cause::Arrival, out),
         }
+    }
+
+    fn plan(&self, request: &Request) -> Plan {
+        let expected = self.pools.get(&request.pool).map(|pool| pool.outputs.expected(request.tenant, request.route));
+        Plan::new(request, expected.unwrap_or_default())
     }
 
     fn inadmissible(&self, request: &Request, expires: Tick) -> Option<Refusal> {
@@ -68,7 +76,7 @@ impl Core {
         }
         let Some(pool) = self.pools.get_mut(&pool_id) else { return self.refuse(id, Refusal::PoolUnknown, out) };
         let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
-        match scene.choose(&entry.request, &entry.failed_on, None, &mut self.rng, &mut self.scored) {
+        match scene.choose((&entry.request, &entry.plan), &entry.failed_on, None, &mut self.rng, &mut self.scored) {
             Choice::Winner(at) => {
                 let Some(winner) = self.scored.get(at).cloned() else { return };
                 let busy = self.scored.iter().filter(|scored| scored.waits).count();
@@ -99,8 +107,10 @@ impl Core {
         let (Some(entry), Some(worker)) = (self.requests.get_mut(&id), self.workers.get_mut(to.slot)) else { return };
         let Some(pool) = self.pools.get(&entry.request.pool) else { return };
         let fleet_rate = pool.fleet_rate();
-        if worker.lane.is_empty()
-            && worker.has_room(self.now, &entry.request, to.uncached_tokens, fleet_rate, &self.config)
+        let at_once = pool.limits.policy != Policy::Forebay && worker.may_send();
+        if at_once
+            || worker.lane.is_empty()
+                && worker.has_room(self.now, &entry.plan, to.uncached_tokens, fleet_rate, &self.config)
         {
             return self.send(id, to.slot, to.matched_tokens, out);
         }

@@ -21,18 +21,26 @@ impl Core {
         let uncached = entry.request.prompt_tokens.saturating_sub(matched_tokens);
         let ahead = scene.ahead_tokens(worker, entry.request.class, Ahead::Sent) + f64::from(uncached);
         let fleet_rate = pool.fleet_rate();
-        let predicted_ttft = duration(ahead / worker.speed(now, fleet_rate, config));
+        let predicted = ahead / worker.speed(now, fleet_rate, config);
 
         let Some(worker) = self.workers.get_mut(slot) else { return };
-        let (reserved, number) = worker.hold(now, &entry.request, uncached, fleet_rate, config);
+        let (reserved, number) = worker.hold(now, (&entry.request, &entry.plan), uncached, fleet_rate, config);
         let worker = worker.id;
-        entry.place =
-            Place::Sent(Sent { worker, slot: Some(slot), at: now, uncached, reserved, number, started: false });
+        entry.place = Place::Sent(Sent {
+            worker,
+            slot: Some(slot),
+            at: now,
+            predicted,
+            uncached,
+            reserved,
+            number,
+            started: false,
+        });
         entry.attempts += 1;
         let tenant = entry.request.tenant;
         let weight = self.weights.get(&tenant).copied().unwrap_or(1.0);
         pool.fairness.sent(tenant, weight, uncached);
-        out.push(Action::Send { request: id, worker, matched_tokens, predicted_ttft });
+        out.push(Action::Send { request: id, worker, matched_tokens, predicted_ttft: duration(predicted) });
         self.touch(slot);
     }
 
@@ -46,8 +54,14 @@ impl Core {
         let Some(pool) = self.pools.get_mut(&entry.request.pool) else { return };
         let Some((slot, worker)) = sent.slot.and_then(|slot| Some((slot, self.workers.get_mut(slot)?))) else { return };
         worker.started(self.now, sent.number, sent.uncached, pool.fleet_rate(), &self.config);
+        let outlier = entry.request.streamed
+            && worker.measured_rate().is_some()
+            && worker.latency.observe(self.now, self.now.seconds_since(sent.at), sent.predicted);
         pool.observe_rates(self.now, &self.workers);
         self.worked(slot, out);
+        if outlier {
+            self.eject(slot, out);
+        }
         self.touch(slot);
     }
 
@@ -85,7 +99,7 @@ impl Core {
         let Some(sent) = self.release(id) else { return };
         match end {
             End::Finished { output_tokens, .. } => {
-                self.charge_rest(id, output_tokens);
+                self.settle_output(id, output_tokens);
                 if let Some((slot, worker)) = sent.slot.and_then(|slot| Some((slot, self.workers.get_mut(slot)?))) {
                     worker.stayed(self.now.seconds_since(sent.at));
                     if !sent.started {
@@ -126,6 +140,23 @@ impl Core {
         self.health_changed(slot, before, out);
     }
 
+    /// Leaves a worker alone that turned much slower than it was, unless too many are left alone already.
+    fn eject(&mut self, slot: Slot, out: &mut Vec<Action>) {
+        let Some(pool) = self.workers.get(slot).and_then(|worker| self.pools.get(&worker.pool)) else { return };
+        let others = pool.workers.iter().filter(|other| **other != slot).filter_map(|other| self.workers.get(*other));
+        let out_already = others.clone().filter(|other| other.health.state() != HealthState::Up).count();
+        let most = ((pool.workers.len() as f64 * self.config.outliers_max) as usize).max(1);
+        if out_already >= most || out_already == others.count() {
+            return;
+        }
+        let Some(worker) = self.workers.get_mut(slot) else { return };
+        worker.latency.forget();
+        let before = worker.health.state();
+        worker.health.open(self.now, &self.config);
+        self.touch(slot);
+        self.health_changed(slot, before, out);
+    }
+
     /// A worker has failed a request.
     fn broke(&mut self, sent: Sent, failure: Failure, out: &mut Vec<Action>) {
         let Some((slot, worker)) = sent.slot.and_then(|slot| Some((slot, self.workers.get_mut(slot)?))) else { return };
@@ -143,11 +174,17 @@ impl Core {
         self.health_changed(slot, before, out);
     }
 
-    fn charge_rest(&mut self, id: RequestId, output_tokens: u32) {
+    /// Charges its tenant for what was not charged yet, and learns how long such outputs are.
+    fn settle_output(&mut self, id: RequestId, output_tokens: u32) {
         let Some(entry) = self.requests.get(&id) else { return };
         let rest = output_tokens.saturating_sub(entry.charged);
-        if let Some(pool) = self.pools.get_mut(&entry.request.pool) {
-            pool.fairness.generated(entry.request.tenant, rest);
+        let request = &entry.request;
+        if let Some(pool) = self.pools.get_mut(&request.pool) {
+            pool.fairness.generated(request.tenant, rest);
+            if output_tokens > 0 {
+                let each = f64::from(output_tokens) / f64::from(entry.plan.sequences);
+                pool.outputs.observe(request.tenant, request.route, each);
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::{Core, Place};
 use crate::PoolId;
 use crate::WorkerId;
+use crate::worker::Reserved;
 
 /// An invariant that does not hold: a fault of the core, never of its caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -25,7 +26,7 @@ impl Core {
     /// The first invariant that does not hold.
     pub fn check(&self) -> Result<(), Broken> {
         for (slot, worker) in self.workers.iter() {
-            let mut held = (0, 0_u64);
+            let mut held = (Reserved::default(), 0_u64);
             for id in &worker.sent {
                 let entry = self.requests.get(id);
                 let Some((entry, Place::Sent(sent))) = entry.map(|entry| (entry, entry.place)) else {
@@ -34,7 +35,7 @@ impl Core {
                 if sent.slot != Some(slot) {
                     return Err(Broken::Reservations(worker.id));
                 }
-                held = (held.0 + sent.reserved, held.1 + u64::from(entry.request.sequences.max(1)));
+                held = (held.0.plus(sent.reserved), held.1 + u64::from(entry.request.sequences.max(1)));
             }
             if held != (worker.reserved, worker.sequences) {
                 return Err(Broken::Reservations(worker.id));

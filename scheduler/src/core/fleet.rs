@@ -90,7 +90,8 @@ impl Core {
     pub(super) fn load(&mut self, id: WorkerId, report: LoadReport) {
         let Some(slot) = self.workers.slot(id) else { return };
         let Some(worker) = self.workers.get_mut(slot) else { return };
-        worker.reported.observe(self.now, report, worker.sequences, worker.reserved);
+        let Some(pool) = self.pools.get(&worker.pool) else { return };
+        worker.observe(self.now, report, pool.fleet_rate(), &self.config);
         self.touch(slot);
     }
 

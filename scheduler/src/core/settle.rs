@@ -62,7 +62,7 @@ impl Core {
         let id = worker.lane.head(&pool.fairness)?;
         let entry = self.requests.get(&id)?;
         let Place::Lane(_, standing) = entry.place else { return None };
-        let room = worker.has_room(self.now, &entry.request, standing.uncached, pool.fleet_rate(), &self.config);
+        let room = worker.has_room(self.now, &entry.plan, standing.uncached, pool.fleet_rate(), &self.config);
         room.then_some((id, entry.matched_tokens()))
     }
 
@@ -96,10 +96,10 @@ impl Core {
                     return None;
                 }
                 let matched = scene.matched_tokens(request, pool.index.held_by(self.now, slot, &request.blocks));
-                let here = scene.score(request, slot, matched, Ahead::Sent)?;
-                let there = scene.score(request, *victim, entry.matched_tokens(), Ahead::Sent)?;
+                let here = scene.score((request, &entry.plan), slot, matched, Ahead::Sent)?;
+                let there = scene.score((request, &entry.plan), *victim, entry.matched_tokens(), Ahead::Sent)?;
                 let takes = pays(&self.config, there.seconds, here.seconds)
-                    && worker.has_room(self.now, request, here.uncached_tokens, pool.fleet_rate(), &self.config);
+                    && worker.has_room(self.now, &entry.plan, here.uncached_tokens, pool.fleet_rate(), &self.config);
                 takes.then_some((there.seconds - here.seconds, id, here))
             });
             if let Some(spoil) = spoil
@@ -174,7 +174,13 @@ impl Core {
             let Some(entry) = self.requests.get(&id) else { return };
             let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
             let at_head = Some((slot, entry.matched_tokens()));
-            match scene.choose(&entry.request, &entry.failed_on, at_head, &mut self.rng, &mut self.scored) {
+            match scene.choose(
+                (&entry.request, &entry.plan),
+                &entry.failed_on,
+                at_head,
+                &mut self.rng,
+                &mut self.scored,
+            ) {
                 Choice::Winner(at) => {
                     let Some(best) = self.scored.get(at).filter(|best| best.slot != slot).cloned() else { return };
                     let here = self.scored.iter().find(|scored| scored.slot == slot);

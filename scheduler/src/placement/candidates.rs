@@ -31,11 +31,7 @@ pub(super) fn gather(
     rng: &mut Rng,
 ) -> Slots {
     let pool = scene.pool;
-    let may = |slot: &Slot| {
-        scene.workers.get(*slot).is_some_and(|worker| {
-            worker.is_eligible() && worker.holds(request.prompt_tokens) && !failed_on.contains(&worker.id)
-        })
-    };
+    let may = |slot: &Slot| scene.may_take(request, failed_on, *slot);
     let mut slots: Slots;
     if pool.workers.len() <= ALL_MAX {
         slots = pool.workers.iter().copied().filter(may).collect();

@@ -8,16 +8,18 @@ mod kv_pressure;
 mod overlap_credit;
 pub(super) mod prefill;
 pub(super) mod slot_wait;
+mod slow_start;
 
 use super::Prospect;
 
 type Seconds = fn(&Prospect<'_>) -> f64;
 
 /// The table; its order is that of explanations.
-pub(crate) const TERMS: [(&str, Seconds); 5] = [
+pub(crate) const TERMS: [(&str, Seconds); 6] = [
     ("drain_time", drain_time::seconds),
     ("prefill", prefill::seconds),
     ("slot_wait", slot_wait::seconds),
+    ("slow_start", slow_start::seconds),
     ("kv_pressure", kv_pressure::seconds),
     ("overlap_credit", overlap_credit::seconds),
 ];

@@ -34,9 +34,18 @@ pub(crate) struct Health {
 
 #[derive(Debug)]
 enum State {
-    Probing { unknown: bool, at: Tick, wait: Duration },
-    Up,
-    Open { until: Tick },
+    Probing {
+        unknown: bool,
+        at: Tick,
+        wait: Duration,
+    },
+    /// `returned`: when it came back from an illness, if it was ill.
+    Up {
+        returned: Option<Tick>,
+    },
+    Open {
+        until: Tick,
+    },
     HalfOpen,
 }
 
@@ -57,7 +66,7 @@ impl Health {
         match self.state {
             State::Probing { unknown: true, .. } => HealthState::Unknown,
             State::Probing { unknown: false, .. } => HealthState::Down,
-            State::Up => HealthState::Up,
+            State::Up { .. } => HealthState::Up,
             State::Open { .. } => HealthState::Open,
             State::HalfOpen => HealthState::HalfOpen,
         }
@@ -65,12 +74,12 @@ impl Health {
 
     pub(crate) fn probed(&mut self, now: Tick, healthy: bool, config: &Config) {
         match (&self.state, healthy) {
-            (State::Probing { .. }, true) => {
-                self.state = State::Up;
+            (State::Probing { unknown, .. }, true) => {
+                self.state = State::Up { returned: (!unknown).then_some(now) };
                 self.counts = Counts::default();
             }
             // what fails requests is not made whole by its answer to a probe
-            (State::Up | State::Open { .. } | State::HalfOpen, true)
+            (State::Up { .. } | State::Open { .. } | State::HalfOpen, true)
             | (State::Probing { unknown: false, .. }, false) => {}
             (_, false) => self.state = probing(now, config, false),
         }
@@ -87,9 +96,8 @@ impl Health {
     pub(crate) fn succeeded(&mut self, now: Tick, config: &Config) {
         self.counts.add(now, 0.0, &config.breaker);
         if matches!(self.state, State::HalfOpen) {
-            self.state = State::Up;
+            self.state = State::Up { returned: Some(now) };
             self.counts = Counts::default();
-            self.open_next = config.breaker.open_first;
         }
     }
 
@@ -102,13 +110,45 @@ impl Health {
         }
         self.counts.add(now, 1.0, &config.breaker);
         let trips = match self.state {
-            State::Up => self.counts.trips(&config.breaker),
+            State::Up { .. } => self.counts.trips(&config.breaker),
             State::HalfOpen => true,
             State::Probing { .. } | State::Open { .. } => false,
         };
         if trips {
-            self.state = State::Open { until: now.after(self.open_next) };
-            self.open_next = (self.open_next * 2).min(config.breaker.open_max);
+            self.open(now, config);
+        }
+    }
+
+    /// Leaves the worker alone for a time: twice as long as last time, unless it was well for long in between.
+    pub(crate) fn open(&mut self, now: Tick, config: &Config) {
+        let well = match self.state {
+            State::Up { returned } => returned.is_none_or(|at| now.since(at) > config.breaker.open_max),
+            State::Probing { .. } | State::Open { .. } | State::HalfOpen => false,
+        };
+        if well {
+            self.open_next = config.breaker.open_first;
+        }
+        self.state = State::Open { until: now.after(self.open_next) };
+        self.open_next = (self.open_next * 2).min(config.breaker.open_max);
+    }
+
+    /// Share of the usual load that a worker should get that came back from an illness: from a quarter to all of it.
+    pub(crate) fn ramp(&self, now: Tick, config: &Config) -> f64 {
+        const FIRST: f64 = 0.25;
+        match self.state {
+            State::Up { returned: Some(at) } => {
+                let passed = now.seconds_since(at) / config.slow_start.as_secs_f64().max(1e-3);
+                (FIRST + (1.0 - FIRST) * passed).min(1.0)
+            }
+            _ => 1.0,
+        }
+    }
+
+    /// 1 for a worker whose attempts all work, down to 0 for one that fails them all or gets none.
+    pub(crate) fn score(&self, now: Tick, config: &Config) -> f64 {
+        match self.state {
+            State::Up { .. } | State::HalfOpen => 1.0 - self.counts.failure_share(now, &config.breaker),
+            State::Probing { .. } | State::Open { .. } => 0.0,
         }
     }
 
@@ -117,7 +157,7 @@ impl Health {
         match self.state {
             State::Probing { at, .. } => Some(at),
             State::Open { until } => Some(until),
-            State::Up | State::HalfOpen => None,
+            State::Up { .. } | State::HalfOpen => None,
         }
     }
 
@@ -148,6 +188,12 @@ impl Counts {
         self.failed = self.failed * keep + failed;
         self.all = self.all * keep + 1.0;
         self.at = self.at.max(now);
+    }
+
+    /// Failures among recent attempts, with one good attempt assumed.
+    fn failure_share(&self, now: Tick, breaker: &Breaker) -> f64 {
+        let keep = (-now.seconds_since(self.at) / breaker.half_life.as_secs_f64().max(1e-3)).exp2();
+        self.failed * keep / (self.all * keep + 1.0)
     }
 
     fn trips(&self, breaker: &Breaker) -> bool {

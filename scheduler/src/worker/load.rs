@@ -26,6 +26,19 @@ struct Report {
     foreign: u32,
     /// Our reservations in KV tokens, when the report came.
     reserved: u64,
+    /// Of these, what was not in the cache yet, as far as we know: prompts not prefilled, and output.
+    to_come: u64,
+}
+
+/// The engine's account of its KV cache.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Used {
+    /// Share in use when it was read.
+    pub(crate) share: f64,
+    /// Our reservations in KV tokens at that time.
+    pub(crate) reserved: u64,
+    /// Of these, what was still to come.
+    pub(crate) to_come: u64,
 }
 
 /// What a report adds to our own counters.
@@ -40,11 +53,12 @@ pub(crate) struct Foreign {
 }
 
 impl Reported {
-    pub(crate) fn observe(&mut self, now: Tick, load: LoadReport, sequences: u64, reserved: u64) {
+    /// `reserved` and `to_come`: see [`Used`].
+    pub(crate) fn observe(&mut self, now: Tick, load: LoadReport, sequences: u64, (reserved, to_come): (u64, u64)) {
         let ours = u32::try_from(sequences).unwrap_or(u32::MAX);
         let foreign = load.running.saturating_add(load.waiting).saturating_sub(ours);
         let kv_usage = load.kv_usage.filter(|usage| usage.is_finite()).map(|usage| usage.clamp(0.0, 1.0));
-        self.last = Some(Report { at: now, load: LoadReport { kv_usage, ..load }, foreign, reserved });
+        self.last = Some(Report { at: now, load: LoadReport { kv_usage, ..load }, foreign, reserved, to_come });
         self.reports = true;
     }
 
@@ -64,11 +78,10 @@ impl Reported {
         Some(Foreign { running: report.foreign - waiting, waiting, age: now.seconds_since(report.at) })
     }
 
-    /// Share of the KV cache in use, from the report and what we reserved and released since.
-    pub(crate) fn kv_usage(&self, now: Tick, ttl: Duration, reserved: f64, capacity: Option<u64>) -> Option<f64> {
+    /// How much of the KV cache was in use when that was read.
+    pub(crate) fn kv_usage(&self, now: Tick, ttl: Duration) -> Option<Used> {
         let report = self.usable(now, ttl)?;
-        let since = capacity.map_or(0.0, |capacity| (reserved - report.reserved as f64) / capacity.max(1) as f64);
-        Some((report.load.kv_usage? + since).max(0.0))
+        Some(Used { share: report.load.kv_usage?, reserved: report.reserved, to_come: report.to_come })
     }
 
     /// By how much to mistrust our own counters.
@@ -102,33 +115,31 @@ mod tests {
             (u32::MAX, u32::MAX, 0, Some((0, u32::MAX))),
         ] {
             let mut reported = Reported::default();
-            reported.observe(Tick(0), load(running, waiting, 0.0), ours, 0);
+            reported.observe(Tick(0), load(running, waiting, 0.0), ours, (0, 0));
             let foreign = reported.foreign(Tick(0), TTL).map(|f| (f.running, f.waiting));
             assert_eq!(foreign, expect, "{running} {waiting} {ours}");
         }
     }
 
     #[test]
-    fn kv_is_corrected_by_what_was_reserved_since() {
+    fn the_cache_is_known_with_what_we_had_promised_then() {
         let mut reported = Reported::default();
-        reported.observe(Tick(0), load(1, 0, 0.5), 1, 300);
-        assert_eq!(reported.kv_usage(Tick(1), TTL, 400.0, Some(1000)), Some(0.6));
-        assert_eq!(reported.kv_usage(Tick(1), TTL, 0.0, Some(1000)), Some(0.2));
-        assert_eq!(reported.kv_usage(Tick(1), TTL, 400.0, None), Some(0.5));
-        reported.observe(Tick(2), load(1, 0, f64::NAN), 1, 300);
-        assert_eq!(reported.kv_usage(Tick(2), TTL, 0.0, Some(1000)), None);
+        reported.observe(Tick(0), load(1, 0, 0.5), 1, (300, 200));
+        assert_eq!(reported.kv_usage(Tick(1), TTL), Some(Used { share: 0.5, reserved: 300, to_come: 200 }));
+        reported.observe(Tick(2), load(1, 0, f64::NAN), 1, (300, 200));
+        assert_eq!(reported.kv_usage(Tick(2), TTL), None);
     }
 
     #[test]
     fn a_report_is_a_lease() {
         let mut reported = Reported::default();
         assert_eq!(reported.margin(Tick(0), TTL), 1.0, "never reported: nothing is missing");
-        reported.observe(Tick(0), load(99, 99, 1.0), 0, 0);
+        reported.observe(Tick(0), load(99, 99, 1.0), 0, (0, 0));
         assert_eq!(reported.margin(Tick(0), TTL), 1.0);
         let later = Tick(0).after(TTL);
-        assert_eq!((reported.foreign(later, TTL), reported.kv_usage(later, TTL, 0.0, Some(1))), (None, None));
+        assert_eq!((reported.foreign(later, TTL), reported.kv_usage(later, TTL)), (None, None));
         assert_eq!(reported.margin(later, TTL), UNREPORTED_MARGIN);
-        reported.observe(Tick(1), load(0, 0, 0.0), 0, 0);
+        reported.observe(Tick(1), load(0, 0, 0.0), 0, (0, 0));
         reported.lost();
         assert_eq!(reported.margin(Tick(1), TTL), UNREPORTED_MARGIN);
     }

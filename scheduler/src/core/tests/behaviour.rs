@@ -29,6 +29,7 @@ fn calibrate(world: &mut World, first_id: u64, worker: u32, speed: u32) {
         world.finish(id);
     }
     others.iter().for_each(|other| drop(world.probed(*other, true)));
+    world.wait(20_000); // until they have their full share again
 }
 
 #[test]
@@ -135,7 +136,7 @@ fn the_kv_cache_bounds_what_is_sent() {
 fn a_request_larger_than_its_plan_runs_alone() {
     let spec = WorkerSpec { kv_tokens: Some(1000), ..WorkerSpec::default() };
     let mut world = World::with_workers(1, &spec);
-    world.arrive(Request { expected_output: 5000, ..request(1, 500) });
+    world.arrive(Request { max_output: Some(5000), ..request(1, 500) });
     world.arrive(request(2, 10));
     assert_eq!((world.sent_to(1), world.sent_to(2)), (Some(0), None));
     world.finish(1);

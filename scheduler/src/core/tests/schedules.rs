@@ -238,17 +238,18 @@ fn assert_conserving(core: &mut Core) {
             let entry = &core.requests[&id];
             let Place::Lane(at, standing) = entry.place else { panic!("{id} is in no lane") };
             let (worker, fleet_rate) = (core.workers.get(at).unwrap(), pool.fleet_rate());
-            assert!(!worker.has_room(core.now, &entry.request, standing.uncached, fleet_rate, &core.config));
-            let stay = scene.score(&entry.request, at, entry.matched_tokens(), Ahead::Sent).unwrap().seconds;
+            assert!(!worker.has_room(core.now, &entry.plan, standing.uncached, fleet_rate, &core.config));
+            let stay =
+                scene.score((&entry.request, &entry.plan), at, entry.matched_tokens(), Ahead::Sent).unwrap().seconds;
             for (_, slot) in &pool.by_ready {
                 let held = pool.index.held_by(core.now, *slot, &entry.request.blocks);
                 let matched = scene.matched_tokens(&entry.request, held);
-                let here = scene.score(&entry.request, *slot, matched, Ahead::Sent).unwrap();
+                let here = scene.score((&entry.request, &entry.plan), *slot, matched, Ahead::Sent).unwrap();
                 let worker = core.workers.get(*slot).unwrap();
                 if worker.lane.is_empty()
                     && worker.holds(entry.request.prompt_tokens)
                     && !entry.failed_on.contains(&worker.id)
-                    && worker.has_room(core.now, &entry.request, here.uncached_tokens, pool.fleet_rate(), &core.config)
+                    && worker.has_room(core.now, &entry.plan, here.uncached_tokens, pool.fleet_rate(), &core.config)
                 {
                     assert!(!pays(&core.config, stay, here.seconds), "{id} waits while {} is free", worker.id);
                 }

@@ -6,7 +6,7 @@ use crate::placement::Prospect;
 const PRESSURE_MAX: f64 = 0.98;
 
 pub(super) fn seconds(prospect: &Prospect<'_>) -> f64 {
-    let need = prospect.worker.need(prospect.request);
+    let need = prospect.worker.need(prospect.plan);
     let pressure = prospect.worker.kv_pressure(prospect.now, need, prospect.config).unwrap_or(0.0).min(PRESSURE_MAX);
     prospect.config.kv_pressure_seconds * pressure / (1.0 - pressure)
 }

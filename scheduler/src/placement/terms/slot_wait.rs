@@ -9,10 +9,10 @@ const TOKEN_SECONDS_ASSUMED: f64 = 0.02;
 
 pub(in crate::placement) fn seconds(prospect: &Prospect<'_>) -> f64 {
     let slots = f64::from(prospect.worker.spec.sequences_max.max(1));
-    let wanted = prospect.ahead_sequences + f64::from(prospect.request.sequences.max(1));
+    let wanted = prospect.ahead_sequences + f64::from(prospect.plan.sequences);
     if wanted <= slots {
         return 0.0;
     }
-    let assumed = || f64::from(prospect.request.expected_output) * TOKEN_SECONDS_ASSUMED;
+    let assumed = || prospect.plan.output_each * TOKEN_SECONDS_ASSUMED;
     prospect.worker.stay_seconds().unwrap_or_else(assumed) * (wanted - slots) / slots
 }
