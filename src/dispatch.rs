@@ -54,7 +54,7 @@ pub struct Opened {
     pub worker: Arc<Worker>,
     /// Waited in lanes, over all attempts.
     pub queued: Duration,
-    /// What the core expected when it sent the request: from then to the first token.
+    /// What the core expected when the request came: from then to the first token.
     pub predicted_wait: Duration,
     /// Prompt tokens the core expected in the worker's cache.
     pub matched_tokens: u32,

@@ -17,6 +17,8 @@ pub enum Action {
         matched_tokens: u32,
         /// Time from now to its first token, as predicted.
         predicted_ttft: Duration,
+        /// Time from its arrival to its first token, as was predicted when it arrived.
+        predicted_at_arrival: Duration,
     },
     /// Answer the client that it will not be served; the core has forgotten it.
     Refuse {

@@ -51,6 +51,8 @@ pub(crate) struct Entry {
     pub(crate) request: Request,
     plan: Plan,
     arrived: Tick,
+    /// Seconds from its arrival to its first token, as predicted when it first got a place.
+    predicted: Option<f64>,
     /// It is refused when it still waits then.
     expires: Tick,
     place: Place,

@@ -87,6 +87,9 @@ pub struct PoolLimits {
     pub policy: Policy,
     /// Tokens in one block of [`Request::blocks`] (16: what vLLM uses by default).
     pub block_tokens: u32,
+    /// Share of the pool's tokens that each class gets while it waits, even if the classes before it could use all
+    /// (0.1 for the default class, 0.02 for batch: nothing starves).
+    pub class_shares: [f64; Class::COUNT],
     /// Requests that may wait (4096).
     pub queue_requests_max: u32,
     /// Body bytes that may wait (256 MiB: bodies live in memory).
@@ -107,6 +110,7 @@ impl Default for PoolLimits {
         Self {
             policy: Policy::Forebay,
             block_tokens: 16,
+            class_shares: [0.0, 0.1, 0.02],
             queue_requests_max: 4096,
             queue_bytes_max: 256 << 20,
             queue_tokens_max: 16 << 20,

@@ -50,8 +50,8 @@ pub struct Decision {
     pub cause: Cause,
     /// All who were weighed.
     pub candidates: SmallVec<[Candidate; 8]>,
-    /// Who won.
-    pub winner: WorkerId,
+    /// Who won; none when it was refused because nobody can answer before its deadline.
+    pub winner: Option<WorkerId>,
 }
 
 #[derive(Debug)]
@@ -69,7 +69,7 @@ impl Decisions {
         &mut self,
         (request, at, cause): (RequestId, Tick, Cause),
         candidates: impl Iterator<Item = Candidate>,
-        winner: WorkerId,
+        winner: Option<WorkerId>,
     ) {
         if self.kept_max == 0 {
             return;

@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::fairness::Fairness;
+use crate::shares::Shares;
 use crate::{Class, RequestId, TenantId, Tick};
 
 /// Where a request stands in a lane; needed to find it again.
@@ -74,8 +75,9 @@ impl Lane {
     }
 
     /// Who goes next.
-    pub(crate) fn head(&self, fairness: &Fairness) -> Option<RequestId> {
-        let share = self.classes.iter().find(|share| share.requests > 0)?;
+    pub(crate) fn head(&self, shares: &Shares, fairness: &Fairness) -> Option<RequestId> {
+        let of = |class: Class| self.classes.get(class as usize).filter(|share| share.requests > 0);
+        let share = of(shares.next(|class| of(class).is_some())?)?;
         let queue = match share.tenants.first_key_value() {
             Some((_, queue)) if share.tenants.len() == 1 => queue,
             _ => share.tenants.iter().min_by_key(|(tenant, _)| fairness.counter(**tenant))?.1,
@@ -125,7 +127,7 @@ mod tests {
             lane.insert(RequestId(*id), *at);
         }
         let mut order = Vec::new();
-        while let Some(id) = lane.head(fairness) {
+        while let Some(id) = lane.head(&Shares::default(), fairness) {
             let (_, at) = requests.iter().find(|(other, _)| *other == id.0).unwrap();
             lane.remove(id, *at);
             order.push(id.0);

@@ -6,7 +6,7 @@
 //!
 //! A decision binds early and sends late: on arrival a request is bound to the worker with the best score and counts
 //! there at once; it is sent when that worker has room, and moves to another lane when waiting costs more than the cache
-//! it would lose. Queues nest lane (worker), class, tenant, aged order; tenant counters belong to the pool.
+//! it would lose. Queues nest lane (worker), class, tenant, aged order; tenant counters and class shares belong to the pool.
 //!
 //! ```text
 //! event ─ core ┬ admission   refuse, place, park, shed
@@ -33,6 +33,7 @@ mod placement;
 mod pool;
 mod prefix;
 mod rng;
+mod shares;
 mod time;
 mod timers;
 mod view;

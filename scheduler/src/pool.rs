@@ -3,7 +3,7 @@
 //! Invariant: the queue's sums are those of every request that waits in the pool, in a lane or in none; the order for
 //! shedding holds exactly these.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::config::Config;
@@ -11,8 +11,9 @@ use crate::fairness::Fairness;
 use crate::lane::Lane;
 use crate::outputs::Outputs;
 use crate::prefix::PrefixIndex;
+use crate::shares::Shares;
 use crate::worker::{Slot, Workers};
-use crate::{Class, PoolLimits, Request, RequestId, Tick};
+use crate::{Class, PoolLimits, Request, RequestId, TenantId, Tick, WorkerSpec};
 
 /// Weight of one decision in the running means of a pool.
 const MEAN_WEIGHT: f64 = 0.02;
@@ -32,6 +33,7 @@ pub(crate) struct Pool {
     /// Requests that no worker can be bound to.
     pub(crate) unbound: Lane,
     pub(crate) queue: Queue,
+    pub(crate) shares: Shares,
     pub(crate) fairness: Fairness,
     pub(crate) index: PrefixIndex,
     pub(crate) outputs: Outputs,
@@ -52,8 +54,12 @@ pub(crate) struct Queue {
     /// Prompt tokens, by class.
     pub(crate) tokens: [u64; Class::COUNT],
     pub(crate) bytes: u64,
-    /// The last is the first to be shed: lowest class, newest.
-    pub(crate) shed: BTreeSet<(Class, Tick, RequestId)>,
+    /// All of them, by whose they are and when they came.
+    all: BTreeSet<(Class, TenantId, Tick, RequestId)>,
+    /// Prompt tokens of each tenant that waits.
+    tenants: BTreeMap<(Class, TenantId), u64>,
+    /// The same; the last is the first to be shed.
+    heaviest: BTreeSet<(Class, u64, TenantId)>,
 }
 
 impl Pool {
@@ -65,6 +71,7 @@ impl Pool {
             laden: BTreeSet::new(),
             unbound: Lane::default(),
             queue: Queue::default(),
+            shares: Shares::default(),
             fairness: Fairness::default(),
             index: PrefixIndex::new(config.index_bytes_max),
             outputs: Outputs::default(),
@@ -74,6 +81,11 @@ impl Pool {
             median: None,
             rate_cold: config.rate_cold,
         }
+    }
+
+    /// Blocks of prompts that a worker's cache holds, where known.
+    pub(crate) fn cache_blocks(&self, spec: &WorkerSpec) -> Option<u64> {
+        spec.kv_tokens.map(|tokens| tokens / u64::from(self.limits.block_tokens.max(1)))
     }
 
     /// Prefill speed in tokens/s for a worker whose own is not known: the median of those measured.
@@ -111,7 +123,8 @@ impl Pool {
 
 impl Queue {
     pub(crate) fn add(&mut self, request: &Request, arrived: Tick) {
-        self.shed.insert((request.class, arrived, request.id));
+        self.all.insert((request.class, request.tenant, arrived, request.id));
+        self.weigh(request, |tokens| tokens + u64::from(request.prompt_tokens));
         self.bytes += u64::from(request.body_bytes);
         if let Some((requests, tokens)) = self.share(request.class) {
             *requests += 1;
@@ -120,9 +133,10 @@ impl Queue {
     }
 
     pub(crate) fn take(&mut self, request: &Request, arrived: Tick) {
-        if !self.shed.remove(&(request.class, arrived, request.id)) {
+        if !self.all.remove(&(request.class, request.tenant, arrived, request.id)) {
             return;
         }
+        self.weigh(request, |tokens| tokens - u64::from(request.prompt_tokens));
         self.bytes -= u64::from(request.body_bytes);
         if let Some((requests, tokens)) = self.share(request.class) {
             *requests -= 1;
@@ -131,14 +145,57 @@ impl Queue {
     }
 
     pub(crate) fn is_over(&self, limits: &PoolLimits) -> bool {
-        self.shed.len() > limits.queue_requests_max as usize
+        self.all.len() > limits.queue_requests_max as usize
             || self.tokens.iter().sum::<u64>() > limits.queue_tokens_max
             || self.bytes > limits.queue_bytes_max
     }
 
-    /// Prompt tokens that are served before those of a newcomer of `class`.
-    pub(crate) fn tokens_before(&self, class: Class) -> u64 {
-        self.tokens.iter().take(class as usize + 1).sum()
+    pub(crate) fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    pub(crate) fn contains(&self, request: &Request, arrived: Tick) -> bool {
+        self.all.contains(&(request.class, request.tenant, arrived, request.id))
+    }
+
+    pub(crate) fn ids(&self) -> impl Iterator<Item = RequestId> {
+        self.all.iter().map(|(_, _, _, id)| *id)
+    }
+
+    /// The first to be shed: of the lowest class the newest request of the tenant that has most waiting, so that a flood
+    /// pushes out itself.
+    pub(crate) fn sheddable(&self) -> Option<RequestId> {
+        let &(class, _, tenant) = self.heaviest.last()?;
+        let newest = (class, tenant, Tick(u64::MAX), RequestId(u64::MAX));
+        self.all.range(..=newest).next_back().map(|(_, _, _, id)| *id)
+    }
+
+    /// Prompt tokens that are served before those of a newcomer: those of the classes before its own, and of its own
+    /// class all, or its tenant's over the tenant's share of the turns if that is less. `weight` gives tenants' weights.
+    pub(crate) fn tokens_before(&self, class: Class, tenant: TenantId, weight: impl Fn(TenantId) -> f64) -> f64 {
+        let above: u64 = self.tokens.iter().take(class as usize).sum();
+        let all = self.tokens.get(class as usize).copied().unwrap_or_default() as f64;
+        let waiting = self.tenants.range((class, TenantId(0))..=(class, TenantId(u32::MAX)));
+        let others: f64 = waiting.map(|((_, other), _)| *other).filter(|other| *other != tenant).map(&weight).sum();
+        let own = self.tenants.get(&(class, tenant)).copied().unwrap_or_default() as f64;
+        let share = weight(tenant) / (weight(tenant) + others);
+        above as f64 + all.min(own / share)
+    }
+
+    /// Changes what a tenant has waiting; one that has nothing is forgotten.
+    fn weigh(&mut self, request: &Request, change: impl FnOnce(u64) -> u64) {
+        let (class, tenant) = (request.class, request.tenant);
+        let before = self.tenants.remove(&(class, tenant));
+        if let Some(before) = before {
+            self.heaviest.remove(&(class, before, tenant));
+        }
+        let after = change(before.unwrap_or_default());
+        let newest = (class, tenant, Tick(u64::MAX), RequestId(u64::MAX));
+        let oldest = (class, tenant, Tick::ZERO, RequestId(0));
+        if self.all.range(oldest..=newest).next().is_some() {
+            self.tenants.insert((class, tenant), after);
+            self.heaviest.insert((class, after, tenant));
+        }
     }
 
     fn share(&mut self, class: Class) -> Option<(&mut u32, &mut u64)> {

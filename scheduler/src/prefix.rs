@@ -5,14 +5,15 @@
 //! monotone question: a lookup probes every 32nd block and searches only where a holder drops out.
 //!
 //! Two layers. *Confirmed*: the engine's KV events say so. *Speculative*: we routed such a prompt there a short time
-//! ago; a lease, without which a burst of siblings would see an empty cache and scatter.
+//! ago; a lease, without which a burst of siblings would see an empty cache and scatter. What an engine that publishes
+//! no events has evicted is known by counting: a block is believed to be there only while fewer blocks than its cache
+//! holds were sent there since (the order of a least-recently-used cache, without a list).
 //!
 //! Invariants: the bytes accounted never exceed the budget; a worker that was forgotten is never returned (its epoch
 //! moved on; what it left is purged when met); a block names a bounded number of holders.
 //! Not here: hashing, and which tokens a block is made of.
 
 use std::collections::HashMap;
-use std::collections::hash_map;
 
 use foldhash::fast::FixedState;
 use smallvec::SmallVec;
@@ -43,8 +44,27 @@ struct Holder {
     epoch: u32,
     /// Until when it is believed to hold the block, by what we sent.
     until: Tick,
+    /// Blocks sent there until it was last used (wraps).
+    stamp: u32,
     /// It says so itself.
     confirmed: bool,
+}
+
+/// A worker's cache as a whole.
+#[derive(Debug, Clone, Copy)]
+struct Cache {
+    /// What was known in another epoch is void.
+    epoch: u32,
+    /// Blocks sent there that it was not believed to hold (wraps).
+    sent: u32,
+    /// Blocks that it holds.
+    capacity: u32,
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self { epoch: 0, sent: 0, capacity: u32::MAX }
+    }
 }
 
 /// How many blocks of a prompt each holder has, by slot.
@@ -54,8 +74,8 @@ pub(crate) type Matches = SmallVec<[(Slot, u32); HOLDERS_MAX]>;
 pub(crate) struct PrefixIndex {
     entries: Vec<Entry>,
     places: HashMap<u64, u32, FixedState>,
-    /// By slot; an entry of another epoch is void.
-    epochs: Vec<u32>,
+    /// By slot.
+    caches: Vec<Cache>,
     /// The clock's hand (second chance), over `entries`.
     hand: usize,
     spilled_bytes: usize,
@@ -67,11 +87,17 @@ impl PrefixIndex {
         Self {
             entries: Vec::new(),
             places: HashMap::default(),
-            epochs: Vec::new(),
+            caches: Vec::new(),
             hand: 0,
             spilled_bytes: 0,
             bytes_max,
         }
+    }
+
+    /// How many blocks a worker's cache holds; none where that is not known.
+    pub(crate) fn set_capacity(&mut self, slot: Slot, blocks: Option<u64>) {
+        let capacity = blocks.map_or(u32::MAX, |blocks| u32::try_from(blocks).unwrap_or(u32::MAX));
+        self.cache_mut(slot, |cache| cache.capacity = capacity);
     }
 
     /// Blocks known.
@@ -102,21 +128,22 @@ impl PrefixIndex {
 
     /// How many of `blocks` one worker holds.
     pub(crate) fn held_by(&self, now: Tick, slot: Slot, blocks: &[u64]) -> u32 {
-        let holds = |hash: &u64| self.entry(*hash).is_some_and(|entry| entry.has(slot, now, &self.epochs));
+        let holds = |hash: &u64| self.entry(*hash).is_some_and(|entry| entry.has(slot, now, &self.caches));
         u32::try_from(blocks.partition_point(holds)).unwrap_or(u32::MAX)
     }
 
     /// We sent, or will send, a prompt with these blocks there.
-    pub(crate) fn expect(&mut self, slot: Slot, blocks: &[u64], until: Tick) {
-        for hash in blocks {
-            self.add(*hash, slot, until, false);
+    pub(crate) fn expect(&mut self, now: Tick, slot: Slot, blocks: &[u64], until: Tick) {
+        // from the end, which an engine evicts first: no block is believed to be there longer than the one before it
+        for hash in blocks.iter().rev() {
+            self.add(now, *hash, slot, until, false);
         }
     }
 
     /// The worker says that it holds these.
     pub(crate) fn confirm(&mut self, slot: Slot, blocks: &[u64]) {
         for hash in blocks {
-            self.add(*hash, slot, Tick::ZERO, true);
+            self.add(Tick::ZERO, *hash, slot, Tick::ZERO, true);
         }
     }
 
@@ -136,9 +163,17 @@ impl PrefixIndex {
 
     /// The worker left, or lost its cache.
     pub(crate) fn forget(&mut self, slot: Slot) {
-        if let Some(epoch) = self.epochs.get_mut(slot.0 as usize) {
-            *epoch = epoch.wrapping_add(1);
+        self.cache_mut(slot, |cache| cache.epoch = cache.epoch.wrapping_add(1));
+    }
+
+    /// Changes what is known of a worker's cache; what it is afterwards.
+    fn cache_mut(&mut self, slot: Slot, change: impl FnOnce(&mut Cache)) -> Cache {
+        if self.caches.len() <= slot.0 as usize {
+            self.caches.resize(slot.0 as usize + 1, Cache::default());
         }
+        let Some(cache) = self.caches.get_mut(slot.0 as usize) else { return Cache::default() };
+        change(cache);
+        *cache
     }
 
     fn entry(&self, hash: u64) -> Option<&Entry> {
@@ -148,7 +183,7 @@ impl PrefixIndex {
     fn holders(&self, now: Tick, blocks: &[u64], at: usize) -> SmallVec<[Slot; HOLDERS_MAX]> {
         let entry = blocks.get(at).and_then(|hash| self.entry(*hash));
         let holders = entry.map_or(&[][..], |entry| &entry.holders);
-        holders.iter().filter(|holder| holder.is_valid(now, &self.epochs)).map(|holder| holder.slot).collect()
+        holders.iter().filter(|holder| holder.is_valid(now, &self.caches)).map(|holder| holder.slot).collect()
     }
 
     /// Finds where each of `group` ends, who all hold block `from` and not block `to`.
@@ -172,29 +207,24 @@ impl PrefixIndex {
         self.narrow(now, blocks, (from, middle), out, matches);
     }
 
-    fn add(&mut self, hash: u64, slot: Slot, until: Tick, confirmed: bool) {
-        if self.epochs.len() <= slot.0 as usize {
-            self.epochs.resize(slot.0 as usize + 1, 0);
-        }
-        let epoch = self.epochs.get(slot.0 as usize).copied().unwrap_or_default();
-        let holder = Holder { slot, epoch, until, confirmed };
-        if let Some(place) = self.places.get(&hash) {
-            if let Some(entry) = self.entries.get_mut(*place as usize) {
-                entry.used = true;
-                self.spilled_bytes -= entry.spilled();
-                entry.hold(holder, &self.epochs);
-                self.spilled_bytes += entry.spilled();
-            }
+    fn add(&mut self, now: Tick, hash: u64, slot: Slot, until: Tick, confirmed: bool) {
+        let place = self.places.get(&hash).copied();
+        let known = place.and_then(|place| self.entries.get(place as usize));
+        let held = confirmed || known.is_some_and(|entry| entry.has(slot, now, &self.caches));
+        let cache = self.cache_mut(slot, |cache| cache.sent = cache.sent.wrapping_add(u32::from(!held)));
+        let holder = Holder { slot, epoch: cache.epoch, until, stamp: cache.sent, confirmed };
+        if let Some(entry) = place.and_then(|place| self.entries.get_mut(place as usize)) {
+            entry.used = true;
+            self.spilled_bytes -= entry.spilled();
+            entry.hold(holder, &self.caches);
+            self.spilled_bytes += entry.spilled();
         } else if ENTRY_BYTES <= self.bytes_max {
             while self.bytes() + ENTRY_BYTES > self.bytes_max {
                 self.evict();
             }
-            let place = u32::try_from(self.entries.len()).unwrap_or(u32::MAX);
-            if let hash_map::Entry::Vacant(vacant) = self.places.entry(hash) {
-                vacant.insert(place);
-                self.reserve();
-                self.entries.push(Entry { hash, holders: SmallVec::from_buf([holder]), used: false });
-            }
+            self.places.insert(hash, u32::try_from(self.entries.len()).unwrap_or(u32::MAX));
+            self.reserve();
+            self.entries.push(Entry { hash, holders: SmallVec::from_buf([holder]), used: false });
         }
         while self.bytes() > self.bytes_max {
             self.evict();
@@ -235,11 +265,11 @@ impl PrefixIndex {
 }
 
 impl Entry {
-    fn has(&self, slot: Slot, now: Tick, epochs: &[u32]) -> bool {
-        self.holders.iter().any(|holder| holder.slot == slot && holder.is_valid(now, epochs))
+    fn has(&self, slot: Slot, now: Tick, caches: &[Cache]) -> bool {
+        self.holders.iter().any(|holder| holder.slot == slot && holder.is_valid(now, caches))
     }
 
-    fn hold(&mut self, new: Holder, epochs: &[u32]) {
+    fn hold(&mut self, new: Holder, caches: &[Cache]) {
         match self.holders.binary_search_by_key(&new.slot, |holder| holder.slot) {
             Ok(at) => {
                 if let Some(old) = self.holders.get_mut(at) {
@@ -250,7 +280,7 @@ impl Entry {
             }
             Err(_) => {
                 if self.holders.len() == self.holders.capacity() {
-                    self.holders.retain(|holder| holder.is_current(epochs));
+                    self.holders.retain(|holder| holder.is_current(caches));
                 }
                 if self.holders.len() >= HOLDERS_MAX {
                     self.drop_oldest();
@@ -275,12 +305,15 @@ impl Entry {
 }
 
 impl Holder {
-    fn is_current(&self, epochs: &[u32]) -> bool {
-        epochs.get(self.slot.0 as usize) == Some(&self.epoch)
+    fn is_current(&self, caches: &[Cache]) -> bool {
+        caches.get(self.slot.0 as usize).is_some_and(|cache| cache.epoch == self.epoch)
     }
 
-    fn is_valid(&self, now: Tick, epochs: &[u32]) -> bool {
-        (self.confirmed || self.until > now) && self.is_current(epochs)
+    fn is_valid(&self, now: Tick, caches: &[Cache]) -> bool {
+        caches.get(self.slot.0 as usize).is_some_and(|cache| {
+            let there = self.until > now && cache.sent.wrapping_sub(self.stamp) < cache.capacity;
+            cache.epoch == self.epoch && (self.confirmed || there)
+        })
     }
 }
 

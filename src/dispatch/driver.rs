@@ -112,8 +112,8 @@ impl Driver {
             run(core, self.tick(Instant::now()), actions);
             for action in actions.drain(..) {
                 match action {
-                    Action::Send { request, worker, matched_tokens, predicted_ttft } => {
-                        let sent = Sent { worker, matched_tokens, predicted_wait: predicted_ttft };
+                    Action::Send { request, worker, matched_tokens, predicted_at_arrival, .. } => {
+                        let sent = Sent { worker, matched_tokens, predicted_wait: predicted_at_arrival };
                         if let Some(waiter) = waiting.remove(&request) {
                             let _ = waiter.send(Verdict::Sent(sent));
                         }

@@ -11,7 +11,7 @@ use crate::pool::Pool;
 use crate::time::duration;
 use crate::timers::Timer;
 use crate::worker::Slot;
-use crate::{Action, Class, Failure, Policy, PoolId, Refusal, Request, RequestId, TenantId, Tick};
+use crate::{Action, Failure, Policy, PoolId, Refusal, Request, RequestId, TenantId, Tick};
 
 /// Bounds of what a client is told to wait.
 const RETRY_AFTER_SECONDS: (f64, f64) = (1.0, 60.0);
@@ -35,6 +35,7 @@ impl Core {
             request,
             plan,
             arrived: now,
+            predicted: None,
             expires,
             place: Place::Loose,
             timer: None,
@@ -69,7 +70,7 @@ impl Core {
 
     /// Finds a place for a request that has none.
     pub(super) fn place(&mut self, id: RequestId, cause: Cause, out: &mut Vec<Action>) {
-        let Some(entry) = self.requests.get(&id) else { return };
+        let Some(entry) = self.requests.get_mut(&id) else { return };
         let pool_id = entry.request.pool;
         if entry.request.deadline.is_some_and(|deadline| deadline <= self.now) {
             return self.refuse(id, Refusal::TimedOut, out);
@@ -79,21 +80,26 @@ impl Core {
         match scene.choose((&entry.request, &entry.plan), &entry.failed_on, None, &mut self.rng, &mut self.scored) {
             Choice::Winner(at) => {
                 let Some(winner) = self.scored.get(at).cloned() else { return };
+                let waited = self.now.seconds_since(entry.arrived);
+                entry.predicted.get_or_insert(waited + winner.first_token_seconds);
                 let busy = self.scored.iter().filter(|scored| scored.waits).count();
                 pool.observe_decision(busy as f64 / self.scored.len().max(1) as f64, winner.uncached_tokens);
-                self.record(id, cause, winner.slot);
+                self.record(id, cause, Some(winner.slot));
                 self.bind(id, &winner, out);
                 self.shed(pool_id, out);
                 self.believe(id, winner.first_token_seconds);
             }
-            Choice::Infeasible => self.refuse(id, Refusal::DeadlineInfeasible, out),
+            Choice::Infeasible => {
+                self.record(id, cause, None);
+                self.refuse(id, Refusal::DeadlineInfeasible, out);
+            }
             Choice::Nobody => self.park(id, pool_id, out),
         }
     }
 
     /// Notes the decision whose candidates were scored last.
-    pub(super) fn record(&mut self, id: RequestId, cause: Cause, winner: Slot) {
-        let Some(winner) = self.workers.get(winner).map(|worker| worker.id) else { return };
+    pub(super) fn record(&mut self, id: RequestId, cause: Cause, winner: Option<Slot>) {
+        let winner = winner.and_then(|slot| self.workers.get(slot)).map(|worker| worker.id);
         let workers = &self.workers;
         let candidates = self.scored.iter().filter_map(|scored| {
             let worker = workers.get(scored.slot)?.id;
@@ -184,10 +190,10 @@ impl Core {
         }
     }
 
-    /// Refuses from the end of the queue until it keeps its bounds: lowest class first, newest first in a class.
+    /// Refuses from the end of the queue until it keeps its bounds.
     pub(super) fn shed(&mut self, pool_id: PoolId, out: &mut Vec<Action>) {
         while let Some(pool) = self.pools.get(&pool_id).filter(|pool| pool.queue.is_over(&pool.limits)) {
-            let Some(&(_, _, id)) = pool.queue.shed.last() else { return };
+            let Some(id) = pool.queue.sheddable() else { return };
             self.unqueue(id);
             self.refuse(id, Refusal::QueueFull, out);
         }
@@ -210,13 +216,13 @@ impl Core {
             false if worker.spec.kv_events => self.config.speculative_lease,
             false => self.config.speculative_ttl,
         };
-        pool.index.expect(slot, &entry.request.blocks, self.now.after(lease));
+        pool.index.expect(self.now, slot, &entry.request.blocks, self.now.after(lease));
     }
 
     /// Ends a request that has no place.
     pub(super) fn refuse(&mut self, id: RequestId, reason: Refusal, out: &mut Vec<Action>) {
         let Some(entry) = self.requests.remove(&id) else { return };
-        let (pool, class) = (entry.request.pool, entry.request.class);
+        let request = &entry.request;
         let retry_after = match reason {
             Refusal::PoolUnknown | Refusal::TooLarge => None,
             Refusal::AttemptsExhausted { last: Failure::Overloaded { retry_after: Some(wait) } } => Some(wait),
@@ -224,23 +230,25 @@ impl Core {
             | Refusal::DeadlineInfeasible
             | Refusal::TimedOut
             | Refusal::NoWorker
-            | Refusal::AttemptsExhausted { .. } => Some(self.retry_after(pool, class)),
+            | Refusal::AttemptsExhausted { .. } => Some(self.retry_after(request)),
         };
         out.push(Action::Refuse { request: id, reason, retry_after });
     }
 
-    /// When a newcomer of this class would find what waits before it gone: whole seconds, jittered.
-    fn retry_after(&mut self, pool: PoolId, class: Class) -> Duration {
+    /// When a newcomer of its class and tenant would find what waits before it gone: whole seconds, jittered.
+    fn retry_after(&mut self, request: &Request) -> Duration {
         let (low, high) = RETRY_AFTER_SECONDS;
-        let drain = self.pools.get(&pool).map_or(low, |pool| self.drain_seconds(pool, class));
+        let drain = self.pools.get(&request.pool).map_or(low, |pool| self.drain_seconds(pool, request));
         let jittered = drain.clamp(low, high) * (1.0 + RETRY_AFTER_JITTER * self.rng.unit());
         Duration::from_secs_f64(jittered.ceil().clamp(low, high))
     }
 
-    fn drain_seconds(&self, pool: &Pool, class: Class) -> f64 {
+    fn drain_seconds(&self, pool: &Pool, request: &Request) -> f64 {
         let workers = pool.by_ready.iter().filter_map(|(_, slot)| self.workers.get(*slot));
         let speed: f64 = workers.map(|worker| worker.speed(self.now, pool.fleet_rate(), &self.config)).sum();
-        if speed > 0.0 { pool.queue.tokens_before(class) as f64 / speed } else { 0.0 }
+        let weight = |tenant| self.weights.get(&tenant).copied().unwrap_or(1.0);
+        let tokens = pool.queue.tokens_before(request.class, request.tenant, weight);
+        if speed > 0.0 { tokens / speed } else { 0.0 }
     }
 
     pub(super) fn tenant_weight(&mut self, tenant: TenantId, weight: f64) {

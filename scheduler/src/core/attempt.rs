@@ -40,7 +40,15 @@ impl Core {
         let tenant = entry.request.tenant;
         let weight = self.weights.get(&tenant).copied().unwrap_or(1.0);
         pool.fairness.sent(tenant, weight, uncached);
-        out.push(Action::Send { request: id, worker, matched_tokens, predicted_ttft: duration(predicted) });
+        let tokens = u64::from(uncached) + entry.plan.output_tokens;
+        pool.shares.sent(entry.request.class, tokens, &pool.limits.class_shares, &pool.queue.requests);
+        out.push(Action::Send {
+            request: id,
+            worker,
+            matched_tokens,
+            predicted_ttft: duration(predicted),
+            predicted_at_arrival: duration(entry.predicted.unwrap_or(predicted)),
+        });
         self.touch(slot);
     }
 

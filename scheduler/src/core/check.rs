@@ -48,12 +48,12 @@ impl Core {
                 let entry = self.requests.get(id);
                 entry.is_some_and(|entry| {
                     matches!(entry.place, Place::Lane(..) | Place::Unbound(_))
-                        && pool.queue.shed.contains(&(entry.request.class, entry.arrived, *id))
+                        && pool.queue.contains(&entry.request, entry.arrived)
                         && entry.timer.is_some()
                 })
             });
             let by_class: u32 = pool.queue.requests.iter().sum();
-            if !known || waiting.len() != pool.queue.shed.len() || waiting.len() != by_class as usize {
+            if !known || waiting.len() != pool.queue.len() || waiting.len() != by_class as usize {
                 return Err(Broken::Places(*id));
             }
             if pool.queue.is_over(&pool.limits) || pool.index.bytes() > self.config.index_bytes_max {

@@ -24,7 +24,7 @@ impl Core {
 
     pub(super) fn pool_left(&mut self, pool: PoolId, out: &mut Vec<Action>) {
         let Some(state) = self.pools.get(&pool) else { return };
-        let queued: Vec<RequestId> = state.queue.shed.iter().map(|(_, _, id)| *id).collect();
+        let queued: Vec<RequestId> = state.queue.ids().collect();
         let workers: Vec<Slot> = state.workers.iter().copied().collect();
         for id in queued {
             self.unqueue(id);
@@ -40,6 +40,9 @@ impl Core {
         if let Some(slot) = self.workers.slot(id)
             && let Some(known) = self.workers.get_mut(slot).filter(|known| known.pool == pool)
         {
+            if let Some(pool) = self.pools.get_mut(&pool) {
+                pool.index.set_capacity(slot, pool.cache_blocks(&spec));
+            }
             (known.spec, known.draining) = (spec, false);
             self.touch(slot);
             // what is bound to it may not fit any more, and what waits may fit now
@@ -48,8 +51,10 @@ impl Core {
         }
         self.worker_left(id, out);
         let Some(state) = self.pools.get_mut(&pool) else { return };
+        let blocks = state.cache_blocks(&spec);
         let slot = self.workers.insert(Worker::new(self.now, id, pool, spec, &self.config));
         state.workers.insert(slot);
+        state.index.set_capacity(slot, blocks);
         self.touch(slot);
         out.push(Action::Probe { worker: id });
     }

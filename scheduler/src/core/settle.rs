@@ -59,7 +59,7 @@ impl Core {
     fn sendable_head(&self, slot: Slot) -> Option<(RequestId, u32)> {
         let worker = self.workers.get(slot)?;
         let pool = self.pools.get(&worker.pool)?;
-        let id = worker.lane.head(&pool.fairness)?;
+        let id = worker.lane.head(&pool.shares, &pool.fairness)?;
         let entry = self.requests.get(&id)?;
         let Place::Lane(_, standing) = entry.place else { return None };
         let room = worker.has_room(self.now, &entry.plan, standing.uncached, pool.fleet_rate(), &self.config);
@@ -88,7 +88,7 @@ impl Core {
         let mut best: Option<(f64, RequestId, Scored)> = None;
         for victim in others.take(LANES_SEEN) {
             let lane = &self.workers.get(*victim)?.lane;
-            let mut first = lane.head(&pool.fairness).into_iter().chain(lane.ids().take(LANE_DEPTH));
+            let mut first = lane.head(&pool.shares, &pool.fairness).into_iter().chain(lane.ids().take(LANE_DEPTH));
             let spoil = first.find_map(|id| {
                 let entry = self.requests.get(&id)?;
                 let request = &entry.request;
@@ -170,7 +170,7 @@ impl Core {
         let pool_id = worker.pool;
         for _ in 0..MOVES_MAX {
             let (Some(worker), Some(pool)) = (self.workers.get(slot), self.pools.get(&pool_id)) else { return };
-            let Some(id) = worker.lane.head(&pool.fairness) else { return };
+            let Some(id) = worker.lane.head(&pool.shares, &pool.fairness) else { return };
             let Some(entry) = self.requests.get(&id) else { return };
             let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
             let at_head = Some((slot, entry.matched_tokens()));
@@ -187,12 +187,13 @@ impl Core {
                     if !here.is_none_or(|here| pays(&self.config, here.seconds, best.seconds)) {
                         return;
                     }
-                    self.record(id, Cause::Rescore, best.slot);
+                    self.record(id, Cause::Rescore, Some(best.slot));
                     self.unqueue(id);
                     self.bind(id, &best, out);
                     self.believe(id, best.first_token_seconds);
                 }
                 Choice::Infeasible => {
+                    self.record(id, Cause::Rescore, None);
                     self.unqueue(id);
                     self.refuse(id, Refusal::DeadlineInfeasible, out);
                 }

@@ -24,7 +24,7 @@ fn holders_of_every_length_are_found() {
     for lengths in [[0_usize, 1, 2], [31, 32, 33], [64, 65, 500], [499, 500, 250], [500, 500, 500]] {
         let mut index = PrefixIndex::new(1 << 20);
         for (slot, held) in (0..).zip(lengths) {
-            index.expect(Slot(slot), &blocks[..held], LATER);
+            index.expect(Tick(0), Slot(slot), &blocks[..held], LATER);
         }
         let expect: Vec<_> = (0..).zip(lengths.map(|held| held as u32)).filter(|(_, held)| *held > 0).collect();
         assert_eq!(matches(&index, NOW, &blocks), expect, "{lengths:?}");
@@ -37,7 +37,7 @@ fn holders_of_every_length_are_found() {
 #[test]
 fn nothing_is_found_for_nothing_and_for_another_prompt() {
     let mut index = PrefixIndex::new(1 << 20);
-    index.expect(Slot(0), &chain(1, 10), LATER);
+    index.expect(Tick(0), Slot(0), &chain(1, 10), LATER);
     assert_eq!(matches(&index, NOW, &[]), []);
     assert_eq!(matches(&index, NOW, &chain(2, 10)), []);
 }
@@ -46,9 +46,9 @@ fn nothing_is_found_for_nothing_and_for_another_prompt() {
 fn a_guess_is_a_lease_and_the_engines_word_is_none() {
     let blocks = chain(1, 40);
     let mut index = PrefixIndex::new(1 << 20);
-    index.expect(Slot(0), &blocks, LATER);
+    index.expect(Tick(0), Slot(0), &blocks, LATER);
     index.confirm(Slot(1), &blocks[..20]);
-    index.expect(Slot(1), &blocks, LATER);
+    index.expect(Tick(0), Slot(1), &blocks, LATER);
     assert_eq!(matches(&index, NOW, &blocks), [(0, 40), (1, 40)]);
     assert_eq!(matches(&index, LATER, &blocks), [(1, 20)]);
     index.drop_blocks(Slot(1), &blocks[10..20]);
@@ -63,7 +63,7 @@ fn a_forgotten_worker_is_not_found_even_when_its_slot_is_used_again() {
     index.confirm(Slot(0), &blocks);
     index.forget(Slot(0));
     assert_eq!(matches(&index, NOW, &blocks), []);
-    index.expect(Slot(0), &blocks[..3], LATER);
+    index.expect(Tick(0), Slot(0), &blocks[..3], LATER);
     assert_eq!(matches(&index, NOW, &blocks), [(0, 3)]);
     assert_eq!(matches(&index, LATER, &blocks), [], "the old word of the engine does not last");
 }
@@ -73,7 +73,7 @@ fn a_block_that_all_hold_names_a_bounded_number() {
     let blocks = chain(1, 4);
     let mut index = PrefixIndex::new(1 << 20);
     for slot in 0..1000 {
-        index.expect(Slot(slot), &blocks, Tick(100 + u64::from(slot)));
+        index.expect(Tick(0), Slot(slot), &blocks, Tick(100 + u64::from(slot)));
     }
     let found = matches(&index, NOW, &blocks);
     assert_eq!(found.len(), HOLDERS_MAX);
@@ -85,8 +85,8 @@ fn what_is_used_stays_and_the_budget_holds() {
     let mut index = PrefixIndex::new(200 * ENTRY_BYTES);
     let kept = chain(1, 50);
     for round in 0..100 {
-        index.expect(Slot(0), &kept, LATER);
-        index.expect(Slot(1), &chain(100 + round, 40), LATER);
+        index.expect(Tick(0), Slot(0), &kept, LATER);
+        index.expect(Tick(0), Slot(1), &chain(100 + round, 40), LATER);
         assert!(index.bytes() <= 200 * ENTRY_BYTES);
         assert!(index.entries.capacity() <= 200);
     }
@@ -129,7 +129,7 @@ proptest! {
         for change in changes {
             match change {
                 Change::Expect(slot, seed, len, until) => {
-                    index.expect(Slot(slot), &chain(seed, len), Tick(until));
+                    index.expect(Tick(0), Slot(slot), &chain(seed, len), Tick(until));
                     model.entry((slot, seed)).or_default().1.push((len, until));
                 }
                 Change::Confirm(slot, seed, len) => {
@@ -173,7 +173,7 @@ proptest! {
         let mut index = PrefixIndex::new(entries * ENTRY_BYTES);
         for change in changes {
             match change {
-                Change::Expect(slot, seed, len, until) => index.expect(Slot(slot), &chain(seed, len), Tick(until)),
+                Change::Expect(slot, seed, len, until) => index.expect(Tick(0), Slot(slot), &chain(seed, len), Tick(until)),
                 Change::Confirm(slot, seed, len) => index.confirm(Slot(slot), &chain(seed, len)),
                 Change::Drop(slot, seed, keep) => index.drop_blocks(Slot(slot), &chain(seed, 120)[keep..]),
                 Change::Forget(slot) => {
@@ -187,4 +187,21 @@ proptest! {
             prop_assert_eq!(index.places.len(), index.entries.len());
         }
     }
+}
+
+#[test]
+fn a_worker_without_events_is_believed_to_hold_no_more_than_its_cache() {
+    let mut index = PrefixIndex::new(1 << 20);
+    index.set_capacity(Slot(0), Some(100));
+    let (old, shared) = (chain(1, 40), chain(2, 40));
+    index.expect(Tick(0), Slot(0), &old, LATER);
+    index.expect(Tick(0), Slot(0), &shared, LATER);
+    assert_eq!((index.held_by(NOW, Slot(0), &old), index.held_by(NOW, Slot(0), &shared)), (40, 40));
+    index.expect(Tick(0), Slot(0), &shared, LATER);
+    assert_eq!(index.held_by(NOW, Slot(0), &old), 40, "what was there already takes no room");
+    index.expect(Tick(0), Slot(0), &chain(3, 25), LATER);
+    assert_eq!(index.held_by(NOW, Slot(0), &old), 35, "the oldest is evicted first, from its end");
+    assert_eq!(index.held_by(NOW, Slot(0), &shared), 40, "what was used since stays");
+    index.expect(Tick(0), Slot(0), &chain(4, 80), LATER);
+    assert_eq!((index.held_by(NOW, Slot(0), &old), index.held_by(NOW, Slot(0), &shared)), (0, 0));
 }

@@ -602,7 +602,7 @@ fn a_decision_can_be_explained() {
     world.event(Event::Kv { worker: WorkerId(1), change: KvEvent::Stored { blocks: blocks.to_vec() } });
     world.arrive(Request { blocks, ..request(1, 4000) });
     let decision = world.core.explain(RequestId(1)).next().unwrap();
-    assert_eq!((decision.winner, decision.cause, decision.candidates.len()), (WorkerId(1), Cause::Arrival, 3));
+    assert_eq!((decision.winner, decision.cause, decision.candidates.len()), (Some(WorkerId(1)), Cause::Arrival, 3));
     let of = |worker| decision.candidates.iter().find(|candidate| candidate.worker == WorkerId(worker)).unwrap();
     let term = |worker, name| {
         let at = term_names().iter().position(|term| *term == name).unwrap();

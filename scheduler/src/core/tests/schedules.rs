@@ -234,7 +234,8 @@ fn assert_conserving(core: &mut Core) {
         let scene = Scene { now: core.now, config: &core.config, pool, workers: &core.workers };
         assert!(pool.unbound.is_empty() || pool.by_ready.is_empty() || !any_may(core, pool), "{pool_id}");
         for victim in &pool.laden {
-            let id = core.workers.get(*victim).and_then(|worker| worker.lane.head(&pool.fairness)).unwrap();
+            let id =
+                core.workers.get(*victim).and_then(|worker| worker.lane.head(&pool.shares, &pool.fairness)).unwrap();
             let entry = &core.requests[&id];
             let Place::Lane(at, standing) = entry.place else { panic!("{id} is in no lane") };
             let (worker, fleet_rate) = (core.workers.get(at).unwrap(), pool.fleet_rate());
