@@ -9,36 +9,28 @@
 //! no events has evicted is known by counting: a block is believed to be there only while fewer blocks than its cache
 //! holds were sent there since (the order of a least-recently-used cache, without a list).
 //!
-//! Invariants: the bytes accounted never exceed the budget; a worker that was forgotten is never returned (its epoch
-//! moved on; what it left is purged when met); a block names a bounded number of holders.
+//! Invariants: memory never exceeds the budget; a worker that was forgotten is never returned (its epoch moved on; what
+//! it left is overwritten when met); a block names a bounded number of holders.
 //! Not here: hashing, and which tokens a block is made of.
 
-use std::collections::HashMap;
+mod table;
 
-use foldhash::fast::FixedState;
 use smallvec::SmallVec;
 
 use crate::Tick;
 use crate::worker::Slot;
+use table::{Holders, Table};
 
 /// Blocks between two probes of a lookup.
 const STRIDE: usize = 32;
 /// Holders kept for one block. What everyone holds, like a common system prompt, decides nothing; what is longer has
 /// fewer holders.
 const HOLDERS_MAX: usize = 32;
-/// Bytes accounted for a block: its entry, and its key and index in a map that may be half empty.
-const ENTRY_BYTES: usize = size_of::<Entry>() + 2 * (size_of::<(u64, u32)>() + 1);
+/// A lease is renewed only when so small a part of it is left to gain: 1/8. Blocks that were renewed a short time ago
+/// are not written again, so that a prompt costs what is new of it.
+const RENEW_PART: u64 = 8;
 
-#[derive(Debug)]
-struct Entry {
-    hash: u64,
-    /// Sorted by slot.
-    holders: SmallVec<[Holder; 1]>,
-    /// Used since the clock's hand came by.
-    used: bool,
-}
-
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Holder {
     slot: Slot,
     epoch: u32,
@@ -72,26 +64,14 @@ pub(crate) type Matches = SmallVec<[(Slot, u32); HOLDERS_MAX]>;
 
 #[derive(Debug)]
 pub(crate) struct PrefixIndex {
-    entries: Vec<Entry>,
-    places: HashMap<u64, u32, FixedState>,
+    table: Table,
     /// By slot.
     caches: Vec<Cache>,
-    /// The clock's hand (second chance), over `entries`.
-    hand: usize,
-    spilled_bytes: usize,
-    bytes_max: usize,
 }
 
 impl PrefixIndex {
     pub(crate) fn new(bytes_max: usize) -> Self {
-        Self {
-            entries: Vec::new(),
-            places: HashMap::default(),
-            caches: Vec::new(),
-            hand: 0,
-            spilled_bytes: 0,
-            bytes_max,
-        }
+        Self { table: Table::new(bytes_max), caches: Vec::new() }
     }
 
     /// How many blocks a worker's cache holds; none where that is not known.
@@ -102,12 +82,12 @@ impl PrefixIndex {
 
     /// Blocks known.
     pub(crate) fn len(&self) -> usize {
-        self.entries.len()
+        self.table.len()
     }
 
-    /// Bytes accounted.
+    /// Bytes these take.
     pub(crate) fn bytes(&self) -> usize {
-        self.entries.len() * ENTRY_BYTES + self.spilled_bytes
+        self.table.bytes()
     }
 
     /// Everyone who holds the beginning of `blocks`, and how much of it.
@@ -128,36 +108,44 @@ impl PrefixIndex {
 
     /// How many of `blocks` one worker holds.
     pub(crate) fn held_by(&self, now: Tick, slot: Slot, blocks: &[u64]) -> u32 {
-        let holds = |hash: &u64| self.entry(*hash).is_some_and(|entry| entry.has(slot, now, &self.caches));
+        let holds = |hash: &u64| {
+            self.table.get(*hash).iter().any(|holder| holder.slot == slot && holder.is_valid(now, &self.caches))
+        };
         u32::try_from(blocks.partition_point(holds)).unwrap_or(u32::MAX)
     }
 
     /// We sent, or will send, a prompt with these blocks there.
     pub(crate) fn expect(&mut self, now: Tick, slot: Slot, blocks: &[u64], until: Tick) {
+        let mut cache = self.cache_mut(slot, |_| ());
         // from the end, which an engine evicts first: no block is believed to be there longer than the one before it
         for hash in blocks.iter().rev() {
-            self.add(now, *hash, slot, until, false);
+            let known = self.table.get(*hash).iter().find(|holder| holder.slot == slot).copied();
+            let held = known.filter(|holder| holder.is_valid(now, &self.caches));
+            if held.is_some_and(|holder| holder.is_young(now, until, &cache)) {
+                // so are all before it
+                break;
+            }
+            if held.is_none() {
+                cache = self.cache_mut(slot, |cache| cache.sent = cache.sent.wrapping_add(1));
+            }
+            let holder = Holder { slot, epoch: cache.epoch, until, stamp: cache.sent, confirmed: false };
+            self.table.hold(*hash, holder, &self.caches);
         }
     }
 
     /// The worker says that it holds these.
     pub(crate) fn confirm(&mut self, slot: Slot, blocks: &[u64]) {
+        let cache = self.cache_mut(slot, |_| ());
+        let holder = Holder { slot, epoch: cache.epoch, until: Tick::ZERO, stamp: cache.sent, confirmed: true };
         for hash in blocks {
-            self.add(Tick::ZERO, *hash, slot, Tick::ZERO, true);
+            self.table.hold(*hash, holder, &self.caches);
         }
     }
 
     /// The worker says that it dropped these. What we sent since ends by its lease.
     pub(crate) fn drop_blocks(&mut self, slot: Slot, blocks: &[u64]) {
         for hash in blocks {
-            let Some(entry) = self.places.get(hash).and_then(|place| self.entries.get_mut(*place as usize)) else {
-                continue;
-            };
-            if let Ok(at) = entry.holders.binary_search_by_key(&slot, |holder| holder.slot)
-                && let Some(holder) = entry.holders.get_mut(at)
-            {
-                holder.confirmed = false;
-            }
+            self.table.change(*hash, slot, |holder| holder.confirmed = false);
         }
     }
 
@@ -176,13 +164,8 @@ impl PrefixIndex {
         *cache
     }
 
-    fn entry(&self, hash: u64) -> Option<&Entry> {
-        self.entries.get(*self.places.get(&hash)? as usize)
-    }
-
     fn holders(&self, now: Tick, blocks: &[u64], at: usize) -> SmallVec<[Slot; HOLDERS_MAX]> {
-        let entry = blocks.get(at).and_then(|hash| self.entry(*hash));
-        let holders = entry.map_or(&[][..], |entry| &entry.holders);
+        let holders = blocks.get(at).map_or(Holders::One(None), |hash| self.table.get(*hash));
         holders.iter().filter(|holder| holder.is_valid(now, &self.caches)).map(|holder| holder.slot).collect()
     }
 
@@ -206,107 +189,27 @@ impl PrefixIndex {
         self.narrow(now, blocks, (middle, to), on, matches);
         self.narrow(now, blocks, (from, middle), out, matches);
     }
-
-    fn add(&mut self, now: Tick, hash: u64, slot: Slot, until: Tick, confirmed: bool) {
-        let place = self.places.get(&hash).copied();
-        let known = place.and_then(|place| self.entries.get(place as usize));
-        let held = confirmed || known.is_some_and(|entry| entry.has(slot, now, &self.caches));
-        let cache = self.cache_mut(slot, |cache| cache.sent = cache.sent.wrapping_add(u32::from(!held)));
-        let holder = Holder { slot, epoch: cache.epoch, until, stamp: cache.sent, confirmed };
-        if let Some(entry) = place.and_then(|place| self.entries.get_mut(place as usize)) {
-            entry.used = true;
-            self.spilled_bytes -= entry.spilled();
-            entry.hold(holder, &self.caches);
-            self.spilled_bytes += entry.spilled();
-        } else if ENTRY_BYTES <= self.bytes_max {
-            while self.bytes() + ENTRY_BYTES > self.bytes_max {
-                self.evict();
-            }
-            self.places.insert(hash, u32::try_from(self.entries.len()).unwrap_or(u32::MAX));
-            self.reserve();
-            self.entries.push(Entry { hash, holders: SmallVec::from_buf([holder]), used: false });
-        }
-        while self.bytes() > self.bytes_max {
-            self.evict();
-        }
-    }
-
-    /// Grows the entries without ever allocating past the budget.
-    fn reserve(&mut self) {
-        if self.entries.len() == self.entries.capacity() {
-            let left = (self.bytes_max / ENTRY_BYTES).saturating_sub(self.entries.len());
-            self.entries.reserve_exact(self.entries.len().max(64).min(left.max(1)));
-        }
-    }
-
-    /// Drops one block that was not used for a while.
-    fn evict(&mut self) {
-        loop {
-            if self.hand >= self.entries.len() {
-                self.hand = 0;
-            }
-            let Some(entry) = self.entries.get_mut(self.hand) else { return };
-            if std::mem::take(&mut entry.used) {
-                self.hand += 1;
-                continue;
-            }
-            break;
-        }
-        let entry = self.entries.swap_remove(self.hand);
-        self.spilled_bytes -= entry.spilled();
-        self.places.remove(&entry.hash);
-        if let Some(moved) = self.entries.get(self.hand)
-            && let Some(place) = self.places.get_mut(&moved.hash)
-        {
-            *place = u32::try_from(self.hand).unwrap_or(u32::MAX);
-        }
-        self.hand += 1;
-    }
-}
-
-impl Entry {
-    fn has(&self, slot: Slot, now: Tick, caches: &[Cache]) -> bool {
-        self.holders.iter().any(|holder| holder.slot == slot && holder.is_valid(now, caches))
-    }
-
-    fn hold(&mut self, new: Holder, caches: &[Cache]) {
-        match self.holders.binary_search_by_key(&new.slot, |holder| holder.slot) {
-            Ok(at) => {
-                if let Some(old) = self.holders.get_mut(at) {
-                    let same = old.epoch == new.epoch;
-                    let until = if same { old.until.max(new.until) } else { new.until };
-                    *old = Holder { until, confirmed: new.confirmed || (same && old.confirmed), ..new };
-                }
-            }
-            Err(_) => {
-                if self.holders.len() == self.holders.capacity() {
-                    self.holders.retain(|holder| holder.is_current(caches));
-                }
-                if self.holders.len() >= HOLDERS_MAX {
-                    self.drop_oldest();
-                }
-                let at = self.holders.partition_point(|holder| holder.slot < new.slot);
-                self.holders.insert(at, new);
-            }
-        }
-    }
-
-    fn drop_oldest(&mut self) {
-        if let Some((at, _)) =
-            self.holders.iter().enumerate().min_by_key(|(_, holder)| (holder.confirmed, holder.until))
-        {
-            self.holders.remove(at);
-        }
-    }
-
-    fn spilled(&self) -> usize {
-        if self.holders.spilled() { self.holders.capacity() * size_of::<Holder>() } else { 0 }
-    }
 }
 
 impl Holder {
     fn is_current(&self, caches: &[Cache]) -> bool {
         caches.get(self.slot.0 as usize).is_some_and(|cache| cache.epoch == self.epoch)
+    }
+
+    /// What is known of the same worker after `new`.
+    fn renewed(self, new: Self) -> Self {
+        if self.epoch != new.epoch {
+            return new;
+        }
+        Self { until: self.until.max(new.until), confirmed: self.confirmed || new.confirmed, ..new }
+    }
+
+    /// Whether renewing it until `until` would change next to nothing.
+    fn is_young(&self, now: Tick, until: Tick, cache: &Cache) -> bool {
+        let lease = until.0.saturating_sub(now.0);
+        let left = self.until.0.saturating_sub(now.0);
+        left >= lease - lease / RENEW_PART
+            && u64::from(cache.sent.wrapping_sub(self.stamp)) <= u64::from(cache.capacity) / RENEW_PART
     }
 
     fn is_valid(&self, now: Tick, caches: &[Cache]) -> bool {

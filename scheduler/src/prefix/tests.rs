@@ -1,3 +1,4 @@
+use super::table::BLOCK_BYTES;
 use super::*;
 use proptest::prelude::*;
 
@@ -82,15 +83,17 @@ fn a_block_that_all_hold_names_a_bounded_number() {
 
 #[test]
 fn what_is_used_stays_and_the_budget_holds() {
-    let mut index = PrefixIndex::new(200 * ENTRY_BYTES);
+    let mut index = PrefixIndex::new(400 * BLOCK_BYTES);
     let kept = chain(1, 50);
     for round in 0..100 {
-        index.expect(Tick(0), Slot(0), &kept, LATER);
-        index.expect(Tick(0), Slot(1), &chain(100 + round, 40), LATER);
-        assert!(index.bytes() <= 200 * ENTRY_BYTES);
-        assert!(index.entries.capacity() <= 200);
+        // later each time, so that it is written each time
+        index.expect(Tick(0), Slot(0), &kept, Tick(LATER.0 * (round + 1)));
+        index.expect(Tick(0), Slot(1), &chain(100 + round, 20), LATER);
+        assert!(index.bytes() <= 400 * BLOCK_BYTES);
     }
-    assert_eq!(matches(&index, NOW, &kept), [(0, 50)]);
+    // buckets fill unevenly, so that a few may be lost
+    let held = (0..50).filter(|at| !index.holders(NOW, &kept, *at).is_empty()).count();
+    assert!(held >= 45, "{held}");
     assert_eq!(matches(&index, NOW, &chain(100, 40)), []);
 }
 
@@ -112,7 +115,13 @@ enum Change {
 fn change() -> impl Strategy<Value = Change> {
     let (slot, seed, len) = (0..6_u32, 0..4_u64, 0..120_usize);
     prop_oneof![
-        (slot.clone(), seed.clone(), len.clone(), 0..200_u64).prop_map(|(s, c, l, t)| Change::Expect(s, c, l, t)),
+        // leases far apart: one that is hardly longer is not written
+        (slot.clone(), seed.clone(), len.clone(), 0..4_u32).prop_map(|(s, c, l, t)| Change::Expect(
+            s,
+            c,
+            l,
+            5 * 6_u64.pow(t) - 5
+        )),
         (slot.clone(), seed.clone(), len.clone()).prop_map(|(s, c, l)| Change::Confirm(s, c, l)),
         (slot.clone(), seed, len).prop_map(|(s, c, l)| Change::Drop(s, c, l)),
         slot.prop_map(Change::Forget),
@@ -122,7 +131,7 @@ fn change() -> impl Strategy<Value = Change> {
 proptest! {
     /// With room for all, lookups equal a plain model of who holds which length; engines drop from the end.
     #[test]
-    fn lookups_equal_a_plain_model(changes in prop::collection::vec(change(), 0..60), now in 0..200_u64) {
+    fn lookups_equal_a_plain_model(changes in prop::collection::vec(change(), 0..60), now in 0..1200_u64) {
         let mut index = PrefixIndex::new(1 << 24);
         // (slot, chain) -> (confirmed length, [(length, until)])
         let mut model = std::collections::BTreeMap::<(u32, u64), (usize, Vec<(usize, u64)>)>::new();
@@ -170,7 +179,7 @@ proptest! {
     /// Whatever happens, the budget holds and only current workers are named.
     #[test]
     fn a_small_budget_holds(changes in prop::collection::vec(change(), 0..60), entries in 1..300_usize) {
-        let mut index = PrefixIndex::new(entries * ENTRY_BYTES);
+        let mut index = PrefixIndex::new(entries * BLOCK_BYTES);
         for change in changes {
             match change {
                 Change::Expect(slot, seed, len, until) => index.expect(Tick(0), Slot(slot), &chain(seed, len), Tick(until)),
@@ -183,8 +192,7 @@ proptest! {
                     }
                 }
             }
-            prop_assert!(index.bytes() <= entries * ENTRY_BYTES);
-            prop_assert_eq!(index.places.len(), index.entries.len());
+            prop_assert!(index.bytes() <= entries * BLOCK_BYTES);
         }
     }
 }
