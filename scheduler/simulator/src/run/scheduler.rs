@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_scheduler::{
-    Action, Config, Core, Event, KvEvent, LoadReport, PoolId, PoolLimits, Request, RequestId, TenantId, Tick, WorkerId,
-    WorkerSpec,
+    Action, Config, Core, Event, KvEvent, LoadReport, PoolId, PoolLimits, Request, RequestId, RouteId, TenantId, Tick,
+    WorkerId, WorkerSpec,
 };
 
 use crate::{BlockEvent, Load, Row, Settings, Trace};
@@ -81,7 +81,7 @@ impl Scheduler {
             deadline: None,
             prompt_tokens: row.prompt_tokens,
             blocks: Arc::clone(&row.blocks),
-            expected_output: 256,
+            route: RouteId(0),
             max_output: None,
             sequences: 1,
             body_bytes: row.prompt_tokens.saturating_mul(BYTES_PER_TOKEN),
