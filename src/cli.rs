@@ -12,6 +12,7 @@ mod check;
 mod demo;
 mod gateway;
 mod serve;
+mod simulate;
 mod simulated_worker;
 
 use std::process::ExitCode;
@@ -31,6 +32,7 @@ enum Verb {
     Serve(serve::Arguments),
     Demo(demo::Arguments),
     Check(check::Arguments),
+    Simulate(simulate::Arguments),
     SimulatedWorker(simulated_worker::Arguments),
 }
 
@@ -55,6 +57,7 @@ pub fn run() -> ExitCode {
     let _ = rustls::crypto::ring::default_provider().install_default();
     match arguments.verb {
         Verb::Check(check) => check::run(&check),
+        Verb::Simulate(simulate) => simulate::run(&simulate),
         Verb::Serve(serve) => block_on(serve::run(serve)),
         Verb::Demo(demo) => block_on(demo::run(demo)),
         Verb::SimulatedWorker(worker) => block_on(simulated_worker::run(worker)),

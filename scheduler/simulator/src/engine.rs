@@ -130,6 +130,18 @@ pub struct Load {
     pub generation_tokens: u64,
 }
 
+/// Where one sequence stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    pub id: SequenceId,
+    /// In the batch; otherwise it waits.
+    pub running: bool,
+    pub prompt_tokens: u32,
+    /// Tokens whose KV is in memory.
+    pub computed_tokens: u32,
+    pub generated_tokens: u32,
+}
+
 /// The engine. Call [`step`](Self::step), let its duration pass, call it again, until it gives `None`; then call it after
 /// the next [`submit`](Self::submit).
 #[derive(Debug)]
@@ -250,6 +262,26 @@ impl Engine {
             kv_usage: f64::from(self.pool.used()) / capacity,
             ..self.counters
         }
+    }
+
+    /// Tokens of a prompt, given by the hashes of its blocks, that are in the prefix cache now.
+    #[must_use]
+    pub fn cached_tokens(&self, blocks: &[u64]) -> u32 {
+        let blocks = blocks.iter().take_while(|hash| self.pool.is_cached(**hash)).count();
+        u32::try_from(blocks).unwrap_or(u32::MAX).saturating_mul(self.config.block_tokens)
+    }
+
+    /// Sequences inside, running ones first, in the order in which they are served.
+    pub fn sequences(&self) -> impl Iterator<Item = Standing> {
+        let standing = |live: &Live, running| Standing {
+            id: live.sequence.id,
+            running,
+            prompt_tokens: live.sequence.prompt_tokens,
+            computed_tokens: live.computed,
+            generated_tokens: live.emitted,
+        };
+        let running = self.running.iter().map(move |live| standing(live, true));
+        running.chain(self.waiting.iter().map(move |live| standing(live, false)))
     }
 
     fn retire(&mut self) {

@@ -63,6 +63,10 @@ impl Pool {
         u32::try_from(self.private + self.cached.len() - self.idle.len()).unwrap_or(u32::MAX)
     }
 
+    pub(super) fn is_cached(&self, hash: u64) -> bool {
+        self.cached.contains_key(&hash)
+    }
+
     /// Takes `count` blocks into `held`, evicting idle ones as needed; takes none and gives `false` when there are too few.
     pub(super) fn allocate(&mut self, count: usize, held: &mut Vec<Block>) -> bool {
         let empty = self.capacity - self.private - self.cached.len();
