@@ -246,7 +246,7 @@ fn pack(holder: Holder) -> Cell {
 }
 
 fn unpack(&[who, until, stamp]: &Cell) -> Option<Holder> {
-    (until & PRESENT != 0).then(|| Holder {
+    (until & PRESENT != 0).then_some(Holder {
         slot: crate::worker::Slot((who >> 32) as u32),
         epoch: who as u32,
         until: crate::Tick(until & UNTIL),
