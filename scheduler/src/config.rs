@@ -15,16 +15,25 @@ pub struct Config {
     pub speculative_ttl: Duration,
     /// Seconds that KV pressure `k` costs, times `k/(1-k)` (0.15 s).
     pub kv_pressure_seconds: f64,
-    /// Standard deviations of the expected output that a KV cache keeps free beyond its mean (2).
+    /// What a second more of decoding costs against one of waiting for the first token (0.05: keeps batches even, and
+    /// the first tokens as early as without it).
+    pub decode_weight: f64,
+    /// Standard deviations of the expected output that a KV cache keeps free beyond its mean (1).
     pub kv_deviations: f64,
     /// What a cached token is worth against one to prefill, in a calm pool (1.5): above 1 pays for keeping
     /// conversations together.
     pub overlap_gain_calm: f64,
-    /// The same in a pool near saturation, where a lost cache costs others too (3).
+    /// The same in a pool near saturation, where a lost cache costs others too (6).
     pub overlap_gain_busy: f64,
-    /// Seconds of service that a second of waiting is worth in a lane's order (0.1: shortest first, and p99 within 6%
-    /// of first come).
-    pub age_weight: f64,
+    /// How long a long prompt gives way to shorter ones at most: so many times the most seconds of prefill that stood
+    /// before a request of late (2.2).
+    pub patience_share: f64,
+    /// Half-life of the memory of that (60 s).
+    pub patience_half_life: Duration,
+    /// Least time that a long prompt gives way at most (2 s).
+    pub patience_min: Duration,
+    /// Prefill time of a prompt that gives way for half of that (5 s).
+    pub patience_half: Duration,
     /// How often the head of a lane that does not move is compared with other lanes (250 ms).
     pub rescore_every: Duration,
     /// How much worse its lane must be before it moves (0.2).
@@ -76,10 +85,14 @@ impl Default for Config {
             speculative_lease: Duration::from_secs(5),
             speculative_ttl: Duration::from_secs(120),
             kv_pressure_seconds: 0.15,
-            kv_deviations: 2.0,
+            decode_weight: 0.05,
+            kv_deviations: 1.0,
             overlap_gain_calm: 1.5,
-            overlap_gain_busy: 3.0,
-            age_weight: 0.1,
+            overlap_gain_busy: 6.0,
+            patience_share: 2.2,
+            patience_half_life: Duration::from_secs(60),
+            patience_min: Duration::from_secs(2),
+            patience_half: Duration::from_secs(5),
             rescore_every: Duration::from_millis(250),
             move_gain: 0.2,
             report_ttl: Duration::from_secs(15),

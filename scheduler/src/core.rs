@@ -23,7 +23,8 @@ use crate::pool::Pool;
 use crate::rng::Rng;
 use crate::timers::Timers;
 use crate::worker::backlog::SendNumber;
-use crate::worker::{Reserved, Slot, Workers};
+use crate::worker::kv::Held;
+use crate::worker::{Slot, Workers};
 use crate::{Action, Event, Failure, PoolId, Request, RequestId, TenantId, Tick, WorkerId};
 
 /// The scheduler of one gateway: all its pools, workers and waiting requests.
@@ -86,9 +87,10 @@ struct Sent {
     /// Seconds from then to the first token, as predicted.
     predicted: f64,
     uncached: u32,
-    reserved: Reserved,
+    held: Held,
     number: SendNumber,
-    started: bool,
+    /// When its first token came.
+    started: Option<Tick>,
 }
 
 impl Entry {

@@ -59,6 +59,8 @@ pub(crate) struct Prospect<'a> {
     /// Prefill speed in tokens/s.
     pub(crate) speed: f64,
     pub(crate) overlap_gain: f64,
+    /// Seconds that each sequence there adds to a token of every other.
+    pub(crate) slowdown_seconds: f64,
 }
 
 impl Prospect<'_> {
@@ -91,6 +93,8 @@ pub(crate) struct Scored {
     pub(crate) terms: [f64; TERMS.len()],
     pub(crate) seconds: f64,
     pub(crate) first_token_seconds: f64,
+    /// Of these, until the worker has prefilled what stands before.
+    pub(crate) drain_seconds: f64,
     /// There is work before it.
     pub(crate) waits: bool,
     /// It was measured, so that its prediction may be held against a deadline.
@@ -169,6 +173,7 @@ impl<'a> Scene<'a> {
             terms,
             seconds: terms.iter().sum(),
             first_token_seconds: prospect.first_token_seconds(),
+            drain_seconds: terms::drain_time::seconds(&prospect),
             waits: prospect.ahead_tokens > 0.0,
             measured: prospect.worker.measured_rate().is_some(),
         })
@@ -201,6 +206,7 @@ impl<'a> Scene<'a> {
         let worker = self.workers.get(slot)?;
         let foreign = worker.reported.foreign(self.now, self.config.report_ttl);
         let lane = if ahead == Ahead::Lane { worker.lane.sequences_before(request.class) } else { 0 };
+        let speed = worker.speed(self.now, self.pool.fleet_rate(), self.config);
         Some(Prospect {
             now: self.now,
             config: self.config,
@@ -209,11 +215,12 @@ impl<'a> Scene<'a> {
             worker,
             matched_tokens,
             ahead_tokens: self.ahead_tokens(worker, request.class, ahead),
-            ahead_sequences: worker.sequences as f64
+            ahead_sequences: worker.held.sequences() as f64
                 + f64::from(foreign.map_or(0, |foreign| foreign.running))
                 + lane as f64,
-            speed: worker.speed(self.now, self.pool.fleet_rate(), self.config),
+            speed,
             overlap_gain: self.pool.overlap_gain(self.config),
+            slowdown_seconds: self.pool.pace.slowdown_seconds() * self.pool.fleet_rate() / speed,
         })
     }
 }

@@ -12,6 +12,7 @@ use crate::lane::Lane;
 use crate::outputs::Outputs;
 use crate::prefix::PrefixIndex;
 use crate::shares::Shares;
+use crate::worker::step::Pace;
 use crate::worker::{Slot, Workers};
 use crate::{Class, PoolLimits, Request, RequestId, TenantId, Tick, WorkerSpec};
 
@@ -37,10 +38,14 @@ pub(crate) struct Pool {
     pub(crate) fairness: Fairness,
     pub(crate) index: PrefixIndex,
     pub(crate) outputs: Outputs,
+    /// Of all its workers together: a slope needs more variety than one of them shows.
+    pub(crate) pace: Pace,
     /// Share of candidates that had work to do when a request came: how busy the pool is, 0 to 1.
     pub(crate) busy: f64,
     /// Mean of the prompt tokens to compute of our own requests.
     pub(crate) uncached_mean: f64,
+    /// The most seconds of prefill that stood before a request of late, and when that was renewed.
+    longest_drain: (Tick, f64),
     /// Requests placed so far.
     pub(crate) placed: u64,
     median: Option<(Tick, f64)>,
@@ -75,8 +80,10 @@ impl Pool {
             fairness: Fairness::default(),
             index: PrefixIndex::new(config.index_bytes_max),
             outputs: Outputs::default(),
+            pace: Pace::default(),
             busy: 0.0,
             uncached_mean: PROMPT_TOKENS_ASSUMED,
+            longest_drain: (Tick::ZERO, 0.0),
             placed: 0,
             median: None,
             rate_cold: config.rate_cold,
@@ -110,6 +117,21 @@ impl Pool {
         self.placed += 1;
         self.busy += (busy - self.busy) * MEAN_WEIGHT;
         self.uncached_mean += (f64::from(uncached) - self.uncached_mean) * MEAN_WEIGHT;
+    }
+
+    /// A request was placed where so many seconds of prefill stand before it.
+    pub(crate) fn observe_drain(&mut self, now: Tick, seconds: f64, config: &Config) {
+        self.longest_drain = (now, self.longest_drain(now, config).max(seconds));
+    }
+
+    fn longest_drain(&self, now: Tick, config: &Config) -> f64 {
+        let (at, seconds) = self.longest_drain;
+        seconds * (-now.seconds_since(at) / config.patience_half_life.as_secs_f64().max(1e-3)).exp2()
+    }
+
+    /// Seconds for which a long prompt gives way to shorter ones at most.
+    pub(crate) fn patience(&self, now: Tick, config: &Config) -> f64 {
+        (config.patience_share * self.longest_drain(now, config)).max(config.patience_min.as_secs_f64())
     }
 
     /// What a cached token is worth now: more when a lost cache costs others too.

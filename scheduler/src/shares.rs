@@ -1,9 +1,9 @@
 //! Which class goes next inside one pool.
 //!
 //! Classes are served in their order, except that each has a reserved share of the pool's tokens: while it waits it
-//! earns its share of every token sent, and when it has earned something it goes before the classes above it. What it
-//! is sent is taken from what it earned, so that over time a class that always waits gets its share, or what the
-//! classes above leave if that is more.
+//! earns its share of every token sent, and when it has earned about a prompt it goes before the classes above it. What
+//! it is sent while others wait is taken from what it earned, so that over time a class that always waits gets its
+//! share, or what the classes above leave if that is more.
 //!
 //! Invariants: a class that does not wait earns nothing and keeps nothing; credit and debt are bounded.
 //! Not here: whose request inside the class (`fairness`).
@@ -13,6 +13,10 @@ use crate::Class;
 /// Most tokens a class can be ahead or behind: a few seconds of a GPU's work, so that neither a burst of one class nor
 /// an idle time of another is paid for long after.
 const CREDIT_MAX: f64 = 65_536.0;
+
+/// Tokens that a class must have earned to go before another: about one prompt, so that a class that waits a moment does
+/// not overtake.
+const OWED_MIN: f64 = 2048.0;
 
 /// Earned and not used, in tokens, by [`Class`].
 #[derive(Debug, Default)]
@@ -24,9 +28,10 @@ impl Shares {
     /// So many tokens of `class` go to a worker, while so many requests of each class wait.
     pub(crate) fn sent(&mut self, class: Class, tokens: u64, reserved: &[f64], waiting: &[u32]) {
         let tokens = tokens as f64;
+        let alone = waiting.iter().enumerate().all(|(at, waiting)| at == class as usize || *waiting == 0);
         for (at, (credit, (share, waiting))) in self.credit.iter_mut().zip(reserved.iter().zip(waiting)).enumerate() {
             if at == class as usize {
-                *credit -= tokens * (1.0 - share);
+                *credit -= if alone { 0.0 } else { tokens * (1.0 - share) };
             } else if *waiting > 0 {
                 *credit += tokens * share;
             } else {
@@ -40,12 +45,10 @@ impl Shares {
     pub(crate) fn next(&self, waits: impl Fn(Class) -> bool) -> Option<Class> {
         let mut first = None;
         for class in Class::ALL.into_iter().filter(|class| waits(*class)) {
-            let owed = self.credit.get(class as usize).is_some_and(|credit| *credit > 0.0);
-            match first {
-                None => first = Some(class),
-                Some(_) if owed => return Some(class),
-                Some(_) => {}
+            if self.credit.get(class as usize).is_some_and(|credit| *credit >= OWED_MIN) {
+                return Some(class);
             }
+            first = first.or(Some(class));
         }
         first
     }
@@ -80,7 +83,7 @@ mod tests {
             ([0, 0, 1], [0, 0, 1000]),
         ] {
             let got = served(waiting, 1000);
-            assert!(got.iter().zip(expect).all(|(got, expect)| got.abs_diff(expect) <= 3), "{waiting:?}: {got:?}");
+            assert!(got.iter().zip(expect).all(|(got, expect)| got.abs_diff(expect) <= 5), "{waiting:?}: {got:?}");
         }
     }
 
@@ -91,8 +94,10 @@ mod tests {
             shares.sent(Class::Interactive, 1000, &RESERVED, &[5, 0, 0]);
         }
         assert_eq!(shares.next(|_| true), Some(Class::Interactive));
-        shares.sent(Class::Interactive, 1000, &RESERVED, &[5, 1, 0]);
-        assert_eq!(shares.next(|_| true), Some(Class::Default), "from the first token on it does");
+        for _ in 0..11 {
+            shares.sent(Class::Interactive, 1000, &RESERVED, &[5, 1, 0]);
+        }
+        assert_eq!(shares.next(|_| true), Some(Class::Default), "who does, earns");
         shares.sent(Class::Interactive, 1000, &RESERVED, &[5, 0, 0]);
         assert_eq!(shares.next(|_| true), Some(Class::Interactive), "and keeps nothing when it stops waiting");
     }

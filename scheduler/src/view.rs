@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use crate::core::Core;
 use crate::placement::{Ahead, Scene};
-use crate::worker::{Reserved, Worker};
+use crate::worker::Worker;
+use crate::worker::kv::Held;
 use crate::{Class, Decision, HealthState, LoadReport, PoolId, Request, RequestId, Tick, WorkerId};
 
 /// One worker now.
@@ -141,12 +142,12 @@ impl Core {
             draining: worker.draining,
             busy: worker.busy_until.since(now),
             sent_requests: u32::try_from(worker.sent.len()).unwrap_or(u32::MAX),
-            sent_sequences: worker.sequences,
+            sent_sequences: worker.held.sequences(),
             lane_requests: worker.lane.requests(),
             promised_tokens: backlog as u64 + worker.lane.tokens_before(Class::Batch),
-            reserved_tokens: worker.reserved.tokens,
+            reserved_tokens: worker.held.tokens(),
             kv_tokens: worker.spec.kv_tokens,
-            kv_usage: worker.kv_pressure(now, Reserved::default(), &self.config),
+            kv_usage: worker.kv_pressure(now, Held::default(), &self.config),
             prefill_rate: worker.speed(now, pool.fleet_rate(), &self.config),
             rate_measured: worker.measured_rate().is_some(),
             reported: worker.reported.fresh(now, self.config.report_ttl).map(|(at, load)| (now.since(at), load)),

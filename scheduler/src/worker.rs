@@ -1,14 +1,16 @@
 //! One worker as the core sees it: what we promised it, what it says, how fast and how well it is.
 //!
-//! Invariants: `reserved` and `sequences` are the sums over `sent`; both change only in [`Worker::hold`] and
+//! Invariant: `held` is the sum over `sent`; both change only in [`Worker::hold`], [`Worker::started`] and
 //! [`Worker::release`].
 //! Not here: which request gets which worker (`placement`), and the order of the lane (`lane`).
 
 pub(crate) mod backlog;
 pub(crate) mod health;
+pub(crate) mod kv;
 pub(crate) mod latency;
 mod load;
 mod rate;
+pub(crate) mod step;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,46 +20,14 @@ use crate::outputs::Plan;
 use crate::{GpuReport, HealthState, LoadReport, PoolId, Request, RequestId, Tick, WorkerId, WorkerSpec};
 use backlog::{Backlog, SendNumber};
 use health::Health;
+use kv::Held;
 use latency::Latency;
 use load::Reported;
 use rate::Rate;
+use step::Pace;
 
 /// Weight of one request in the mean time that requests stay at a worker.
 const STAY_WEIGHT: f64 = 0.05;
-/// Most KV tokens reserved for one request where the capacity is not known; keeps sums in range.
-const NEED_MAX: u64 = 1 << 32;
-
-/// Largest variance kept of one request; keeps sums in range.
-const VARIANCE_MAX: u64 = 1 << 42;
-
-/// KV tokens promised to one request or to several.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Reserved {
-    /// Prompt and expected output.
-    pub(crate) tokens: u64,
-    /// Of these, the expected output.
-    pub(crate) output_tokens: u64,
-    /// Variance of the output.
-    pub(crate) variance: u64,
-}
-
-impl Reserved {
-    pub(crate) fn plus(self, more: Self) -> Self {
-        Self {
-            tokens: self.tokens + more.tokens,
-            output_tokens: self.output_tokens + more.output_tokens,
-            variance: self.variance + more.variance,
-        }
-    }
-
-    fn minus(self, less: Self) -> Self {
-        Self {
-            tokens: self.tokens.saturating_sub(less.tokens),
-            output_tokens: self.output_tokens.saturating_sub(less.output_tokens),
-            variance: self.variance.saturating_sub(less.variance),
-        }
-    }
-}
 
 #[derive(Debug)]
 pub(crate) struct Worker {
@@ -73,12 +43,12 @@ pub(crate) struct Worker {
     pub(crate) trial: Option<RequestId>,
     pub(crate) lane: Lane,
     pub(crate) sent: BTreeSet<RequestId>,
-    pub(crate) sequences: u64,
-    /// What was promised to what was sent.
-    pub(crate) reserved: Reserved,
+    /// The sum over what was sent.
+    pub(crate) held: Held,
     pub(crate) reported: Reported,
     backlog: Backlog,
     rate: Rate,
+    pub(crate) pace: Pace,
     derate: Option<(Tick, f64)>,
     /// Mean seconds that a request stays.
     stay_seconds: Option<f64>,
@@ -104,11 +74,11 @@ impl Worker {
             trial: None,
             lane: Lane::default(),
             sent: BTreeSet::new(),
-            sequences: 0,
-            reserved: Reserved::default(),
+            held: Held::default(),
             reported: Reported::default(),
             backlog: Backlog::default(),
             rate: Rate::default(),
+            pace: Pace::default(),
             derate: None,
             stay_seconds: None,
             rescored: now,
@@ -143,12 +113,9 @@ impl Worker {
         self.spec.kv_tokens.is_none_or(|capacity| u64::from(prompt_tokens) < capacity)
     }
 
-    /// What to reserve for a request: prompt and expected output in whole blocks, at most what there is.
-    pub(crate) fn need(&self, plan: &Plan) -> Reserved {
-        let block = u64::from(self.spec.block_tokens.max(1));
-        let most = self.spec.kv_tokens.unwrap_or(NEED_MAX);
-        let tokens = (u64::from(plan.prompt_tokens) + plan.output_tokens).next_multiple_of(block).min(most);
-        Reserved { tokens, output_tokens: plan.output_tokens.min(tokens), variance: plan.variance.min(VARIANCE_MAX) }
+    /// What a request will take here.
+    pub(crate) fn need(&self, plan: &Plan) -> Held {
+        Held::new(plan, self.spec.block_tokens, self.spec.kv_tokens)
     }
 
     /// Whether the request may be sent now. A worker that has nothing always takes one.
@@ -160,30 +127,21 @@ impl Worker {
             return true;
         }
         let foreign = self.reported.foreign(now, config.report_ttl);
-        let sequences = self.sequences + u64::from(foreign.map_or(0, |foreign| foreign.running));
+        let sequences = self.held.sequences() + u64::from(foreign.map_or(0, |foreign| foreign.running));
         let backlog = self.backlog_tokens(now, fleet_rate, config);
         sequences + u64::from(plan.sequences) <= u64::from(self.spec.sequences_max)
             && (backlog <= 0.0 || backlog + f64::from(uncached) <= f64::from(self.spec.window_tokens))
             && self.kv_pressure(now, self.need(plan), config).is_none_or(|pressure| pressure <= 1.0)
     }
 
-    /// Share of the KV cache that will be in use with `more`: by the engine's account and what we know to come, where
-    /// it reports (prompts that share blocks take less than their sum), else by our own.
-    pub(crate) fn kv_pressure(&self, now: Tick, more: Reserved, config: &Config) -> Option<f64> {
-        let with = self.reserved.plus(more);
-        let spread = config.kv_deviations * (with.variance as f64).sqrt();
-        match (self.spec.kv_tokens, self.reported.kv_usage(now, config.report_ttl)) {
-            (Some(capacity), used) => {
-                let capacity = capacity.max(1) as f64;
-                let ours = with.tokens as f64 / capacity;
-                let engines = used.map(|used| {
-                    let since = with.tokens as f64 - used.reserved as f64;
-                    used.share + (used.to_come as f64 + since) / capacity
-                });
-                Some((engines.unwrap_or(ours) + spread / capacity).max(0.0))
-            }
-            (None, used) => used.map(|used| used.share),
-        }
+    /// Share of the KV cache that will be in use at most with `more`: by our own account, corrected by what the engine
+    /// said last (prompts that share blocks take less than their sum, what came past us takes more).
+    pub(crate) fn kv_pressure(&self, now: Tick, more: Held, config: &Config) -> Option<f64> {
+        let reported = self.reported.kv(now, config.report_ttl);
+        let Some(capacity) = self.spec.kv_tokens else { return reported.map(|(share, _)| share) };
+        let beyond = reported.map_or(0.0, |(_, beyond)| beyond);
+        let peak = self.held.plus(more).peak(now, self.pace.token_seconds(), beyond, config.kv_deviations);
+        Some(peak / capacity.max(1) as f64)
     }
 
     /// Prefill speed in tokens/s; `fleet_rate` where its own was not measured yet.
@@ -226,10 +184,9 @@ impl Worker {
         uncached: u32,
         fleet_rate: f64,
         config: &Config,
-    ) -> (Reserved, SendNumber) {
+    ) -> (Held, SendNumber) {
         let need = self.need(plan);
-        self.reserved = self.reserved.plus(need);
-        self.sequences += u64::from(request.sequences.max(1));
+        self.held = self.held.plus(need);
         self.sent.insert(request.id);
         if self.health.state() == HealthState::HalfOpen {
             self.trial = Some(request.id);
@@ -241,12 +198,23 @@ impl Worker {
         (need, number)
     }
 
-    /// The request's first token came; `uncached` of its tokens had to be computed, as was predicted.
-    pub(crate) fn started(&mut self, now: Tick, number: SendNumber, uncached: u32, fleet_rate: f64, config: &Config) {
+    /// The request's first token came; `uncached` of its tokens had to be computed, as was predicted. What it holds from
+    /// now on.
+    pub(crate) fn started(
+        &mut self,
+        now: Tick,
+        (held, number): (Held, SendNumber),
+        uncached: u32,
+        fleet_rate: f64,
+        config: &Config,
+    ) -> Held {
+        let generating = held.started(now);
+        self.held = self.held.minus(held).plus(generating);
         let speed = self.speed(now, fleet_rate, config);
         self.backlog.started(now, speed, number);
         let derate = self.derate(now, config);
         self.rate.started(now, uncached, self.backlog.is_empty(), derate);
+        generating
     }
 
     /// Gives the request's place back. `started`: its first token had come.
@@ -254,15 +222,14 @@ impl Worker {
         &mut self,
         now: Tick,
         request: &Request,
-        (reserved, number): (Reserved, SendNumber),
+        (held, number): (Held, SendNumber),
         started: bool,
         (fleet_rate, config): (f64, &Config),
     ) {
         if !self.sent.remove(&request.id) {
             return;
         }
-        self.reserved = self.reserved.minus(reserved);
-        self.sequences = self.sequences.saturating_sub(u64::from(request.sequences.max(1)));
+        self.held = self.held.minus(held);
         if self.trial == Some(request.id) {
             self.trial = None;
         }
@@ -275,19 +242,18 @@ impl Worker {
 
     /// Its engine's metrics were read.
     pub(crate) fn observe(&mut self, now: Tick, report: LoadReport, fleet_rate: f64, config: &Config) {
-        let backlog = self.backlog_tokens(now, fleet_rate, config) as u64;
-        self.reported.observe(
-            now,
-            report,
-            self.sequences,
-            (self.reserved.tokens, backlog + self.reserved.output_tokens),
-        );
+        let prefilled = self.held.now(now, self.pace.token_seconds()) - self.backlog_tokens(now, fleet_rate, config);
+        self.reported.observe(now, report, self.held.sequences(), (prefilled, self.spec.kv_tokens));
     }
 
-    /// A request ended well after `seconds` here.
-    pub(crate) fn stayed(&mut self, seconds: f64) {
+    /// A request ended well after `seconds` here, with `output_each` tokens a sequence in the `generating` seconds after
+    /// its first, where that was seen.
+    pub(crate) fn stayed(&mut self, seconds: f64, output_each: u32, generating: Option<f64>) {
         let mean = self.stay_seconds.get_or_insert(seconds);
         *mean += (seconds - *mean) * STAY_WEIGHT;
+        if let Some(generating) = generating {
+            self.pace.observe(output_each, generating, self.held.sequences() as f64);
+        }
     }
 
     fn derate(&self, now: Tick, config: &Config) -> f64 {

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
+use forebay_scheduler::Config;
 use forebay_simulator::{EngineConfig, Fault, Offered, Outcome, Policy, Settings, Trace};
 use parking_lot::Mutex;
 
@@ -176,6 +177,7 @@ impl Arguments {
             jitter: Duration::from_millis(self.jitter_ms),
             slo_ttft: Duration::from_millis(self.slo_ttft_ms),
             shed: self.shed,
+            scheduler: Config::default(),
             faults: self.fault.clone(),
             stopwatch: self.time_decisions.then_some(stopwatch),
         }

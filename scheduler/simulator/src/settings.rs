@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use forebay_scheduler::Config;
+
 use crate::EngineConfig;
 
 /// The fleet, the load and the yardstick of a run.
@@ -22,6 +24,8 @@ pub struct Settings {
     /// Whether the scheduler's queue keeps its default bounds and time-out. Otherwise nothing is shed and nothing times
     /// out. The rivals have no queue and never shed.
     pub shed: bool,
+    /// Tunables of the scheduler.
+    pub scheduler: Config,
     /// What goes wrong.
     pub faults: Vec<Fault>,
     /// A monotonic clock to time the scheduler's decisions with. Without one they are not timed, and equal runs give
@@ -39,6 +43,7 @@ impl Default for Settings {
             jitter: Duration::ZERO,
             slo_ttft: Duration::from_secs(2),
             shed: false,
+            scheduler: Config::default(),
             faults: Vec::new(),
             stopwatch: None,
         }

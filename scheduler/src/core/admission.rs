@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{Core, Entry, Place, Sent};
+use crate::config::Config;
 use crate::explain::{Candidate, Cause};
 use crate::lane::Standing;
 use crate::outputs::Plan;
@@ -84,6 +85,7 @@ impl Core {
                 entry.predicted.get_or_insert(waited + winner.first_token_seconds);
                 let busy = self.scored.iter().filter(|scored| scored.waits).count();
                 pool.observe_decision(busy as f64 / self.scored.len().max(1) as f64, winner.uncached_tokens);
+                pool.observe_drain(self.now, winner.drain_seconds, &self.config);
                 self.record(id, cause, Some(winner.slot));
                 self.bind(id, &winner, out);
                 self.shed(pool_id, out);
@@ -121,7 +123,7 @@ impl Core {
             return self.send(id, to.slot, to.matched_tokens, out);
         }
         let speed = worker.speed(self.now, fleet_rate, &self.config);
-        let standing = entry.standing(to.uncached_tokens, speed, self.config.age_weight);
+        let standing = entry.standing(to.uncached_tokens, speed, pool.patience(self.now, &self.config), &self.config);
         if worker.lane.is_empty() {
             worker.rescored = self.now;
         }
@@ -143,7 +145,12 @@ impl Core {
         {
             return self.refuse(id, Refusal::AttemptsExhausted { last }, out);
         }
-        let standing = entry.standing(entry.request.prompt_tokens, pool.fleet_rate(), self.config.age_weight);
+        let standing = entry.standing(
+            entry.request.prompt_tokens,
+            pool.fleet_rate(),
+            pool.patience(self.now, &self.config),
+            &self.config,
+        );
         let grace = self.now.after(pool.limits.worker_grace);
         let until = if hopeful { entry.expires } else { entry.expires.min(grace) };
         pool.unbound.insert(id, standing);
@@ -259,10 +266,10 @@ impl Core {
 }
 
 impl Entry {
-    fn standing(&self, uncached: u32, speed: f64, age_weight: f64) -> Standing {
+    fn standing(&self, uncached: u32, speed: f64, patience: f64, config: &Config) -> Standing {
         let request = &self.request;
         let service = f64::from(uncached) / speed;
         let size = (uncached, request.sequences.max(1));
-        Standing::new((request.class, request.tenant), size, service, self.expires, age_weight)
+        Standing::new((request.class, request.tenant), size, (service, patience), self.expires, config.patience_half)
     }
 }

@@ -24,18 +24,10 @@ impl Core {
         let predicted = ahead / worker.speed(now, fleet_rate, config);
 
         let Some(worker) = self.workers.get_mut(slot) else { return };
-        let (reserved, number) = worker.hold(now, (&entry.request, &entry.plan), uncached, fleet_rate, config);
+        let (held, number) = worker.hold(now, (&entry.request, &entry.plan), uncached, fleet_rate, config);
         let worker = worker.id;
-        entry.place = Place::Sent(Sent {
-            worker,
-            slot: Some(slot),
-            at: now,
-            predicted,
-            uncached,
-            reserved,
-            number,
-            started: false,
-        });
+        entry.place =
+            Place::Sent(Sent { worker, slot: Some(slot), at: now, predicted, uncached, held, number, started: None });
         entry.attempts += 1;
         let tenant = entry.request.tenant;
         let weight = self.weights.get(&tenant).copied().unwrap_or(1.0);
@@ -55,13 +47,13 @@ impl Core {
     pub(super) fn first_token(&mut self, id: RequestId, out: &mut Vec<Action>) {
         let Some(entry) = self.requests.get_mut(&id) else { return };
         let Place::Sent(sent) = &mut entry.place else { return };
-        if std::mem::replace(&mut sent.started, true) {
+        if sent.started.replace(self.now).is_some() {
             return;
         }
-        let sent = *sent;
         let Some(pool) = self.pools.get_mut(&entry.request.pool) else { return };
         let Some((slot, worker)) = sent.slot.and_then(|slot| Some((slot, self.workers.get_mut(slot)?))) else { return };
-        worker.started(self.now, sent.number, sent.uncached, pool.fleet_rate(), &self.config);
+        let before = (sent.held, sent.number);
+        sent.held = worker.started(self.now, before, sent.uncached, pool.fleet_rate(), &self.config);
         let outlier = entry.request.streamed
             && worker.measured_rate().is_some()
             && worker.latency.observe(self.now, self.now.seconds_since(sent.at), sent.predicted);
@@ -107,10 +99,14 @@ impl Core {
         let Some(sent) = self.release(id) else { return };
         match end {
             End::Finished { output_tokens, .. } => {
-                self.settle_output(id, output_tokens);
+                let output_each = self.settle_output(id, output_tokens);
                 if let Some((slot, worker)) = sent.slot.and_then(|slot| Some((slot, self.workers.get_mut(slot)?))) {
-                    worker.stayed(self.now.seconds_since(sent.at));
-                    if !sent.started {
+                    let generating = sent.started.map(|started| self.now.seconds_since(started));
+                    worker.stayed(self.now.seconds_since(sent.at), output_each, generating);
+                    if let (Some(generating), Some(pool)) = (generating, self.pools.get_mut(&worker.pool)) {
+                        pool.pace.observe(output_each, generating, worker.held.sequences() as f64);
+                    }
+                    if sent.started.is_none() {
                         self.worked(slot, out);
                     }
                 }
@@ -135,7 +131,7 @@ impl Core {
         let (Some(slot), Some(pool)) = (sent.slot, self.pools.get(&entry.request.pool)) else { return Some(sent) };
         let Some(worker) = self.workers.get_mut(slot) else { return Some(sent) };
         let scales = (pool.fleet_rate(), &self.config);
-        worker.release(self.now, &entry.request, (sent.reserved, sent.number), sent.started, scales);
+        worker.release(self.now, &entry.request, (sent.held, sent.number), sent.started.is_some(), scales);
         self.touch(slot);
         Some(sent)
     }
@@ -183,8 +179,9 @@ impl Core {
     }
 
     /// Charges its tenant for what was not charged yet, and learns how long such outputs are.
-    fn settle_output(&mut self, id: RequestId, output_tokens: u32) {
-        let Some(entry) = self.requests.get(&id) else { return };
+    /// Output tokens of each sequence.
+    fn settle_output(&mut self, id: RequestId, output_tokens: u32) -> u32 {
+        let Some(entry) = self.requests.get(&id) else { return 0 };
         let rest = output_tokens.saturating_sub(entry.charged);
         let request = &entry.request;
         if let Some(pool) = self.pools.get_mut(&request.pool) {
@@ -194,5 +191,6 @@ impl Core {
                 pool.outputs.observe(request.tenant, request.route, each);
             }
         }
+        output_tokens / entry.plan.sequences
     }
 }

@@ -3,7 +3,7 @@
 use super::{Core, Place};
 use crate::PoolId;
 use crate::WorkerId;
-use crate::worker::Reserved;
+use crate::worker::kv::Held;
 
 /// An invariant that does not hold: a fault of the core, never of its caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -26,18 +26,18 @@ impl Core {
     /// The first invariant that does not hold.
     pub fn check(&self) -> Result<(), Broken> {
         for (slot, worker) in self.workers.iter() {
-            let mut held = (Reserved::default(), 0_u64);
+            let mut held = Held::default();
             for id in &worker.sent {
                 let entry = self.requests.get(id);
-                let Some((entry, Place::Sent(sent))) = entry.map(|entry| (entry, entry.place)) else {
+                let Some(Place::Sent(sent)) = entry.map(|entry| entry.place) else {
                     return Err(Broken::Reservations(worker.id));
                 };
                 if sent.slot != Some(slot) {
                     return Err(Broken::Reservations(worker.id));
                 }
-                held = (held.0.plus(sent.reserved), held.1 + u64::from(entry.request.sequences.max(1)));
+                held = held.plus(sent.held);
             }
-            if held != (worker.reserved, worker.sequences) {
+            if held != worker.held {
                 return Err(Broken::Reservations(worker.id));
             }
         }

@@ -3,6 +3,7 @@
 //! A term is seconds that the request, or others because of it, will lose at a worker; a gain is negative. It must be
 //! finite for any worker and any request.
 
+mod decode_slowdown;
 pub(super) mod drain_time;
 mod kv_pressure;
 mod overlap_credit;
@@ -15,11 +16,12 @@ use super::Prospect;
 type Seconds = fn(&Prospect<'_>) -> f64;
 
 /// The table; its order is that of explanations.
-pub(crate) const TERMS: [(&str, Seconds); 6] = [
+pub(crate) const TERMS: [(&str, Seconds); 7] = [
     ("drain_time", drain_time::seconds),
     ("prefill", prefill::seconds),
     ("slot_wait", slot_wait::seconds),
     ("slow_start", slow_start::seconds),
+    ("decode_slowdown", decode_slowdown::seconds),
     ("kv_pressure", kv_pressure::seconds),
     ("overlap_credit", overlap_credit::seconds),
 ];

@@ -24,21 +24,8 @@ struct Report {
     load: LoadReport,
     /// Sequences there that are not ours, when the report came.
     foreign: u32,
-    /// Our reservations in KV tokens, when the report came.
-    reserved: u64,
-    /// Of these, what was not in the cache yet, as far as we know: prompts not prefilled, and output.
-    to_come: u64,
-}
-
-/// The engine's account of its KV cache.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Used {
-    /// Share in use when it was read.
-    pub(crate) share: f64,
-    /// Our reservations in KV tokens at that time.
-    pub(crate) reserved: u64,
-    /// Of these, what was still to come.
-    pub(crate) to_come: u64,
+    /// KV tokens in use beyond our own account when the report came; below 0 where prompts share blocks.
+    kv_beyond: f64,
 }
 
 /// What a report adds to our own counters.
@@ -53,12 +40,20 @@ pub(crate) struct Foreign {
 }
 
 impl Reported {
-    /// `reserved` and `to_come`: see [`Used`].
-    pub(crate) fn observe(&mut self, now: Tick, load: LoadReport, sequences: u64, (reserved, to_come): (u64, u64)) {
+    /// `held` KV tokens should be in a cache of `capacity` by our account.
+    pub(crate) fn observe(
+        &mut self,
+        now: Tick,
+        load: LoadReport,
+        sequences: u64,
+        (held, capacity): (f64, Option<u64>),
+    ) {
         let ours = u32::try_from(sequences).unwrap_or(u32::MAX);
         let foreign = load.running.saturating_add(load.waiting).saturating_sub(ours);
         let kv_usage = load.kv_usage.filter(|usage| usage.is_finite()).map(|usage| usage.clamp(0.0, 1.0));
-        self.last = Some(Report { at: now, load: LoadReport { kv_usage, ..load }, foreign, reserved, to_come });
+        let used = kv_usage.zip(capacity).map(|(usage, capacity)| usage * capacity as f64);
+        let kv_beyond = used.map_or(0.0, |used| used - held);
+        self.last = Some(Report { at: now, load: LoadReport { kv_usage, ..load }, foreign, kv_beyond });
         self.reports = true;
     }
 
@@ -78,10 +73,10 @@ impl Reported {
         Some(Foreign { running: report.foreign - waiting, waiting, age: now.seconds_since(report.at) })
     }
 
-    /// How much of the KV cache was in use when that was read.
-    pub(crate) fn kv_usage(&self, now: Tick, ttl: Duration) -> Option<Used> {
+    /// Share of the KV cache in use when that was read, and the KV tokens beyond our own account.
+    pub(crate) fn kv(&self, now: Tick, ttl: Duration) -> Option<(f64, f64)> {
         let report = self.usable(now, ttl)?;
-        Some(Used { share: report.load.kv_usage?, reserved: report.reserved, to_come: report.to_come })
+        Some((report.load.kv_usage?, report.kv_beyond))
     }
 
     /// By how much to mistrust our own counters.
@@ -115,31 +110,33 @@ mod tests {
             (u32::MAX, u32::MAX, 0, Some((0, u32::MAX))),
         ] {
             let mut reported = Reported::default();
-            reported.observe(Tick(0), load(running, waiting, 0.0), ours, (0, 0));
+            reported.observe(Tick(0), load(running, waiting, 0.0), ours, (0.0, None));
             let foreign = reported.foreign(Tick(0), TTL).map(|f| (f.running, f.waiting));
             assert_eq!(foreign, expect, "{running} {waiting} {ours}");
         }
     }
 
     #[test]
-    fn the_cache_is_known_with_what_we_had_promised_then() {
+    fn the_cache_is_known_beside_our_own_account_of_it() {
         let mut reported = Reported::default();
-        reported.observe(Tick(0), load(1, 0, 0.5), 1, (300, 200));
-        assert_eq!(reported.kv_usage(Tick(1), TTL), Some(Used { share: 0.5, reserved: 300, to_come: 200 }));
-        reported.observe(Tick(2), load(1, 0, f64::NAN), 1, (300, 200));
-        assert_eq!(reported.kv_usage(Tick(2), TTL), None);
+        reported.observe(Tick(0), load(1, 0, 0.5), 1, (300.0, Some(1000)));
+        assert_eq!(reported.kv(Tick(1), TTL), Some((0.5, 200.0)));
+        reported.observe(Tick(1), load(1, 0, 0.25), 1, (300.0, Some(1000)));
+        assert_eq!(reported.kv(Tick(1), TTL), Some((0.25, -50.0)));
+        reported.observe(Tick(2), load(1, 0, f64::NAN), 1, (300.0, Some(1000)));
+        assert_eq!(reported.kv(Tick(2), TTL), None);
     }
 
     #[test]
     fn a_report_is_a_lease() {
         let mut reported = Reported::default();
         assert_eq!(reported.margin(Tick(0), TTL), 1.0, "never reported: nothing is missing");
-        reported.observe(Tick(0), load(99, 99, 1.0), 0, (0, 0));
+        reported.observe(Tick(0), load(99, 99, 1.0), 0, (0.0, None));
         assert_eq!(reported.margin(Tick(0), TTL), 1.0);
         let later = Tick(0).after(TTL);
-        assert_eq!((reported.foreign(later, TTL), reported.kv_usage(later, TTL)), (None, None));
+        assert_eq!((reported.foreign(later, TTL), reported.kv(later, TTL)), (None, None));
         assert_eq!(reported.margin(later, TTL), UNREPORTED_MARGIN);
-        reported.observe(Tick(1), load(0, 0, 0.0), 0, (0, 0));
+        reported.observe(Tick(1), load(0, 0, 0.0), 0, (0.0, None));
         reported.lost();
         assert_eq!(reported.margin(Tick(1), TTL), UNREPORTED_MARGIN);
     }

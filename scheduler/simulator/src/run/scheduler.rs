@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_scheduler::{
-    Action, Config, Core, Event, KvEvent, LoadReport, PoolId, PoolLimits, Request, RequestId, RouteId, TenantId, Tick,
+    Action, Core, Event, KvEvent, LoadReport, PoolId, PoolLimits, Request, RequestId, RouteId, TenantId, Tick,
     WorkerId, WorkerSpec,
 };
 
@@ -32,7 +32,7 @@ impl Scheduler {
     /// A core with one pool, into which the workers have joined.
     pub(super) fn new(trace: &Trace, settings: &Settings, seed: u64) -> Self {
         let mut scheduler = Self {
-            core: Core::new(Config::default(), seed),
+            core: Core::new(settings.scheduler.clone(), seed),
             fresh: Vec::new(),
             actions: VecDeque::new(),
             stopwatch: settings.stopwatch,

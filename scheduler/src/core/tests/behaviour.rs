@@ -136,8 +136,8 @@ fn the_kv_cache_bounds_what_is_sent() {
 fn a_request_larger_than_its_plan_runs_alone() {
     let spec = WorkerSpec { kv_tokens: Some(1000), ..WorkerSpec::default() };
     let mut world = World::with_workers(1, &spec);
-    world.arrive(Request { max_output: Some(5000), ..request(1, 500) });
-    world.arrive(request(2, 10));
+    world.arrive(Request { max_output: Some(5000), ..request(1, 950) });
+    world.arrive(request(2, 100));
     assert_eq!((world.sent_to(1), world.sent_to(2)), (Some(0), None));
     world.finish(1);
     assert_eq!(world.sent_to(2), Some(0));
