@@ -50,7 +50,7 @@ pub struct Outcome {
 #[must_use]
 pub fn run(trace: &Trace, settings: &Settings, policy: Policy, seed: u64) -> Outcome {
     let mut run = Run::new(trace, settings, policy, seed);
-    run.to_the_end();
+    run.go_on_to_the_end();
     let decisions = match &mut run.gateway {
         Gateway::Scheduler(scheduler) => std::mem::take(&mut scheduler.decisions),
         Gateway::Rival(..) => Vec::new(),
@@ -123,7 +123,7 @@ impl<'a> Run<'a> {
         run
     }
 
-    fn to_the_end(&mut self) {
+    fn go_on_to_the_end(&mut self) {
         while self.open > 0 && self.now.since(self.alive) < STALLED {
             let deadline = match &self.gateway {
                 Gateway::Scheduler(scheduler) => scheduler.next_deadline(),
