@@ -87,6 +87,8 @@ struct Run<'a> {
     open: usize,
     /// When anything but a poll or a timer happened last.
     alive: Tick,
+    /// The worker to which each row was bound last.
+    bound: Vec<Option<u32>>,
     /// Requests that a rival could give to nobody, since no engine was up.
     stranded: VecDeque<u32>,
 }
@@ -109,6 +111,7 @@ impl<'a> Run<'a> {
             log: Vec::with_capacity(trace.rows.len() * 5),
             open: trace.rows.len(),
             alive: Tick::ZERO,
+            bound: vec![None; trace.rows.len()],
             stranded: VecDeque::new(),
         };
         let mut phases = Rng::new(seed, 3);
@@ -191,8 +194,22 @@ impl<'a> Run<'a> {
             return self.note(number, What::Refused);
         }
         match &mut self.gateway {
-            Gateway::Scheduler(scheduler) => scheduler.arrived(self.now, number, row),
+            Gateway::Scheduler(scheduler) => {
+                scheduler.arrived(self.now, number, row);
+                if let Some(worker) = scheduler.placed(number) {
+                    self.place(number, worker);
+                }
+            }
             Gateway::Rival(..) => self.route(number),
+        }
+    }
+
+    /// Notes that a request is bound to a worker, unless it was before.
+    fn place(&mut self, number: u32, worker: u32) {
+        if let Some(bound) = self.bound.get_mut(number as usize)
+            && bound.replace(worker) != Some(worker)
+        {
+            self.note(number, What::Placed { worker });
         }
     }
 
@@ -203,10 +220,7 @@ impl<'a> Run<'a> {
         let up: Vec<&Node> = self.nodes.iter().filter(|node| node.is_up()).collect();
         let chosen = router.route(&Ask::new(self.now, number, row, self.trace.block_tokens), &up, rng);
         match up.get(chosen).map(|node| node.number()) {
-            Some(worker) => {
-                self.note(number, What::Placed { worker });
-                self.send(number, worker);
-            }
+            Some(worker) => self.send(number, worker),
             None => self.stranded.push_back(number),
         }
     }
@@ -216,6 +230,7 @@ impl<'a> Run<'a> {
         let Some(node) = self.nodes.get_mut(worker as usize) else { return };
         if node.is_up() {
             node.submit(self.now, number, row);
+            self.place(number, worker);
             self.note(number, What::Sent { worker });
         } else {
             self.tell(Event::AttemptFailed { request: RequestId(u64::from(number)), failure: Failure::Connect });
