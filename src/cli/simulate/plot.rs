@@ -25,12 +25,31 @@ pub(super) struct Group<'a> {
     pub(super) outcomes: Vec<&'a Outcome>,
 }
 
+/// One policy's cells, one a seed.
+struct Series<'a> {
+    name: &'static str,
+    color: &'static str,
+    outcomes: Vec<&'a Outcome>,
+}
+
+struct Curve {
+    name: &'static str,
+    color: &'static str,
+    points: Vec<(f64, f64)>,
+}
+
 impl<'a> Group<'a> {
-    /// Policies in their order, each with its outcomes, one a seed.
-    fn policies(&self) -> Vec<(&'static str, &'static str, Vec<&'a Outcome>)> {
-        let of = |name| self.outcomes.iter().filter(|outcome| outcome.cell.policy == name).copied().collect::<Vec<_>>();
-        let all = Policy::all().iter().zip(COLORS).map(|(policy, color)| (policy.name(), color, of(policy.name())));
-        all.filter(|(_, _, outcomes)| !outcomes.is_empty()).collect()
+    /// In the order of the policies.
+    fn series(&self) -> Vec<Series<'a>> {
+        let of = |name| self.outcomes.iter().filter(|outcome| outcome.cell.policy == name).copied().collect();
+        let all = Policy::all().iter().zip(COLORS);
+        let all = all.map(|(policy, color)| Series { name: policy.name(), color, outcomes: of(policy.name()) });
+        all.filter(|series| !series.outcomes.is_empty()).collect()
+    }
+
+    fn curves(&self, points: impl Fn(&[&Outcome]) -> Vec<(f64, f64)>) -> Vec<Curve> {
+        let curve = |Series { name, color, outcomes }| Curve { name, color, points: points(&outcomes) };
+        self.series().into_iter().map(curve).collect()
     }
 }
 
@@ -42,11 +61,11 @@ struct Frame {
 }
 
 const WIDTH: f64 = 860.0;
-const HEIGHT: f64 = 420.0;
+const HEIGHT: f64 = 430.0;
 const LEFT: f64 = 64.0;
 const RIGHT: f64 = 690.0;
-const TOP: f64 = 64.0;
-const BOTTOM: f64 = 366.0;
+const TOP: f64 = 76.0;
+const BOTTOM: f64 = 376.0;
 
 impl Frame {
     fn new(title: &str, subtitle: &str, (x, x_name): (Scale, &str), (y, y_unit): (Scale, &str)) -> Self {
@@ -67,12 +86,12 @@ impl Frame {
     }
 
     /// Draws curves, the first over the others, and names them on the right.
-    fn curves(mut self, curves: &[(&'static str, &'static str, Vec<(f64, f64)>)]) -> String {
-        for (index, (_, color, points)) in curves.iter().enumerate().rev() {
-            let points: Vec<_> = points.iter().map(|(x, y)| (self.x.at(*x), self.y.at(*y))).collect();
-            self.svg.line(&points, Stroke::new(color, if index == 0 { 2.6 } else { 1.4 }));
+    fn curves(mut self, curves: &[Curve]) -> String {
+        for (index, curve) in curves.iter().enumerate().rev() {
+            let points: Vec<_> = curve.points.iter().map(|(x, y)| (self.x.at(*x), self.y.at(*y))).collect();
+            self.svg.line(&points, Stroke::new(curve.color, if index == 0 { 2.6 } else { 1.4 }));
         }
-        for ((name, color, _), row) in curves.iter().zip(0..) {
+        for (Curve { name, color, .. }, row) in curves.iter().zip(0..) {
             let y = TOP + 10.0 + 20.0 * f64::from(row);
             self.svg
                 .line(&[(RIGHT + 18.0, y), (RIGHT + 42.0, y)], Stroke::new(color, if row == 0 { 3.2 } else { 2.2 }));
@@ -84,9 +103,8 @@ impl Frame {
 
 /// Share of requests whose first token came within a time; a request that never got one stays out of the share.
 pub(super) fn ttft(group: &Group<'_>) -> String {
-    let curves: Vec<_> =
-        group.policies().into_iter().map(|(name, color, outcomes)| (name, color, distribution(&outcomes))).collect();
-    let times = || curves.iter().flat_map(|(_, _, points)| points.iter().map(|(time, _)| *time));
+    let curves = group.curves(distribution);
+    let times = || curves.iter().flat_map(|curve| curve.points.iter().map(|(time, _)| *time));
     let low = times().fold(f64::INFINITY, f64::min).clamp(0.01, 1e6);
     let high = times().fold(0.1, f64::max);
     let x = Scale::logarithmic(low, high, (LEFT, RIGHT));
@@ -95,7 +113,7 @@ pub(super) fn ttft(group: &Group<'_>) -> String {
     let mut frame = Frame::new("Share of requests whose first token came within a time", &group.title, axis, (y, " %"));
     let slo = group.settings.slo_ttft.as_secs_f64();
     frame.svg.line(&[(x.at(slo), TOP), (x.at(slo), BOTTOM)], Stroke::new(FAINT, 1.0).dashed());
-    frame.svg.label((x.at(slo) + 4.0, TOP - 4.0), Anchor::Start, FAINT, &format!("SLO {} s", short(slo)));
+    frame.svg.label((x.at(slo), TOP - 6.0), Anchor::Middle, FAINT, &format!("SLO {} s", short(slo)));
     frame.curves(&curves)
 }
 
@@ -124,12 +142,10 @@ fn waits(outcome: &Outcome) -> Vec<f64> {
 
 /// Requests without a first token over time, of the first seed.
 pub(super) fn waiting(group: &Group<'_>) -> String {
-    let first = group.policies().into_iter();
-    let policies: Vec<_> = first.filter_map(|(name, color, all)| Some((name, color, *all.first()?))).collect();
-    let end = policies.iter().map(|(_, _, outcome)| outcome.cell.virtual_seconds).fold(0.0, f64::max);
-    let curves: Vec<_> =
-        policies.into_iter().map(|(name, color, outcome)| (name, color, waiting_over_time(outcome, end))).collect();
-    let most = curves.iter().flat_map(|(_, _, points)| points.iter().map(|(_, waiting)| *waiting)).fold(1.0, f64::max);
+    let ends = group.series().into_iter().filter_map(|series| Some(series.outcomes.first()?.cell.virtual_seconds));
+    let end = ends.fold(0.0, f64::max);
+    let curves = group.curves(|seeds| seeds.first().map_or(Vec::new(), |first| waiting_over_time(first, end)));
+    let most = curves.iter().flat_map(|curve| curve.points.iter().map(|(_, waiting)| *waiting)).fold(1.0, f64::max);
     let x = Scale::linear(end, (LEFT, RIGHT));
     let y = Scale::linear(most, (BOTTOM, TOP));
     Frame::new("Requests that wait for their first token", &group.title, (x, "time, s"), (y, "")).curves(&curves)
@@ -174,8 +190,8 @@ pub(super) fn summary(group: &Group<'_>) -> String {
         ("requests within the SLO, %", |cell| Some(cell.within_slo * 100.0)),
         ("prompt tokens found in a cache, %", |cell| Some(cell.hit_ratio_tokens? * 100.0)),
     ];
-    let policies = group.policies();
-    let panel_height = 20.0 * policies.len() as f64 + 62.0;
+    let series = group.series();
+    let panel_height = 20.0 * series.len() as f64 + 62.0;
     let mut svg = Svg::new(WIDTH, 70.0 + 2.0 * panel_height);
     svg.heading((24.0, 26.0), 15, "Policies side by side");
     svg.label(
@@ -185,12 +201,8 @@ pub(super) fn summary(group: &Group<'_>) -> String {
         &format!("{}; bar: mean of the seeds, line: least and most", group.title),
     );
     for ((name, figure), place) in panels.into_iter().zip([(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]) {
-        let rows: Vec<_> = policies
-            .iter()
-            .map(|(name, color, outcomes)| {
-                (*name, *color, outcomes.iter().filter_map(|outcome| figure(&outcome.cell)).collect::<Vec<_>>())
-            })
-            .collect();
+        let values = |series: &Series<'_>| series.outcomes.iter().filter_map(|outcome| figure(&outcome.cell)).collect();
+        let rows: Vec<_> = series.iter().map(|series| (series.name, series.color, values(series))).collect();
         panel(&mut svg, (24.0 + place.0 * 420.0, 76.0 + place.1 * panel_height), name, &rows);
     }
     svg.finish()
