@@ -3,13 +3,17 @@
 //! Reading the trace, spreading cells over threads, and writing what came out live here; what happens in a cell is
 //! `forebay-simulator`'s. Cells are independent, and what is written does not depend on which was done first.
 
+mod events;
 mod fault;
+mod plot;
 mod report;
 mod table;
 mod trace_file;
 
+use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::num::NonZero;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -149,13 +153,49 @@ fn simulate(arguments: &Arguments) -> anyhow::Result<()> {
         table::print(&name, &settings, &offered, cells);
     }
     if let Some(directory) = &arguments.report {
-        write(directory.join("report.json"), &report)?;
+        write(&directory.join("report.json"), &report)?;
+        draw(directory, &name, &tasks, &outcomes)?;
+        if arguments.events {
+            for outcome in &outcomes {
+                let cell = &outcome.cell;
+                let path = directory.join(format!("events-{}-{}-{}.jsonl", cell.policy, cell.rate, cell.seed));
+                write_events(&path, &trace, outcome)?;
+            }
+        }
     }
     Ok(())
 }
 
-fn write(path: PathBuf, text: &str) -> anyhow::Result<()> {
-    std::fs::write(&path, text).with_context(|| format!("cannot write `{}`", path.display()))
+fn write(path: &Path, text: &str) -> anyhow::Result<()> {
+    std::fs::write(path, text).with_context(|| format!("cannot write `{}`", path.display()))
+}
+
+fn write_events(path: &Path, trace: &Trace, outcome: &Outcome) -> anyhow::Result<()> {
+    let whole = || -> std::io::Result<()> {
+        let mut file = BufWriter::new(File::create(path)?);
+        events::write(&mut file, trace, &outcome.log)?;
+        file.flush()
+    };
+    whole().with_context(|| format!("cannot write `{}`", path.display()))
+}
+
+/// Three pictures a rate.
+fn draw(directory: &Path, trace: &str, tasks: &[Task], outcomes: &[Outcome]) -> anyhow::Result<()> {
+    let mut pairs = tasks.iter().zip(outcomes).peekable();
+    while let Some((task, first)) = pairs.next() {
+        let rate = task.settings.rate;
+        let mut same = vec![first];
+        while let Some((_, outcome)) = pairs.next_if(|(task, _)| task.settings.rate == rate) {
+            same.push(outcome);
+        }
+        let load = first.cell.load.map_or(String::new(), |load| format!("load {load:.2}, "));
+        let title = format!("{trace}, {} workers, {load}rate {rate}", task.settings.workers);
+        let group = plot::Group { title, settings: &task.settings, outcomes: same };
+        write(&directory.join(format!("ttft-{rate}.svg")), &plot::ttft(&group))?;
+        write(&directory.join(format!("summary-{rate}.svg")), &plot::summary(&group))?;
+        write(&directory.join(format!("waiting-{rate}.svg")), &plot::waiting(&group))?;
+    }
+    Ok(())
 }
 
 impl Arguments {
@@ -188,7 +228,7 @@ impl Arguments {
         let rates = match (self.load.as_slice(), self.rate.as_slice()) {
             ([], []) => vec![1.0],
             ([], rates) => rates.to_vec(),
-            (loads, _) => loads.iter().map(|load| offered.rate_for(settings, *load)).collect(),
+            (loads, _) => loads.iter().map(|load| round(offered.rate_for(settings, *load))).collect(),
         };
         if rates.iter().any(|rate| *rate <= 0.0 || !rate.is_finite()) {
             return Err(WrongUse(
@@ -209,6 +249,14 @@ impl Arguments {
         }
         Ok(tasks)
     }
+}
+
+/// To four significant digits, so that what stands in names and titles is the rate itself.
+fn round(rate: f64) -> f64 {
+    let unit = 10_f64.powf(rate.log10().floor() - 3.0);
+    let rounded = (rate / unit).round() * unit;
+    // The shortest text of the product may have digits of its error.
+    format!("{rounded:.9}").parse().ok().filter(|rate| *rate > 0.0).unwrap_or(rate)
 }
 
 /// Runs the cells on all cores; their order stays.

@@ -22,6 +22,7 @@ mod models;
 mod queue;
 mod refusals;
 mod reload;
+mod simulate;
 mod simulated;
 mod stream_ends;
 mod streams;

@@ -18,7 +18,7 @@ pub struct Entry {
 pub enum What {
     /// It reached the gateway.
     Arrived,
-    /// It was bound to a worker for the first time, or to another than before.
+    /// It was bound to a worker: on arrival, and again before a send to another than the last one.
     Placed {
         /// Which.
         worker: u32,

@@ -7,8 +7,10 @@ use crate::rivals::{self, Router};
 pub struct Policy {
     name: &'static str,
     /// None: the scheduler itself.
-    pub(crate) rival: Option<fn(&rivals::Setup) -> Box<dyn Router>>,
+    pub(crate) rival: Option<MakeRouter>,
 }
+
+pub(crate) type MakeRouter = fn(&rivals::Setup) -> Box<dyn Router>;
 
 macro_rules! policies {
     ($($name:literal => $router:path),+ $(,)?) => {

@@ -50,7 +50,7 @@ pub struct Outcome {
 #[must_use]
 pub fn run(trace: &Trace, settings: &Settings, policy: Policy, seed: u64) -> Outcome {
     let mut run = Run::new(trace, settings, policy, seed);
-    run.to_the_end();
+    run.go_on_to_the_end();
     let decisions = match &mut run.gateway {
         Gateway::Scheduler(scheduler) => std::mem::take(&mut scheduler.decisions),
         Gateway::Rival(..) => Vec::new(),
@@ -87,6 +87,8 @@ struct Run<'a> {
     open: usize,
     /// When anything but a poll or a timer happened last.
     alive: Tick,
+    /// The worker to which each row was bound last.
+    bound: Vec<Option<u32>>,
     /// Requests that a rival could give to nobody, since no engine was up.
     stranded: VecDeque<u32>,
 }
@@ -109,6 +111,7 @@ impl<'a> Run<'a> {
             log: Vec::with_capacity(trace.rows.len() * 5),
             open: trace.rows.len(),
             alive: Tick::ZERO,
+            bound: vec![None; trace.rows.len()],
             stranded: VecDeque::new(),
         };
         let mut phases = Rng::new(seed, 3);
@@ -123,7 +126,7 @@ impl<'a> Run<'a> {
         run
     }
 
-    fn to_the_end(&mut self) {
+    fn go_on_to_the_end(&mut self) {
         while self.open > 0 && self.now.since(self.alive) < STALLED {
             let deadline = match &self.gateway {
                 Gateway::Scheduler(scheduler) => scheduler.next_deadline(),
@@ -191,8 +194,22 @@ impl<'a> Run<'a> {
             return self.note(number, What::Refused);
         }
         match &mut self.gateway {
-            Gateway::Scheduler(scheduler) => scheduler.arrived(self.now, number, row),
+            Gateway::Scheduler(scheduler) => {
+                scheduler.arrived(self.now, number, row);
+                if let Some(worker) = scheduler.placed(number) {
+                    self.place(number, worker);
+                }
+            }
             Gateway::Rival(..) => self.route(number),
+        }
+    }
+
+    /// Notes that a request is bound to a worker, unless it was before.
+    fn place(&mut self, number: u32, worker: u32) {
+        if let Some(bound) = self.bound.get_mut(number as usize)
+            && bound.replace(worker) != Some(worker)
+        {
+            self.note(number, What::Placed { worker });
         }
     }
 
@@ -203,10 +220,7 @@ impl<'a> Run<'a> {
         let up: Vec<&Node> = self.nodes.iter().filter(|node| node.is_up()).collect();
         let chosen = router.route(&Ask::new(self.now, number, row, self.trace.block_tokens), &up, rng);
         match up.get(chosen).map(|node| node.number()) {
-            Some(worker) => {
-                self.note(number, What::Placed { worker });
-                self.send(number, worker);
-            }
+            Some(worker) => self.send(number, worker),
             None => self.stranded.push_back(number),
         }
     }
@@ -216,6 +230,7 @@ impl<'a> Run<'a> {
         let Some(node) = self.nodes.get_mut(worker as usize) else { return };
         if node.is_up() {
             node.submit(self.now, number, row);
+            self.place(number, worker);
             self.note(number, What::Sent { worker });
         } else {
             self.tell(Event::AttemptFailed { request: RequestId(u64::from(number)), failure: Failure::Connect });

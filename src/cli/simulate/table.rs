@@ -13,13 +13,17 @@ pub(super) fn print<'a>(trace: &str, settings: &Settings, offered: &Offered, cel
         offered.batch,
         settings.workers,
     );
-    let mut last = None;
+    let (mut last, mut refused) = (None, 0);
     for cell in cells {
         let group = (cell.rate, cell.seed);
         if last.replace(group) != Some(group) {
             heading(cell, settings);
         }
         line(cell);
+        refused = refused.max(cell.refused);
+    }
+    if refused > 0 {
+        say!("\n{refused} requests fit no engine's KV memory and were refused, whatever the policy.");
     }
 }
 

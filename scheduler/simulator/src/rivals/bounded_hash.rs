@@ -1,6 +1,6 @@
 //! Consistent hashing of the prompt's beginning with bounded loads (Mirrokni, Thorup, Zadimoghaddam, SODA 2018), as in
-//! KubeAI and in the `prefix_hash` policy of the Shepherd Model Gateway: the first 256 tokens, no worker above 1.25 times
-//! the mean load or, where that is more, the mean plus 10 requests.
+//! KubeAI: the first 256 tokens, no worker above 1.25 times the mean load. A margin of 10 requests on top, as others have
+//! it, makes it weaker on every trace that was tried.
 //!
 //! The 256 tokens are counted from where prompts begin to differ, as an operator with a common system prompt sets it.
 
@@ -10,7 +10,6 @@ use crate::run::Node;
 
 const PREFIX_TOKENS: u32 = 256;
 const LOAD_FACTOR: f64 = 1.25;
-const LOAD_MARGIN: f64 = 10.0;
 /// Points of one worker on the ring (KubeAI's default).
 const REPLICAS: u64 = 256;
 
@@ -37,7 +36,7 @@ impl Router for BoundedHash {
         let key = mix(last.copied().unwrap_or(ask.number));
         let total: usize = up.iter().map(|node| node.requests()).sum();
         let mean = (total + 1) as f64 / up.len().max(1) as f64;
-        let most = (mean * LOAD_FACTOR).max(mean + LOAD_MARGIN).ceil() as usize;
+        let most = (mean * LOAD_FACTOR).ceil() as usize;
         let from = self.ring.partition_point(|(point, _)| *point < key);
         let around = self.ring.iter().cycle().skip(from).take(self.ring.len());
         let places = around.filter_map(|(_, worker)| up.iter().position(|node| node.number() == *worker));

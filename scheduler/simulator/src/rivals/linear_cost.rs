@@ -18,10 +18,8 @@ impl LinearCost {
 impl Router for LinearCost {
     fn route(&mut self, ask: &Ask<'_>, up: &[&Node], rng: &mut Rng) -> usize {
         let costs = up.iter().map(|node| {
-            let uncached = f64::from(ask.prompt_tokens.saturating_sub(node.matched_tokens(ask)));
-            let prefill = node.prefill_tokens(ask.now) + uncached;
-            // Blocks shared with a request that is there are held once.
-            let decode = node.outstanding_tokens() as f64 + uncached;
+            let prefill = node.prefill_tokens(ask.now) + f64::from(ask.prompt_tokens - node.matched_tokens(ask));
+            let decode = node.context_tokens() as f64 + f64::from(ask.prompt_tokens - node.shared_tokens(ask));
             (prefill + decode) / self.block_tokens
         });
         least(costs, rng)

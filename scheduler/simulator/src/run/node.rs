@@ -24,6 +24,8 @@ pub(crate) struct Node {
     held: BTreeMap<u32, Held>,
     /// Blocks of the prompts of these, with the number of holders.
     promised: HashMap<u64, u32>,
+    /// Sum of these numbers.
+    holdings: usize,
 }
 
 struct Running {
@@ -58,6 +60,7 @@ impl Node {
             life: 0,
             held: BTreeMap::new(),
             promised: HashMap::default(),
+            holdings: 0,
         }
     }
 
@@ -119,6 +122,18 @@ impl Node {
         self.engine.sequences().map(tokens).sum()
     }
 
+    /// The same, with blocks that several requests share counted once.
+    pub(crate) fn context_tokens(&self) -> u64 {
+        let shared = (self.holdings - self.promised.len()) as u64;
+        self.outstanding_tokens().saturating_sub(shared * u64::from(self.engine.config().block_tokens))
+    }
+
+    /// Tokens of the prompt in blocks that requests here hold.
+    pub(crate) fn shared_tokens(&self, ask: &Ask<'_>) -> u32 {
+        let shared = ask.blocks.iter().take_while(|block| self.promised.contains_key(*block)).count();
+        u32::try_from(shared).unwrap_or(u32::MAX).saturating_mul(self.engine.config().block_tokens)
+    }
+
     pub(super) fn cached_tokens(&self, request: u32) -> u32 {
         self.held.get(&request).map_or(0, |held| held.cached_tokens)
     }
@@ -147,6 +162,7 @@ impl Node {
         }
         for block in &*row.blocks {
             *self.promised.entry(*block).or_default() += 1;
+            self.holdings += 1;
         }
         self.held.insert(number, Held { uncached, started: false, cached_tokens: 0, generated: 0, told: 0 });
     }
@@ -159,6 +175,7 @@ impl Node {
         for block in &*row.blocks {
             if let Some(holders) = self.promised.get_mut(block) {
                 *holders -= 1;
+                self.holdings -= 1;
                 if *holders == 0 {
                     self.promised.remove(block);
                 }
@@ -189,6 +206,7 @@ impl Node {
         self.step = None;
         self.engine = Engine::new(self.engine.config().clone());
         self.promised.clear();
+        self.holdings = 0;
         std::mem::take(&mut self.held).into_iter().map(|(number, held)| (number, held.started)).collect()
     }
 

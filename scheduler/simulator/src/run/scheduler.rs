@@ -94,6 +94,12 @@ impl Scheduler {
         }
     }
 
+    /// The worker that a request was bound to last.
+    pub(super) fn placed(&self, number: u32) -> Option<u32> {
+        let decisions = self.core.explain(RequestId(u64::from(number)));
+        decisions.last()?.winner.map(|worker| worker.0)
+    }
+
     /// Passes an engine's own gauges on.
     pub(super) fn polled(&mut self, now: Tick, worker: u32, load: &Load) {
         let report = LoadReport { running: load.running, waiting: load.waiting, kv_usage: Some(load.kv_usage) };
