@@ -77,7 +77,8 @@ impl Gateway {
         let (ledger, journal) = Ledger::start(&directory, server.access_log, other)
             .with_context(|| format!("cannot write the usage journal in {}", directory.display()))?;
         let transport = Transport::new(tracker.clone());
-        let (dispatch, learned) = Dispatch::start(registry.clone(), transport.clone(), &tracker, background.clone());
+        let (dispatch, learned) = Dispatch::start(registry.clone(), transport.clone(), &tracker, background.clone())
+            .context("cannot start the thread for KV-cache events")?;
         let routing = Arc::new(Routing::default());
         let prepare = Arc::new(Prepare::start().context("cannot start the counting threads")?);
         let (body_bytes_max, connections_max) = (server.body_bytes_max, server.max_connections.get() as usize);

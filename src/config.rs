@@ -19,6 +19,7 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use forebay_backends::signals::kv_events::KvSource;
 use url::Url;
 
 mod defaults;
@@ -133,6 +134,8 @@ pub struct Worker {
     pub model: Option<Name>,
     /// Sent to the worker as a bearer token.
     pub api_key: Option<Secret>,
+    /// Where it publishes what its prefix cache holds; `None`: asked of the worker.
+    pub kv_events: Option<KvSource>,
 }
 
 impl Config {

@@ -5,11 +5,12 @@
 //! is ever retried. A [`Place`] is the core's promise for one request; dropping it gives the place back.
 //!
 //! Here: `driver` owns the core, `attempt` speaks with one worker, `intake` owns the tasks that feed the core with
-//! what workers report. Not here: another model or a cloud when a pool cannot (`pipeline`).
+//! what workers report of themselves, `kv` what they publish of their caches. Not here: another model or a cloud when a pool cannot (`pipeline`).
 
 mod attempt;
 mod driver;
 mod intake;
+mod kv;
 mod workers;
 
 use std::collections::VecDeque;

@@ -121,9 +121,11 @@ impl Entry {
         self.row.stream = stream;
     }
 
-    /// The answer's first event or byte is here, and with it the client's status line: 200.
-    pub fn first_byte(&mut self) {
+    /// The answer's first event or byte is here, and with it the client's status line: 200. The worker was expected to
+    /// have so many of the prompt's tokens in its cache.
+    pub fn first_byte(&mut self, matched_tokens: u32) {
         self.row.status = 200;
+        self.row.matched_tokens = Some(matched_tokens);
         let now = Instant::now();
         self.first = Some(now);
         self.row.ttft_ms = Some(milliseconds(now.duration_since(self.arrived)));
@@ -175,6 +177,7 @@ impl Drop for Entry {
         self.metrics.answered(self.row.api, self.row.status, total.as_secs_f64());
         let row = &self.row;
         self.metrics.prompt_tokens.increment(u64::from(if self.first.is_some() { row.prompt_tokens } else { 0 }));
+        self.metrics.prefix_hit_tokens.increment(u64::from(row.matched_tokens.unwrap_or(0)));
         self.metrics.cached_tokens.increment(u64::from(row.cached_tokens.unwrap_or(0)));
         self.metrics.output_tokens.increment(u64::from(row.output_tokens));
         if let (Some(first), true) = (self.first, row.stream) {

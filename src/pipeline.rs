@@ -73,8 +73,7 @@ impl Pipeline {
         entry.prompt(prompt.tokens, prompt.exact);
         let job = Job { pool: model.pool, class, deadline, prompt, asked: &asked, body, path, headers };
         let opened = self.dispatch.open(job, |worker, queued| entry.sent(&worker.name, queued)).await?;
-        model.metrics.prefix_hit_tokens.increment(u64::from(opened.matched_tokens));
-        entry.first_byte();
+        entry.first_byte(opened.matched_tokens);
         Ok((route, opened))
     }
 }

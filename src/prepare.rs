@@ -8,7 +8,7 @@
 
 mod count;
 mod cpu;
-mod hashes;
+pub mod hashes;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -8,6 +8,7 @@
 //!
 //! Not here: the OpenAI requests themselves, which travel as the client wrote them, and error bodies (`forebay-proto`).
 
+mod kv_sources;
 mod llamacpp;
 mod models;
 mod openai;
@@ -21,7 +22,7 @@ use http::StatusCode;
 use serde_json::Value;
 
 pub use self::models::ServedModel;
-use crate::{Error, transport::Channel};
+use crate::{Error, signals::kv_events::KvSource, transport::Channel};
 
 /// All known engines, in the order in which they are asked whether a server is theirs.
 pub static ENGINES: [&dyn Engine; 3] = [&vllm::Vllm, &llamacpp::LlamaCpp, &openai::OpenAi];
@@ -64,6 +65,11 @@ pub trait Engine: Send + Sync {
 
     /// Reads the engine's own view of its load. `None` when the text does not tell it.
     fn read_load(&self, metrics: &[u8]) -> Option<Load>;
+
+    /// Path that tells where the engine publishes its KV events, as vLLM's `/kv_event_sources` does, where there is one.
+    fn kv_sources_path(&self) -> Option<&'static str> {
+        None
+    }
 
     /// Whether the engine speaks this API. A model may still refuse: embeddings of a chat model.
     fn serves(&self, api: Api) -> bool;
@@ -185,6 +191,16 @@ pub async fn load(channel: &Channel, engine: &dyn Engine) -> Result<Option<Load>
     let (status, text) = channel.get(path, ANSWER_LIMIT, METRICS_BYTES_MAX).await?;
     require_success(status)?;
     Ok(engine.read_load(&text))
+}
+
+/// Where the engine publishes what its prefix cache holds; `None` where it does not, or does not say.
+///
+/// # Errors
+/// When it does not answer.
+pub async fn kv_source(channel: &Channel, engine: &dyn Engine) -> Result<Option<KvSource>, Error> {
+    let Some(path) = engine.kv_sources_path() else { return Ok(None) };
+    let (status, body) = channel.get(path, ANSWER_LIMIT, SMALL_BYTES_MAX).await?;
+    Ok(kv_sources::read(&body, channel.endpoint().host()).filter(|_| status.is_success()))
 }
 
 /// A version is for people to read: without one, all works.

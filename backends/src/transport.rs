@@ -1,4 +1,4 @@
-//! HTTP/1.1 toward workers: one pool of connections per worker, and answers that stream.
+//! HTTP/1.1 toward workers: one pool of connections per worker, and answers that stream. [`zmtp`] is beside it.
 //!
 //! A [`Channel`] sends a request over a pooled or a fresh connection and hands back a [`Response`] whose [`Body`] yields
 //! the bytes as they come. The most recently used connection is taken first, so that surplus ones age out.
@@ -20,6 +20,7 @@ mod channel;
 mod connect;
 mod endpoint;
 mod pool;
+pub mod zmtp;
 
 use std::{sync::Arc, sync::Weak, time::Duration};
 

@@ -3,15 +3,21 @@
 //! * [`peek`] reads the fields of a request body that Forebay acts on; [`splice`] changes them in place;
 //! * [`sse`] cuts a byte stream into server-sent events, [`stream`] reads one event of an OpenAI stream, [`tap`] finds
 //!   the usage of a whole answer without keeping it;
-//! * [`error`] turns any engine's error body into OpenAI's; [`metrics_text`] reads Prometheus text.
+//! * [`error`] turns any engine's error body into OpenAI's; [`metrics_text`] reads Prometheus text;
+//! * [`kv_events`] reads what an engine says of its prefix cache, [`zmtp`] is ZeroMQ's wire, over which it does.
 //!
 //! Invariants: no I/O, no clock and no async runtime; nothing panics, recurses without bound or allocates without bound
 //! on any input; bytes that nobody acts on are neither copied nor re-written.
 
 pub mod error;
+pub mod kv_events;
 pub mod metrics_text;
+mod msgpack;
 pub mod peek;
 pub mod splice;
 pub mod sse;
 pub mod stream;
 pub mod tap;
+pub mod zmtp;
+
+pub use msgpack::Malformed;

@@ -230,6 +230,7 @@ fn pool(model: &config::Model, known: &Known) -> anyhow::Result<PoolSpec> {
             endpoint,
             engine: worker.engine,
             model: worker.model.as_ref().map(|name| name.as_str().to_owned()),
+            kv_events: worker.kv_events.clone(),
             first_byte: model.first_byte_timeout,
             idle: model.idle_timeout,
         })

@@ -97,6 +97,7 @@ async fn demo(
             engine: None,
             model: None,
             api_key: None,
+            kv_events: None,
         });
     }
     let mut config = gateway::reader(Vec::new()).without_file().map_err(|mistakes| anyhow::anyhow!("{mistakes}"))?;

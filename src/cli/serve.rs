@@ -103,6 +103,7 @@ fn models(found: &[Found], server: &Server) -> anyhow::Result<Vec<Model>> {
                 engine: Some(engine.detected.engine.name()),
                 model: Some(Name::new(&model.id)?),
                 api_key: None,
+                kv_events: None,
             };
             workers.entry(&model.id).or_default().push(worker);
         }

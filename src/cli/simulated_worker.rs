@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::ValueEnum;
-use forebay_simulated_engine::{EngineConfig, EngineKind, Fault, Options};
+use forebay_simulated_engine::{EngineConfig, EngineKind, Fault, KvAddress, KvEventForm, KvEventOptions, Options};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -71,6 +71,18 @@ pub(super) struct Arguments {
     /// Seconds of silence in a stream after which a comment is sent.
     #[arg(long)]
     sse_keep_alive_interval: Option<f64>,
+    /// Publish what the prefix cache holds on this ZeroMQ socket, as in tcp://127.0.0.1:5557.
+    #[arg(long)]
+    kv_events: Option<KvAddress>,
+    /// Repeat the last of these events on this socket.
+    #[arg(long, requires = "kv_events")]
+    kv_events_replay: Option<KvAddress>,
+    /// Steps whose events are kept to be repeated.
+    #[arg(long, default_value_t = 10_000)]
+    kv_events_buffer_steps: usize,
+    /// Write these events as vLLM's releases before 0.32 did.
+    #[arg(long)]
+    kv_events_arrays: bool,
     /// Go wrong this way; may be repeated.
     #[arg(long)]
     fault: Vec<Fault>,
@@ -127,6 +139,12 @@ fn options(arguments: Arguments) -> anyhow::Result<Options> {
         api_keys: arguments.api_key,
         max_queued_requests: arguments.max_num_queued_reqs,
         stream_keep_alive: seconds(arguments.sse_keep_alive_interval, "--sse-keep-alive-interval")?,
+        kv_events: arguments.kv_events.map(|events| KvEventOptions {
+            events,
+            replay: arguments.kv_events_replay,
+            form: if arguments.kv_events_arrays { KvEventForm::Arrays } else { KvEventForm::Maps },
+            buffer_steps: arguments.kv_events_buffer_steps,
+        }),
         faults: arguments.fault,
         refuse_at_start: seconds(arguments.refuse_seconds, "--refuse-seconds")?,
         ..Options::default()

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
+use forebay_backends::signals::kv_events::KvSource;
+use forebay_backends::transport::zmtp;
 use url::Url;
 
 use super::log::{At, Log};
@@ -110,7 +112,13 @@ fn worker(mut section: Section<'_>, reader: &Reader, names: &mut Taken) -> Optio
     let engine = section.read("engine", |raw| engine(raw, &reader.engines));
     let model = section.read("model", name);
     let api_key = section.read("api_key", |raw| secret::read(raw, &reader.environment));
-    section.finish(&["kv_events", "gpus"]);
+    let kv_events = section.read("kv_events", zmq_address);
+    let kv_events_replay = section.read("kv_events_replay", zmq_address);
+    if let (None, Some(replay)) = (&kv_events, &kv_events_replay) {
+        log.refuse_absence(&replay.at, quoted(&replay.value.to_string()), "needs `kv_events` beside it");
+    }
+    let replay = kv_events_replay.map(|found| found.value);
+    section.finish(&["gpus"]);
     let url = url?;
     let named = match own_name {
         Some(found) => found,
@@ -123,6 +131,7 @@ fn worker(mut section: Section<'_>, reader: &Reader, names: &mut Taken) -> Optio
         engine: engine.map(|found| found.value),
         model: model.map(|found| found.value),
         api_key: api_key.map(|found| found.value),
+        kv_events: kv_events.map(|found| KvSource { events: found.value, replay }),
     };
     Some(Found { value: worker, at: url.at })
 }
@@ -171,6 +180,12 @@ fn address(raw: &Raw<'_>) -> Result<Address, Refusal> {
         Ok(name) => Ok(Address { url, name }),
         Err(_) => refuse("must name a host of less than 250 characters"),
     }
+}
+
+fn zmq_address(raw: &Raw<'_>) -> Result<zmtp::Address, Refusal> {
+    let form = "must be the address of the worker's ZeroMQ socket as seen from here, as in tcp://gpu-a:5557";
+    let url = Url::parse(raw.text()?).ok();
+    url.and_then(|url| zmtp::Address::new(&url, None)).ok_or_else(|| Refusal::new(form))
 }
 
 const URL_FORM: &str = "must begin with http:// or https:// and name a host, as in http://gpu-a:8000";

@@ -77,6 +77,8 @@ url    = "http://gpu-a:8000/"
 engine = "vllm"
 model  = "meta-llama/Llama-3.1-8B-Instruct"
 api_key = {{ env = "VLLM_KEY" }}
+kv_events = "tcp://gpu-a:5557"
+kv_events_replay = "tcp://[fd00::1]:5558"
 
 [[model.worker]]
 url = "https://gpu-b/engine/"
@@ -115,7 +117,10 @@ worker = [{{ url = "http://[::1]:8000" }}]
     assert_eq!(a.model, Some(name("meta-llama/Llama-3.1-8B-Instruct")));
     assert_eq!(a.api_key.as_ref().unwrap().inner().expose_secret(), "k-1");
     assert_eq!((&*b.name, b.url.as_str(), b.engine), ("gpu-b:443", "https://gpu-b/engine", None));
-    assert_eq!((&b.model, &b.api_key), (&None, &None));
+    let kv_events = a.kv_events.as_ref().unwrap();
+    assert_eq!(kv_events.events.to_string(), "tcp://gpu-a:5557");
+    assert_eq!(kv_events.replay.as_ref().unwrap().to_string(), "tcp://[fd00::1]:5558");
+    assert_eq!((&b.model, &b.api_key, &b.kv_events), (&None, &None, &None));
     assert_eq!(*second, Model::new(name("other"), second.workers.clone(), &config.server));
     assert_eq!(&*second.workers[0].name, "[::1]:8000");
 }
@@ -230,16 +235,31 @@ fn unknown_keys() {
 fn parts_that_come_later_are_refused() {
     check(
         &format!(
-            "[[node]]\nname = 'gpu-a'\n{MODEL}kv_events = 'tcp://w:5557'\ngpus = ['gpu-a/0']\n[model.overflow]\nto = 'cloud'\n[[provider]]\nname = 'cloud'\n"
+            "[[node]]\nname = 'gpu-a'\n{MODEL}gpus = ['gpu-a/0']\n[model.overflow]\nto = 'cloud'\n[[provider]]\nname = 'cloud'\n"
         ),
         &[
             "f.toml:1:3: node is not supported by this version (array): remove it",
-            "f.toml:7:1: model[0].worker[0].kv_events is not supported by this version (string): remove it",
-            "f.toml:8:1: model[0].worker[0].gpus is not supported by this version (array): remove it",
-            "f.toml:9:8: model[0].overflow is not supported by this version (table): remove it",
-            "f.toml:11:3: provider is not supported by this version (array): remove it",
+            "f.toml:7:1: model[0].worker[0].gpus is not supported by this version (array): remove it",
+            "f.toml:8:8: model[0].overflow is not supported by this version (table): remove it",
+            "f.toml:10:3: provider is not supported by this version (array): remove it",
         ],
     );
+}
+
+#[test]
+fn addresses_of_kv_events() {
+    let remedy = "must be the address of the worker's ZeroMQ socket as seen from here, as in tcp://gpu-a:5557";
+    for address in
+        ["tcp://*:5557", "tcp://gpu-a", "tcp://gpu-a:0", "tcp://gpu-a:5557/x", "http://gpu-a:1", "ipc:///x", "x"]
+    {
+        let line = format!("f.toml:5:13: model[0].worker[0].kv_events is \"{address}\": {remedy}");
+        check_worker(&format!("url = 'http://w:1'\nkv_events = '{address}'"), &[&line]);
+    }
+    check_worker(
+        "url = 'http://w:1'\nkv_events_replay = 'tcp://gpu-a:5558'",
+        &["f.toml:5:20: model[0].worker[0].kv_events_replay is \"tcp://gpu-a:5558\": needs `kv_events` beside it"],
+    );
+    check_worker("url = 'http://w:1'\nkv_events = 'tcp://gpu-a:5557'\nkv_events_replay = 'tcp://gpu-a:5558'", &[]);
 }
 
 #[test]

@@ -9,17 +9,19 @@ use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use forebay_backends::engines::{self, Api, Detected, Load};
+use forebay_backends::signals::kv_events::KvSource;
 use forebay_backends::signals::{Pace, Signal, Signals, Traffic};
 use forebay_backends::transport::{Channel, Endpoint, Timeouts, Transport};
 use forebay_scheduler::{Action, Event, PoolId, PoolLimits, WorkerId};
 use http::HeaderValue;
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::Dispatch;
 use super::driver::Driver;
+use super::kv::KvThread;
 use super::workers::{Identity, Worker, Workers};
 use crate::routing::EngineTokenizer;
 use crate::telemetry::{ModelMetrics, Registry, WorkerMetrics};
@@ -49,6 +51,8 @@ pub struct WorkerSpec {
     pub engine: Option<&'static str>,
     /// The model's name at the worker; `None`: detected.
     pub model: Option<String>,
+    /// Where it publishes what its prefix cache holds; `None`: asked.
+    pub kv_events: Option<KvSource>,
     pub first_byte: Duration,
     pub idle: Duration,
 }
@@ -85,12 +89,19 @@ struct Member {
     gone: CancellationToken,
 }
 
+/// What is to be known of a pool here.
+struct Pool {
+    model: Arc<str>,
+    block_tokens: u32,
+}
+
 /// Puts configured pools and workers into the core and keeps their tasks.
 pub(super) struct Intake {
-    driver: Arc<Driver>,
+    pub(super) driver: Arc<Driver>,
     workers: Arc<Workers>,
     transport: Transport,
-    tracker: TaskTracker,
+    pub(super) tracker: TaskTracker,
+    pub(super) kv_thread: KvThread,
     learned: mpsc::Sender<Learned>,
     members: Mutex<Members>,
 }
@@ -98,19 +109,22 @@ pub(super) struct Intake {
 #[derive(Default)]
 struct Members {
     next: u32,
-    pools: HashMap<PoolId, Arc<str>>,
+    pools: HashMap<PoolId, Pool>,
     workers: HashMap<WorkerId, Member>,
 }
 
 impl Dispatch {
     /// Starts the core with its tasks on `tracker`, which end with `stop`. What workers say about models comes out of
     /// the receiver.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
     pub fn start(
         registry: Registry,
         transport: Transport,
         tracker: &TaskTracker,
         stop: CancellationToken,
-    ) -> (Arc<Self>, mpsc::Receiver<Learned>) {
+    ) -> std::io::Result<(Arc<Self>, mpsc::Receiver<Learned>)> {
         let (actions, mut to_do) = mpsc::channel(ACTIONS_MAX);
         let (learned, facts) = mpsc::channel(LEARNED_MAX);
         let driver = Arc::new(Driver::new(registry.clone(), move |action| {
@@ -124,6 +138,7 @@ impl Dispatch {
             workers: Arc::clone(&workers),
             transport,
             tracker: tracker.clone(),
+            kv_thread: KvThread::start()?,
             learned,
             members: Mutex::default(),
         });
@@ -136,7 +151,7 @@ impl Dispatch {
                 acting.act(&action);
             }
         }));
-        (Arc::new(Self { driver, workers, intake, registry }), facts)
+        Ok((Arc::new(Self { driver, workers, intake, registry }), facts))
     }
 
     /// Makes the core's pools and workers those of `pools`. Workers that stay keep their connections and load.
@@ -175,7 +190,8 @@ impl Intake {
         }
         let mut joined = Vec::new();
         for pool in pools {
-            members.pools.insert(pool.pool, Arc::clone(&pool.model));
+            let known = Pool { model: Arc::clone(&pool.model), block_tokens: pool.limits.block_tokens };
+            members.pools.insert(pool.pool, known);
             self.driver.tell(Event::PoolJoined { pool: pool.pool, limits: pool.limits.clone() });
             for spec in &pool.workers {
                 if !members.workers.values().any(|member| member.pool == pool.pool && member.spec == *spec) {
@@ -190,8 +206,8 @@ impl Intake {
         let table: Vec<_> = members.workers.values().map(|member| Arc::clone(&member.worker)).collect();
         self.workers.apply(&table, pools.iter().map(|pool| (pool.pool, Arc::clone(&pool.metrics))).collect());
         for id in joined {
-            if let Some(Member { pool, .. }) = members.workers.get(&id) {
-                let spec = forebay_scheduler::WorkerSpec::default();
+            if let Some(Member { pool, worker, .. }) = members.workers.get(&id) {
+                let spec = worker.spec.lock().clone();
                 self.driver.tell(Event::WorkerJoined { worker: id, pool: *pool, spec });
             }
         }
@@ -207,6 +223,8 @@ impl Intake {
             channel: self.transport.channel(spec.endpoint.clone(), timeouts),
             first_byte: spec.first_byte,
             identity: ArcSwapOption::empty(),
+            spec: Mutex::default(),
+            returned: Notify::new(),
             traffic: Traffic::default(),
             metrics: WorkerMetrics::register(&spec.name),
         });
@@ -239,7 +257,9 @@ impl Intake {
                 self.identified(&worker, &spec, &model, &detected).await;
                 if first {
                     self.watch(&worker, &gone, detected.engine);
+                    self.follow_cache(&worker, &gone, detected.engine, spec.kv_events.clone());
                 }
+                worker.returned.notify_waiters();
                 true
             }
         };
@@ -249,8 +269,8 @@ impl Intake {
     fn member_facts(&self, id: WorkerId) -> Option<(WorkerSpec, CancellationToken, Arc<str>)> {
         let members = self.members.lock();
         let member = members.workers.get(&id)?;
-        let model = members.pools.get(&member.pool)?;
-        Some((member.spec.clone(), member.gone.clone(), Arc::clone(model)))
+        let pool = members.pools.get(&member.pool)?;
+        Some((member.spec.clone(), member.gone.clone(), Arc::clone(&pool.model)))
     }
 
     async fn identified(&self, worker: &Arc<Worker>, spec: &WorkerSpec, model: &str, detected: &Detected) {
@@ -268,12 +288,13 @@ impl Intake {
             root: facts.and_then(|facts| facts.root.clone()),
             tokenizer: counts.then(|| EngineTokenizer { channel: worker.channel.clone(), model: served.clone() }),
         };
-        worker.identity.store(Some(Arc::new(Identity { model: served })));
+        let adapter = facts.is_some_and(|facts| facts.parent.is_some()).then(|| served.clone());
+        worker.identity.store(Some(Arc::new(Identity { model: served, adapter })));
         self.tell(worker, fact).await;
     }
 
     /// Tells the routing table and waits until it knows, so that a worker that is up is a worker that is known.
-    async fn tell(&self, worker: &Worker, fact: Fact) {
+    pub(super) async fn tell(&self, worker: &Worker, fact: Fact) {
         let (taken, known) = oneshot::channel();
         let learned = Learned { pool: worker.pool, worker: Arc::clone(&worker.name), fact, taken };
         if self.learned.send(learned).await.is_ok() {
@@ -315,17 +336,31 @@ impl Intake {
     /// The worker says how large its KV cache is and its blocks are: the core counts reservations in them, and prompts
     /// are hashed in them.
     async fn cache_size(&self, worker: &Worker, load: &Load) {
-        let standard = forebay_scheduler::WorkerSpec::default();
-        let block_tokens = load.block_tokens;
-        let spec = forebay_scheduler::WorkerSpec {
-            kv_tokens: load.kv_tokens,
-            block_tokens: block_tokens.unwrap_or(standard.block_tokens),
-            ..standard
-        };
-        self.driver.tell(Event::WorkerJoined { worker: worker.id, pool: worker.pool, spec });
-        if let Some(block_tokens) = block_tokens {
+        self.respec(worker, |spec| {
+            spec.kv_tokens = load.kv_tokens;
+            spec.block_tokens = load.block_tokens.unwrap_or(spec.block_tokens);
+        });
+        if let Some(block_tokens) = load.block_tokens {
             self.tell(worker, Fact::BlockTokens(block_tokens)).await;
         }
+    }
+
+    /// Changes what the core knows of a worker.
+    pub(super) fn respec(&self, worker: &Worker, change: impl FnOnce(&mut forebay_scheduler::WorkerSpec)) {
+        let mut spec = worker.spec.lock();
+        change(&mut spec);
+        let (worker, pool, spec) = (worker.id, worker.pool, spec.clone());
+        self.driver.tell(Event::WorkerJoined { worker, pool, spec });
+    }
+
+    /// The configured name of a pool's model.
+    pub(super) fn model(&self, pool: PoolId) -> Arc<str> {
+        self.members.lock().pools.get(&pool).map_or_else(Arc::default, |pool| Arc::clone(&pool.model))
+    }
+
+    /// Tokens in one block of the hashes of a pool's prompts.
+    pub(super) fn block_tokens(&self, pool: PoolId) -> Option<u32> {
+        self.members.lock().pools.get(&pool).map(|pool| pool.block_tokens)
     }
 }
 

@@ -6,8 +6,10 @@ use std::sync::Arc;
 use arc_swap::{ArcSwap, ArcSwapOption};
 use forebay_backends::signals::Traffic;
 use forebay_backends::transport::Channel;
-use forebay_scheduler::{HealthState, PoolId, WorkerId};
+use forebay_scheduler::{HealthState, PoolId, WorkerId, WorkerSpec};
 use http::HeaderValue;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
 
 use super::driver::{Driver, takes_requests};
 use crate::telemetry::metrics::CLASSES;
@@ -24,6 +26,10 @@ pub struct Worker {
     /// Longest wait for an answer's first event or byte.
     pub(super) first_byte: std::time::Duration,
     pub(super) identity: ArcSwapOption<Identity>,
+    /// What the core knows of it; held while the core is told.
+    pub(super) spec: Mutex<WorkerSpec>,
+    /// It answered a probe.
+    pub(super) returned: Notify,
     /// Tells the polls of its load that requests go there.
     pub(super) traffic: Traffic,
     pub(super) metrics: WorkerMetrics,
@@ -33,6 +39,8 @@ pub struct Worker {
 pub(super) struct Identity {
     /// What it calls the model.
     pub(super) model: String,
+    /// The same name, where that is a LoRA adapter's.
+    pub(super) adapter: Option<String>,
 }
 
 /// All workers and the models' queue gauges, as a snapshot.
@@ -56,6 +64,7 @@ impl Workers {
         let is_gone = |pool: &PoolId| !pools.iter().any(|(stays, _)| stays == pool);
         for (_, metrics) in self.pools.load().iter().filter(|(pool, _)| is_gone(pool)) {
             (0..CLASSES.len()).for_each(|class| metrics.queue_depth(class, 0));
+            metrics.prefix_index(0, 0);
         }
         self.table.store(Arc::new(table));
         self.pools.store(Arc::new(pools));
@@ -78,6 +87,7 @@ impl Workers {
                     for (class, waiting) in view.queued_requests.iter().enumerate() {
                         metrics.queue_depth(class, *waiting as usize);
                     }
+                    metrics.prefix_index(view.index_blocks, view.index_bytes);
                 }
             }
         });

@@ -67,6 +67,9 @@ pub struct Row {
     pub prompt_tokens_from: TokensFrom,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cached_tokens: Option<u32>,
+    /// Prompt tokens that the worker was expected to have in its KV cache.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub matched_tokens: Option<u32>,
     pub output_tokens: u32,
     pub output_tokens_from: TokensFrom,
     /// In lanes, over all attempts; also of a request that was never sent.
@@ -91,6 +94,7 @@ impl Row {
             prompt_tokens: 0,
             prompt_tokens_from: TokensFrom::None,
             cached_tokens: None,
+            matched_tokens: None,
             output_tokens: 0,
             output_tokens_from: TokensFrom::None,
             queue_ms: 0.0,

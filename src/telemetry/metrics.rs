@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
+use forebay_backends::signals::kv_events::{Loss, Standing};
 use metrics::{Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram};
 use metrics::{gauge, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
@@ -14,6 +15,11 @@ const QUEUE_WAIT_SECONDS: &str = "forebay_queue_wait_seconds";
 const QUEUE_DEPTH: &str = "forebay_queue_depth";
 const TOKENS: &str = "forebay_tokens_total";
 const PREFIX_HIT_TOKENS: &str = "forebay_prefix_hit_tokens_total";
+const PREFIX_INDEX_BLOCKS: &str = "forebay_prefix_index_blocks";
+const PREFIX_INDEX_BYTES: &str = "forebay_prefix_index_bytes";
+const KV_EVENTS: &str = "forebay_kv_events_total";
+const KV_EVENT_BREAKS: &str = "forebay_kv_event_breaks_total";
+const KV_EVENTS_STANDING: &str = "forebay_worker_kv_events";
 const DECISION_SECONDS: &str = "forebay_decision_seconds";
 const WORKER_RUNNING: &str = "forebay_worker_running";
 const WORKER_WAITING: &str = "forebay_worker_waiting";
@@ -29,6 +35,9 @@ const CODES: [u16; 16] = [200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 499,
 pub const RETRY_REASONS: [&str; 6] = ["connect", "reset", "timeout", "status", "overloaded", "malformed"];
 /// Request classes in the order of the scheduler's enum.
 pub const CLASSES: [&str; 3] = ["interactive", "default", "batch"];
+
+/// What became of a break in a worker's KV events, as `forebay_kv_event_breaks_total{kind}` names it.
+const KV_BREAKS: [&str; 5] = ["filled", "gap", "restarted", "unproven", "unreadable"];
 
 /// Where a request came in, as metrics and the ledger name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -136,6 +145,17 @@ fn describe() {
     describe_gauge!(QUEUE_DEPTH, "requests waiting in lanes, by model and class");
     describe_counter!(TOKENS, "tokens by model and kind (prompt, cached, output)");
     describe_counter!(PREFIX_HIT_TOKENS, "prompt tokens that the chosen worker was expected to hold in its KV cache");
+    describe_gauge!(PREFIX_INDEX_BLOCKS, "blocks in the prefix index, by model");
+    describe_gauge!(PREFIX_INDEX_BYTES, "bytes accounted for the prefix index, by model");
+    describe_counter!(KV_EVENTS, "KV-cache events received, by worker");
+    describe_counter!(
+        KV_EVENT_BREAKS,
+        "breaks in a worker's KV-cache events: filled by a replay, or else by why what was known became void"
+    );
+    describe_gauge!(
+        KV_EVENTS_STANDING,
+        "0 no KV-cache events come, 1 they come but the cache may hold more than they told, 2 all of it is known"
+    );
     describe_histogram!(DECISION_SECONDS, Unit::Seconds, "time the scheduler took for one event");
     describe_gauge!(WORKER_RUNNING, "sequences running, as the engine reported last");
     describe_gauge!(WORKER_WAITING, "sequences waiting in the engine, as it reported last");
@@ -160,6 +180,8 @@ pub struct ModelMetrics {
     pub output_tokens: Counter,
     pub prefix_hit_tokens: Counter,
     queue_depth: [Gauge; CLASSES.len()],
+    index_blocks: Gauge,
+    index_bytes: Gauge,
 }
 
 impl std::fmt::Debug for ModelMetrics {
@@ -185,6 +207,8 @@ impl ModelMetrics {
             output_tokens: tokens("output"),
             prefix_hit_tokens: counter!(PREFIX_HIT_TOKENS, "model" => model()),
             queue_depth: CLASSES.map(|class| gauge!(QUEUE_DEPTH, "model" => model(), "class" => class)),
+            index_blocks: gauge!(PREFIX_INDEX_BLOCKS, "model" => model()),
+            index_bytes: gauge!(PREFIX_INDEX_BYTES, "model" => model()),
         }
     }
 
@@ -204,6 +228,12 @@ impl ModelMetrics {
         duration.record(seconds);
     }
 
+    #[expect(clippy::cast_precision_loss, reason = "an index is bounded far below 2^52 bytes")]
+    pub fn prefix_index(&self, blocks: usize, bytes: usize) {
+        self.index_blocks.set(blocks as f64);
+        self.index_bytes.set(bytes as f64);
+    }
+
     pub fn queue_depth(&self, class: usize, requests: usize) {
         if let Some(gauge) = self.queue_depth.get(class) {
             #[expect(clippy::cast_precision_loss, reason = "queues are bounded far below 2^52")]
@@ -212,7 +242,7 @@ impl ModelMetrics {
     }
 }
 
-/// One worker's gauges.
+/// One worker's gauges and counters.
 pub struct WorkerMetrics {
     pub running: Gauge,
     pub waiting: Gauge,
@@ -220,6 +250,9 @@ pub struct WorkerMetrics {
     pub promised_tokens: Gauge,
     pub up: Gauge,
     pub breaker_open: Gauge,
+    pub kv_events: Counter,
+    kv_breaks: [Counter; KV_BREAKS.len()],
+    kv_standing: Gauge,
 }
 
 impl std::fmt::Debug for WorkerMetrics {
@@ -239,13 +272,46 @@ impl WorkerMetrics {
             promised_tokens: one(WORKER_PROMISED),
             up: one(WORKER_UP),
             breaker_open: one(BREAKER_OPEN),
+            kv_events: counter!(KV_EVENTS, "worker" => worker.to_owned()),
+            kv_breaks: KV_BREAKS.map(|kind| counter!(KV_EVENT_BREAKS, "worker" => worker.to_owned(), "kind" => kind)),
+            kv_standing: one(KV_EVENTS_STANDING),
         }
+    }
+
+    /// Counts a gap in the KV events that a replay filled.
+    pub fn kv_filled(&self) {
+        self.count_break("filled");
+    }
+
+    /// Counts that what was known of the KV cache became void.
+    pub fn kv_break(&self, loss: Loss) {
+        self.count_break(match loss {
+            Loss::Gap => "gap",
+            Loss::Restarted => "restarted",
+            Loss::Unproven => "unproven",
+            Loss::Unreadable => "unreadable",
+        });
+    }
+
+    fn count_break(&self, kind: &str) {
+        let at = KV_BREAKS.iter().position(|known| *known == kind);
+        if let Some(counter) = at.and_then(|at| self.kv_breaks.get(at)) {
+            counter.increment(1);
+        }
+    }
+
+    pub fn kv_standing(&self, standing: Standing) {
+        self.kv_standing.set(match standing {
+            Standing::Away => 0.0,
+            Standing::Partial => 1.0,
+            Standing::Complete => 2.0,
+        });
     }
 
     /// Says that there is no such worker any more.
     pub fn clear(&self) {
-        let Self { running, waiting, kv_usage, promised_tokens, up, breaker_open } = self;
-        for gauge in [running, waiting, kv_usage, promised_tokens, up, breaker_open] {
+        let Self { running, waiting, kv_usage, promised_tokens, up, breaker_open, kv_standing, .. } = self;
+        for gauge in [running, waiting, kv_usage, promised_tokens, up, breaker_open, kv_standing] {
             gauge.set(0.0);
         }
     }

@@ -26,7 +26,7 @@ const ALWAYS: [&str; 13] = [
     "queue_ms",
     "total_ms",
 ];
-const SOMETIMES: [&str; 4] = ["model", "worker", "cached_tokens", "ttft_ms"];
+const SOMETIMES: [&str; 5] = ["model", "worker", "cached_tokens", "matched_tokens", "ttft_ms"];
 
 fn sole_row(gateway: &Gateway, request: &str) -> Value {
     let row = gateway.row(request);

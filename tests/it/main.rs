@@ -16,6 +16,7 @@ mod drain;
 mod engine_errors;
 mod faults;
 mod http_refusals;
+mod kv_events;
 mod ledger;
 mod metrics;
 mod models;

@@ -2,6 +2,9 @@
 //!
 //! - `GET /simulated/faults` gives `{"faults": […]}`, see [`Fault`]; `POST` replaces them, and with `"refuse_ms": n` also
 //!   closes the listener and every connection for that long, as a process that died and is started again.
+//! - `POST /simulated/kv_events` with any of `{"clear": true, "drop_next": n, "disconnect": true, "restart": true}` empties
+//!   the prefix cache, loses the next batches on their way, cuts the subscribers off, or does what the end of the engine's
+//!   process does to its publisher and cache.
 //! - `GET /simulated/log` gives counters since the start.
 
 use std::{
@@ -13,11 +16,12 @@ use bytes::Bytes;
 use http::{Method, Request, StatusCode, header};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
 use crate::{
     faults::Fault,
+    kv_events::Publisher,
     server::{Answer, Service},
 };
 
@@ -30,6 +34,19 @@ struct Change {
     faults: Option<Vec<Fault>>,
     #[serde(default)]
     refuse_ms: Option<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KvChange {
+    #[serde(default)]
+    clear: bool,
+    #[serde(default)]
+    drop_next: u32,
+    #[serde(default)]
+    disconnect: bool,
+    #[serde(default)]
+    restart: bool,
 }
 
 /// Whether `path` is one of these endpoints.
@@ -45,13 +62,35 @@ pub(crate) async fn answer(service: &Arc<Service>, request: Request<Incoming>) -
             Ok(()) => json_answer(StatusCode::OK, &json!({"faults": service.faults.get()})),
             Err(message) => json_answer(StatusCode::BAD_REQUEST, &json!({"error": message})),
         },
+        (&Method::POST, "/simulated/kv_events") => match change_kv(service, request).await {
+            Ok(()) => json_answer(StatusCode::OK, &json!({})),
+            Err(message) => json_answer(StatusCode::BAD_REQUEST, &json!({"error": message})),
+        },
         _ => json_answer(StatusCode::NOT_FOUND, &json!({"error": "no such endpoint"})),
     }
 }
 
-async fn change(service: &Service, request: Request<Incoming>) -> Result<(), String> {
+async fn read<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T, String> {
     let body = Limited::new(request.into_body(), BODY_BYTES_MAX).collect().await.map_err(|error| error.to_string())?;
-    let change: Change = serde_json::from_slice(&body.to_bytes()).map_err(|error| error.to_string())?;
+    serde_json::from_slice(&body.to_bytes()).map_err(|error| error.to_string())
+}
+
+async fn change_kv(service: &Service, request: Request<Incoming>) -> Result<(), String> {
+    let KvChange { clear, drop_next, disconnect, restart } = read(request).await?;
+    let publisher = service.driver.publisher().ok_or("no KV events are published")?;
+    publisher.drop_next(drop_next);
+    let then = if restart { Publisher::restart } else { Publisher::cleared };
+    if (clear || restart) && !service.driver.clear_cache(then) {
+        return Err("sequences hold blocks".to_owned());
+    }
+    if disconnect {
+        publisher.disconnect();
+    }
+    Ok(())
+}
+
+async fn change(service: &Service, request: Request<Incoming>) -> Result<(), String> {
+    let change: Change = read(request).await?;
     if let Some(faults) = change.faults {
         service.faults.set(faults);
     }

@@ -16,6 +16,8 @@ use tokio::{
     time::Instant,
 };
 
+use crate::kv_events::{Content, Contents, Publisher};
+
 /// How far a step may lag behind its time before the clock gives up catching up.
 const LAG_MAX: Duration = Duration::from_millis(50);
 
@@ -29,12 +31,15 @@ pub(crate) struct Driver {
     wake: Notify,
     speed: f64,
     queued_max: Option<u32>,
+    publisher: Option<Arc<Publisher>>,
 }
 
 #[derive(Debug)]
 struct State {
     engine: Engine,
     members: HashMap<SequenceId, Member>,
+    /// What may be published; empty without a publisher.
+    contents: Contents,
     next_id: u64,
     stats: Stats,
 }
@@ -47,13 +52,14 @@ struct Member {
     end: End,
     since: Instant,
     last: Option<Instant>,
+    content: Option<Arc<Content>>,
 }
 
 /// One sequence to run.
 #[derive(Debug)]
 pub(crate) struct Job {
-    /// Chained block hashes of prompt and output, see [`Sequence::blocks`].
-    pub(crate) blocks: Vec<u64>,
+    /// Prompt and output in blocks, see [`Sequence::blocks`].
+    pub(crate) content: Content,
     pub(crate) prompt_tokens: u32,
     pub(crate) output_tokens: u32,
     pub(crate) end: End,
@@ -132,7 +138,12 @@ const E2E_SECONDS: &[f64] = &[
 ];
 
 impl Driver {
-    pub(crate) fn new(config: EngineConfig, speed: f64, queued_max: Option<u32>) -> Self {
+    pub(crate) fn new(
+        config: EngineConfig,
+        speed: f64,
+        queued_max: Option<u32>,
+        publisher: Option<Arc<Publisher>>,
+    ) -> Self {
         let stats = Stats {
             stopped: 0,
             length: 0,
@@ -142,8 +153,14 @@ impl Driver {
             itl_seconds: Histogram::new(ITL_SECONDS),
             e2e_seconds: Histogram::new(E2E_SECONDS),
         };
-        let state = State { engine: Engine::new(config), members: HashMap::new(), next_id: 0, stats };
-        Self { state: Mutex::new(state), wake: Notify::new(), speed, queued_max }
+        let state = State {
+            engine: Engine::new(config),
+            members: HashMap::new(),
+            contents: Contents::default(),
+            next_id: 0,
+            stats,
+        };
+        Self { state: Mutex::new(state), wake: Notify::new(), speed, queued_max, publisher }
     }
 
     /// Puts the sequences of one request into the engine, all or none.
@@ -163,13 +180,16 @@ impl Driver {
             let refused = jobs.into_iter().enumerate().any(|(at, job)| {
                 let id = SequenceId(state.next_id);
                 state.next_id += 1;
-                let Job { blocks, prompt_tokens, output_tokens, end } = job;
+                let Job { content, prompt_tokens, output_tokens, end } = job;
+                let blocks = content.blocks.clone();
                 if state.engine.submit(Sequence { id, blocks, prompt_tokens, output_tokens }).is_err() {
                     return true;
                 }
                 run.ids.push(id);
+                let content = self.publisher.as_ref().map(|_| Arc::new(content));
+                content.iter().for_each(|content| state.contents.enter(content));
                 let progress = Arc::clone(&sender);
-                state.members.insert(id, Member { progress, at, end, since: Instant::now(), last: None });
+                state.members.insert(id, Member { progress, at, end, since: Instant::now(), last: None, content });
                 false
             });
             if refused {
@@ -208,8 +228,25 @@ impl Driver {
                 due = due.max(now.checked_sub(LAG_MAX).unwrap_or(now));
                 tokio::task::yield_now().await;
             }
-            self.state.lock().deliver(&step);
+            let mut state = self.state.lock();
+            if let Some(publisher) = &self.publisher {
+                publisher.step(&step.events, &state.contents);
+            }
+            state.deliver(&step);
         }
+    }
+
+    /// Empties the prefix cache and lets `then` publish that before anything else happens. Refused, as by vLLM, while
+    /// sequences hold blocks.
+    pub(crate) fn clear_cache(&self, then: impl FnOnce(&Publisher)) -> bool {
+        let mut state = self.state.lock();
+        let cleared = state.engine.clear_cache();
+        self.publisher().filter(|_| cleared).map(then);
+        cleared
+    }
+
+    pub(crate) fn publisher(&self) -> Option<&Publisher> {
+        self.publisher.as_deref()
     }
 }
 
@@ -239,9 +276,18 @@ impl State {
                     End::Stop => self.stats.stopped += 1,
                     End::Length => self.stats.length += 1,
                 }
-                self.members.remove(&emission.id);
+                self.leave(emission.id);
             }
         }
+    }
+
+    /// Forgets a sequence; returns whether it was there.
+    fn leave(&mut self, id: SequenceId) -> bool {
+        let member = self.members.remove(&id);
+        if let Some(content) = member.as_ref().and_then(|member| member.content.as_ref()) {
+            self.contents.leave(content);
+        }
+        member.is_some()
     }
 }
 
@@ -274,7 +320,7 @@ impl Drop for Run {
     fn drop(&mut self) {
         let mut state = self.driver.state.lock();
         for id in &self.ids {
-            if state.members.remove(id).is_some() && state.engine.abort(*id) {
+            if state.leave(*id) && state.engine.abort(*id) {
                 state.stats.aborted += 1;
             }
         }

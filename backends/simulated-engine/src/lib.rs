@@ -6,7 +6,8 @@
 //! seed, in real tokens of a real tokenizer. Faults ([`Fault`]) make it fail in the ways that engines and networks do.
 //!
 //! The parts, in the order a request meets them: `server` (sockets, connections), `vllm` (routes, bodies), `model`
-//! (tokenizer, templates), `output` (what is said), `driver` (when), `faults` (how it goes wrong).
+//! (tokenizer, templates), `output` (what is said), `driver` (when), `faults` (how it goes wrong); and `kv_events`, which
+//! publishes what the prefix cache holds.
 //!
 //! Invariants: equal requests to servers of equal options get equal texts; a client that leaves frees its sequences
 //! before the next step; nothing that a client sends panics the server.
@@ -18,6 +19,7 @@ mod body;
 mod control;
 mod driver;
 mod faults;
+mod kv_events;
 mod model;
 mod options;
 mod output;
@@ -29,6 +31,7 @@ pub use forebay_simulator::EngineConfig;
 
 pub use crate::{
     faults::{Fault, FaultError, FaultKind},
+    kv_events::{KvAddress, KvEventForm, KvEventOptions},
     model::{ModelFiles, builtin_model},
     options::{EngineKind, Options},
     server::serve,

@@ -4,7 +4,7 @@ use std::{ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use forebay_simulator::EngineConfig;
 
-use crate::faults::Fault;
+use crate::{faults::Fault, kv_events::KvEventOptions};
 
 /// Whose wire the server speaks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,6 +43,8 @@ pub struct Options {
     pub stream_keep_alive: Option<Duration>,
     /// Silence after which an idle connection is closed. vLLM's default is 5 s.
     pub connection_keep_alive: Duration,
+    /// vLLM's `--kv-events-config`: whether and where changes of the prefix cache are published.
+    pub kv_events: Option<KvEventOptions>,
     pub faults: Vec<Fault>,
     /// Refuses connections for this long after the start.
     pub refuse_at_start: Option<Duration>,
@@ -65,6 +67,7 @@ impl Default for Options {
             prompt_tokens_details: true,
             stream_keep_alive: None,
             connection_keep_alive: Duration::from_secs(5),
+            kv_events: None,
             faults: Vec::new(),
             refuse_at_start: None,
         }

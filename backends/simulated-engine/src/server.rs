@@ -32,6 +32,7 @@ use crate::{
     control,
     driver::Driver,
     faults::{Faults, MidKind, Plan},
+    kv_events::Publisher,
     model::Model,
     vllm,
 };
@@ -79,9 +80,18 @@ pub(crate) enum Answer {
 /// The tokenizer cannot be loaded, an option makes no sense, or the listener cannot be opened again after an outage.
 pub async fn serve(options: Options, listener: TcpListener, shutdown: CancellationToken) -> io::Result<()> {
     let address = listener.local_addr()?;
-    let service = Arc::new(Service::new(options)?);
-    let mut outages = service.outage.subscribe();
     let tasks = TaskTracker::new();
+    let publisher = match &options.kv_events {
+        Some(kv_events) => {
+            let (publisher, sockets) = Publisher::bind(kv_events, options.timing.block_tokens).await?;
+            let publisher = Arc::new(publisher);
+            publisher.serve(sockets, &tasks, &shutdown);
+            Some(publisher)
+        }
+        None => None,
+    };
+    let service = Arc::new(Service::new(options, publisher)?);
+    let mut outages = service.outage.subscribe();
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(Arc::clone(&service.driver).drive()));
     let mut down = service.options.refuse_at_start;
     let mut listener = Some(listener);
@@ -114,7 +124,7 @@ pub async fn serve(options: Options, listener: TcpListener, shutdown: Cancellati
 }
 
 impl Service {
-    fn new(mut options: Options) -> io::Result<Self> {
+    fn new(mut options: Options, publisher: Option<Arc<Publisher>>) -> io::Result<Self> {
         if !(options.speed.is_finite() && options.speed >= SPEED_MIN) {
             let message = format!("speed must be at least {SPEED_MIN}");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
@@ -125,7 +135,7 @@ impl Service {
         options.max_model_len = options.max_model_len.min(memory).max(1);
         let model = Model::load(options.tokenizer.as_deref())
             .map_err(|source| io::Error::new(io::ErrorKind::InvalidInput, source))?;
-        let driver = Arc::new(Driver::new(timing, options.speed, options.max_queued_requests));
+        let driver = Arc::new(Driver::new(timing, options.speed, options.max_queued_requests, publisher));
         let faults = Faults::new(options.seed, options.faults.clone());
         let outage = watch::Sender::new(None);
         Ok(Self { options, model, driver, faults, log: Log::default(), outage })

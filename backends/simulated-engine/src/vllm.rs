@@ -45,7 +45,7 @@ const FINGERPRINT: &str = "vllm-0.32.0-simulated";
 const BODY_BYTES_MAX: usize = 64 << 20;
 
 /// Routes and the one method of each, but `/ping`, which has two.
-const ROUTES: [(&str, Method); 11] = [
+const ROUTES: [(&str, Method); 12] = [
     ("/v1/chat/completions", Method::POST),
     ("/v1/completions", Method::POST),
     ("/v1/embeddings", Method::POST),
@@ -57,6 +57,7 @@ const ROUTES: [(&str, Method); 11] = [
     ("/version", Method::GET),
     ("/metrics", Method::GET),
     ("/load", Method::GET),
+    ("/kv_event_sources", Method::GET),
 ];
 
 /// Whether requests for `path` run the model.
@@ -117,6 +118,10 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
             // This request itself is not counted.
             let load = service.log.in_flight.load(Ordering::Relaxed).saturating_sub(1);
             return Ok(ok(&json!({"server_load": load})));
+        }
+        "/kv_event_sources" => {
+            let ranks = service.driver.publisher().map(|publisher| ("0".to_owned(), publisher.describe()));
+            return Ok(ok(&Value::Object(ranks.into_iter().collect())));
         }
         "/metrics" => return Ok(metrics::answer(service)),
         "/v1/models" => return Ok(ok(&models(service))),

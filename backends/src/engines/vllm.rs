@@ -36,6 +36,10 @@ impl Engine for Vllm {
         reading.load()
     }
 
+    fn kv_sources_path(&self) -> Option<&'static str> {
+        Some("/kv_event_sources")
+    }
+
     fn serves(&self, _: Api) -> bool {
         true
     }

@@ -80,10 +80,13 @@ pub(super) async fn connect(
 ) -> Result<Connection, Error> {
     let late = || Error::Timeout { phase: Phase::Connect, after: limit };
     let opening = async {
-        let tcp = dial(endpoint, Instant::now() + limit).await.map_err(|source| match source.kind() {
-            io::ErrorKind::TimedOut => late(),
-            _ => Error::Connect { source },
-        })?;
+        let tcp =
+            dial((endpoint.host(), endpoint.port()), Instant::now() + limit).await.map_err(|source| {
+                match source.kind() {
+                    io::ErrorKind::TimedOut => late(),
+                    _ => Error::Connect { source },
+                }
+            })?;
         let Some(name) = endpoint.server_name() else {
             return start(tracker, tcp).await;
         };
@@ -96,9 +99,8 @@ pub(super) async fn connect(
 
 /// Tries the name's addresses in turn. Each gets its share of the time that is left, so that one that swallows packets
 /// (often IPv6) does not starve the others.
-async fn dial(endpoint: &Endpoint, deadline: Instant) -> io::Result<TcpStream> {
-    let addresses: Vec<SocketAddr> =
-        lookup_host((endpoint.host(), endpoint.port())).await?.take(ADDRESSES_MAX).collect();
+pub(super) async fn dial(host_and_port: (&str, u16), deadline: Instant) -> io::Result<TcpStream> {
+    let addresses: Vec<SocketAddr> = lookup_host(host_and_port).await?.take(ADDRESSES_MAX).collect();
     let mut failure = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for (&address, left) in addresses.iter().zip((1..=addresses.len()).rev()) {
         let share = deadline.saturating_duration_since(Instant::now()) / u32::try_from(left).unwrap_or(u32::MAX);

@@ -232,6 +232,12 @@ impl Engine {
         }
     }
 
+    /// Empties the prefix cache; returns whether no sequence held a block of it, else nothing is changed.
+    pub fn clear_cache(&mut self) -> bool {
+        self.retire();
+        self.pool.clear()
+    }
+
     /// Computes the next step, or gives `None` when there is nothing to do.
     ///
     /// Sequences that finished in the step before leave the batch now, not earlier: until the step's duration has passed

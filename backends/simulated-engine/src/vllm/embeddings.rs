@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     driver::{End, Job},
+    kv_events::Content,
     output::Draw,
     server::{Answer, Service},
 };
@@ -70,7 +71,7 @@ pub(super) async fn answer(
     }
 
     let jobs = inputs.iter().map(|ids| Job {
-        blocks: Vec::new(),
+        content: Content::default(),
         prompt_tokens: u32::try_from(ids.len()).unwrap_or(u32::MAX),
         output_tokens: 0,
         end: End::Stop,

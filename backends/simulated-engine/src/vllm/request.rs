@@ -11,6 +11,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 use super::{error::Failure, fields::Fields};
 use crate::{
     driver::{End, Job, Refused, Run},
+    kv_events::Content,
     output::{Finish, Limits, Output},
     server::Service,
 };
@@ -183,8 +184,8 @@ impl Common {
                 }
                 let end = if output.finish == Finish::Stop { End::Stop } else { End::Length };
                 let output_tokens = u32::try_from(output.tokens.len()).unwrap_or(u32::MAX);
-                let blocks = block_hashes(service, prompt, &output, self.cache_salt.as_deref());
-                jobs.push(Job { blocks, prompt_tokens, output_tokens, end });
+                let content = content(service, prompt, &output, self.cache_salt.clone());
+                jobs.push(Job { content, prompt_tokens, output_tokens, end });
                 outputs.push(output);
             }
         }
@@ -247,15 +248,15 @@ pub(super) fn refusal(refused: Refused) -> Failure {
     }
 }
 
-/// Chained hashes of the full blocks of prompt and answer. A salt makes the first block, and so all, differ.
-fn block_hashes(service: &Service, prompt: &[u32], output: &Output, salt: Option<&str>) -> Vec<u64> {
+/// The full blocks of prompt and answer with their chained hashes. A salt makes the first, and so all, differ.
+fn content(service: &Service, prompt: &[u32], output: &Output, salt: Option<String>) -> Content {
     let size = service.options.timing.block_tokens.max(1) as usize;
-    let ids: Vec<u32> = prompt.iter().copied().chain(output.tokens.iter().map(|token| token.id)).collect();
-    let mut parent = xxh3_64_with_seed(salt.unwrap_or_default().as_bytes(), 0);
-    let full = ids.chunks_exact(size);
-    full.map(|block| {
+    let mut ids: Vec<u32> = prompt.iter().copied().chain(output.tokens.iter().map(|token| token.id)).collect();
+    ids.truncate(ids.len() - ids.len() % size);
+    let mut parent = xxh3_64_with_seed(salt.as_deref().unwrap_or_default().as_bytes(), 0);
+    let chained = ids.chunks_exact(size).map(|block| {
         parent = crate::output::hash(block, parent);
         parent
-    })
-    .collect()
+    });
+    Content { blocks: chained.collect(), ids, salt }
 }

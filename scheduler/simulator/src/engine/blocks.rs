@@ -125,6 +125,17 @@ impl Pool {
         }
     }
 
+    /// Forgets all cached blocks, if nobody holds one.
+    pub(super) fn clear(&mut self) -> bool {
+        let unused = self.used() == 0;
+        if unused {
+            self.cached.clear();
+            self.idle.clear();
+            self.events.clear();
+        }
+        unused
+    }
+
     pub(super) fn take_events(&mut self, out: &mut Vec<BlockEvent>) {
         out.append(&mut self.events);
     }
