@@ -11,9 +11,12 @@ macro_rules! say {
 mod check;
 mod demo;
 mod gateway;
+mod ops;
 mod serve;
 mod simulate;
 mod simulated_worker;
+mod table;
+mod workers;
 
 use std::process::ExitCode;
 
@@ -34,6 +37,7 @@ enum Verb {
     Check(check::Arguments),
     Simulate(simulate::Arguments),
     SimulatedWorker(simulated_worker::Arguments),
+    Workers(workers::Arguments),
 }
 
 /// The process ended because it was used wrongly: bad arguments or configuration.
@@ -61,6 +65,7 @@ pub fn run() -> ExitCode {
         Verb::Serve(serve) => block_on(serve::run(serve)),
         Verb::Demo(demo) => block_on(demo::run(demo)),
         Verb::SimulatedWorker(worker) => block_on(simulated_worker::run(worker)),
+        Verb::Workers(workers) => block_on(workers::run(workers)),
     }
 }
 

@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 
 use super::Dispatch;
 use super::driver::Driver;
+use super::recent::Recent;
 use super::workers::{Identity, Worker, Workers};
 use crate::routing::EngineTokenizer;
 use crate::telemetry::{ModelMetrics, Registry, WorkerMetrics};
@@ -136,7 +137,7 @@ impl Dispatch {
                 acting.act(&action);
             }
         }));
-        (Arc::new(Self { driver, workers, intake, registry }), facts)
+        (Arc::new(Self { driver, workers, intake, recent: Recent::default(), registry }), facts)
     }
 
     /// Makes the core's pools and workers those of `pools`. Workers that stay keep their connections and load.
@@ -202,6 +203,7 @@ impl Intake {
         let worker = Arc::new(Worker {
             id,
             pool: pool.pool,
+            pool_model: Arc::clone(&pool.model),
             name: Arc::clone(&spec.name),
             header: HeaderValue::from_str(&spec.name).unwrap_or_else(|_| HeaderValue::from_static("worker")),
             channel: self.transport.channel(spec.endpoint.clone(), timeouts),
@@ -246,6 +248,11 @@ impl Intake {
         self.driver.tell(Event::Probed { worker: id, healthy });
     }
 
+    /// The configured name of a pool's model.
+    pub(super) fn model_of(&self, pool: PoolId) -> Option<Arc<str>> {
+        self.members.lock().pools.get(&pool).map(Arc::clone)
+    }
+
     fn member_facts(&self, id: WorkerId) -> Option<(WorkerSpec, CancellationToken, Arc<str>)> {
         let members = self.members.lock();
         let member = members.workers.get(&id)?;
@@ -268,7 +275,7 @@ impl Intake {
             root: facts.and_then(|facts| facts.root.clone()),
             tokenizer: counts.then(|| EngineTokenizer { channel: worker.channel.clone(), model: served.clone() }),
         };
-        worker.identity.store(Some(Arc::new(Identity { model: served })));
+        worker.identity.store(Some(Arc::new(Identity { engine: detected.engine.name(), model: served })));
         self.tell(worker, fact).await;
     }
 

@@ -17,6 +17,8 @@ use crate::telemetry::{ModelMetrics, WorkerMetrics};
 pub struct Worker {
     pub id: WorkerId,
     pub pool: PoolId,
+    /// The model's configured name.
+    pub(super) pool_model: Arc<str>,
     pub name: Arc<str>,
     /// The name as `x-forebay-worker` shows it.
     pub header: HeaderValue,
@@ -31,6 +33,7 @@ pub struct Worker {
 
 /// What is known once the worker has been asked.
 pub(super) struct Identity {
+    pub(super) engine: &'static str,
     /// What it calls the model.
     pub(super) model: String,
 }
