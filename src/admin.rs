@@ -99,6 +99,11 @@ fn refuse(status: StatusCode, code: Option<&str>, message: impl Into<String>) ->
     (status, [(CONTENT_TYPE, JSON)], openai_body(&error)).into_response()
 }
 
+/// To six decimals, which are microseconds where it is a time; and no negative zero.
+fn rounded(number: f64) -> f64 {
+    (number * 1e6).round() / 1e6 + 0.0
+}
+
 /// A worker's standing, as listings name it.
 fn health(state: HealthState) -> &'static str {
     match state {

@@ -11,7 +11,7 @@ use http::StatusCode;
 use serde_json::Value;
 
 use super::wire::{Candidate, Decision, Explained, Refusal, When};
-use super::{Admin, health, refuse};
+use super::{Admin, health, refuse, rounded};
 use crate::dispatch::{self, Decided, Moment, Weighed};
 use crate::telemetry::metrics::CLASSES;
 
@@ -41,7 +41,7 @@ fn answer(explained: dispatch::Explained) -> Explained {
         prompt_tokens: explained.prompt_tokens,
         arrived: when(explained.arrived),
         state: state.to_owned(),
-        queued_seconds: explained.queued.as_secs_f64(),
+        queued_seconds: rounded(explained.queued.as_secs_f64()),
         sent: explained.sent.iter().map(ToString::to_string).collect(),
         refusal: explained.refusal.map(|(reason, retry_after)| refusal(reason, retry_after)),
         decisions: explained.decisions.into_iter().map(decision).collect(),
@@ -87,12 +87,15 @@ fn candidate(weighed: Weighed) -> Candidate {
         winner: weighed.winner,
         health: weighed.health.map_or("left", health).to_owned(),
         matched_tokens: weighed.matched_tokens,
-        terms: names.zip(weighed.terms.into_iter().map(Value::from)).collect(),
-        seconds: weighed.seconds,
+        terms: names.zip(weighed.terms.into_iter().map(|seconds| Value::from(rounded(seconds)))).collect(),
+        seconds: rounded(weighed.seconds),
     }
 }
 
 fn when(moment: Moment) -> When {
     let since = moment.at.duration_since(UNIX_EPOCH).unwrap_or_default();
-    When { unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX), ago_seconds: moment.ago.as_secs_f64() }
+    When {
+        unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
+        ago_seconds: rounded(moment.ago.as_secs_f64()),
+    }
 }

@@ -29,6 +29,8 @@ pub struct Worker {
     pub takes_requests: bool,
     /// `unknown`, `up`, `down`, `open` (fails requests, left alone) or `half_open` (on trial).
     pub health: String,
+    /// Decays with failures and with first tokens that come later than predicted; 0 while it gets nothing.
+    pub health_score: f64,
     pub draining: bool,
     /// How long it still wants to be left alone.
     pub busy_seconds: f64,

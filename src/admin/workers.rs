@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::State;
 
 use super::wire::{Reported, Worker, Workers};
-use super::{Admin, health};
+use super::{Admin, health, rounded};
 use crate::dispatch::WorkerStatus;
 
 pub(super) async fn list(State(admin): State<Arc<Admin>>) -> Json<Workers> {
@@ -16,7 +16,7 @@ pub(super) async fn list(State(admin): State<Arc<Admin>>) -> Json<Workers> {
 fn worker(status: WorkerStatus) -> Worker {
     let view = status.view;
     let reported = view.reported.map(|(ago, load)| Reported {
-        ago_seconds: ago.as_secs_f64(),
+        ago_seconds: rounded(ago.as_secs_f64()),
         running: load.running,
         waiting: load.waiting,
         kv_usage: load.kv_usage,
@@ -29,16 +29,17 @@ fn worker(status: WorkerStatus) -> Worker {
         url: status.url,
         takes_requests: status.takes_requests,
         health: health(view.health).to_owned(),
+        health_score: rounded(view.health_score),
         draining: view.draining,
-        busy_seconds: view.busy.as_secs_f64(),
+        busy_seconds: rounded(view.busy.as_secs_f64()),
         sent_requests: view.sent_requests,
         sent_sequences: view.sent_sequences,
         lane_requests: view.lane_requests,
         promised_tokens: view.promised_tokens,
         reserved_tokens: view.reserved_tokens,
         kv_tokens: view.kv_tokens,
-        kv_usage: view.kv_usage,
-        prefill_tokens_per_second: view.prefill_rate,
+        kv_usage: view.kv_usage.map(rounded),
+        prefill_tokens_per_second: rounded(view.prefill_rate),
         rate_measured: view.rate_measured,
         reported,
     }

@@ -41,9 +41,11 @@ pub(super) struct Ops {
 impl Ops {
     /// Connects with the first request.
     pub(super) fn new(access: &Access) -> anyhow::Result<Self> {
-        let key = key(&access.data_dir)?;
-        let endpoint = Endpoint::new(&access.url, Some(&key));
-        let endpoint = endpoint.map_err(|error| WrongUse(format!("--url {}: {error}", access.url)))?;
+        let endpoint =
+            |key| Endpoint::new(&access.url, key).map_err(|error| WrongUse(format!("--url {}: {error}", access.url)));
+        // A wrong address is said before a missing key.
+        endpoint(None)?;
+        let endpoint = endpoint(Some(&key(&access.data_dir)?))?;
         let timeouts = Timeouts { first_byte: Some(ANSWER_TIMEOUT), idle: ANSWER_TIMEOUT, ..Timeouts::default() };
         let shown = endpoint.to_string();
         Ok(Self { channel: Transport::new(TaskTracker::new()).channel(endpoint, timeouts), shown })
@@ -57,10 +59,14 @@ impl Ops {
         }
         let path = PathAndQuery::try_from(path.path())?;
         let asked = Outgoing { method: Method::GET, path, headers: HeaderMap::new(), body: bytes::Bytes::new() };
-        let unreachable = || format!("no gateway answers at {}", self.shown);
-        let response = self.channel.send(asked).await.with_context(unreachable)?;
+        let unreachable = |error| {
+            // The transport's own words speak of a worker.
+            let cause = anyhow::Error::from(error);
+            anyhow::anyhow!("no gateway answers at {}: {}", self.shown, cause.root_cause())
+        };
+        let response = self.channel.send(asked).await.map_err(unreachable)?;
         let status = response.status;
-        let body = response.body.collect(ANSWER_BYTES_MAX).await.with_context(unreachable)?;
+        let body = response.body.collect(ANSWER_BYTES_MAX).await.map_err(unreachable)?;
         let json: Option<Value> = serde_json::from_slice(&body).ok();
         if status.is_success() {
             return json.with_context(|| format!("what answers at {} is not a gateway's ops listener", self.shown));

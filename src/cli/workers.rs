@@ -92,7 +92,8 @@ fn listing(answer: &Workers) -> String {
         }
     }
     let tables = models.into_iter().map(|model| {
-        let mut table = Table::new().text("WORKER").text("ENGINE").text("HEALTH").number("SENT").number("LANE");
+        let mut table =
+            Table::new().text("WORKER").text("ENGINE").text("HEALTH").number("SCORE").number("SENT").number("LANE");
         table = table.number("PROMISED").number("PREFILL").number("KV").number("RUN").number("WAIT");
         for worker in answer.workers.iter().filter(|worker| worker.model == model) {
             table.row(cells(worker));
@@ -112,6 +113,7 @@ fn cells(worker: &Worker) -> Vec<String> {
         shortened(&worker.name, NAME_CHARS_MAX),
         worker.engine.clone().unwrap_or_else(|| "-".to_owned()),
         standing(worker),
+        format!("{:.2}", worker.health_score),
         worker.sent_requests.to_string(),
         worker.lane_requests.to_string(),
         compact(worker.promised_tokens as f64),
@@ -174,7 +176,8 @@ fn candidates(decision: &Decision) -> Table {
 
 fn weighed(candidate: &Candidate, terms: &[&String]) -> Vec<String> {
     let mark = if candidate.winner { "*" } else { " " };
-    let seconds = |seconds: f64| format!("{seconds:.3}");
+    // A gain of nothing is no negative number.
+    let seconds = |seconds: f64| format!("{:.3}", (seconds * 1e3).round() / 1e3 + 0.0);
     let mut cells = vec![
         format!("{mark} {}", shortened(&candidate.worker, NAME_CHARS_MAX)),
         candidate.health.replace('_', "-"),

@@ -65,6 +65,9 @@ aliases       = ["llama", "gpt-4o-mini"]
 tokenizer     = "{}"
 max_model_len = 131072
 queue_requests_max = 10
+policy = "least-requests"
+queue_tokens_max = 1_000
+worker_grace_seconds = 0
 queue_bytes_max = 2_000_000
 queue_seconds_max = 7
 attempts_max = 2
@@ -108,6 +111,10 @@ worker = [{{ url = "http://[::1]:8000" }}]
     assert_eq!(first.max_model_len, NonZeroU32::new(131_072));
     assert_eq!((first.queue_requests_max.get(), first.queue_bytes_max), (10, 2_000_000));
     assert_eq!(first.attempts_max.get(), 2);
+    assert_eq!(
+        (first.policy, first.queue_tokens_max, first.worker_grace),
+        (Policy::LeastRequests, 1_000, Duration::ZERO)
+    );
     let times = [first.queue_wait_max, first.first_byte_timeout, first.idle_timeout];
     assert_eq!(times, [7, 8, 9].map(Duration::from_secs));
     let [a, b] = &first.workers[..] else { panic!("{first:?}") };
@@ -276,6 +283,14 @@ fn model_values() {
             "f.toml:5:16: model[0].attempts_max is 17: must be at most 16 (omit the key for the default 3)",
             "f.toml:6:16: model[0].idle_seconds is 0: must be at least 1 (omit the key for the default 60)",
             "f.toml:7:19: model[0].queue_bytes_max is 1: must be at least 33554432 (omit the key for the default 268435456)",
+        ],
+    );
+    check_model(
+        "policy = 'random'\nqueue_tokens_max = 0\nworker_grace_seconds = -1",
+        &[
+            "f.toml:3:10: model[0].policy is \"random\": must be one of forebay, round-robin, least-requests (omit the key for forebay)",
+            "f.toml:4:20: model[0].queue_tokens_max is 0: must be at least 1 (omit the key for the default 16777216)",
+            "f.toml:5:24: model[0].worker_grace_seconds is -1: must be at least 0 (omit the key for the default 2)",
         ],
     );
     let bad_name = "must be 1 to 256 bytes long, without control characters and without spaces at its ends";

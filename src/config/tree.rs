@@ -212,8 +212,12 @@ impl<'a> Section<'a> {
     }
 
     pub(super) fn bytes(&mut self, key: &'static str, range: RangeInclusive<u64>, default: usize) -> usize {
+        usize::try_from(self.whole(key, range, default as u64)).unwrap_or(default)
+    }
+
+    pub(super) fn whole(&mut self, key: &'static str, range: RangeInclusive<u64>, default: u64) -> u64 {
         let found = self.read(key, |raw| raw.whole(&range, &format!("for the default {default}")));
-        found.and_then(|found| usize::try_from(found.value).ok()).unwrap_or(default)
+        found.map_or(default, |found| found.value)
     }
 
     /// Asks for the table `[key]`; an absent one is empty, and still takes overrides.

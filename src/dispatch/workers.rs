@@ -71,6 +71,7 @@ impl Workers {
                 if let Some(worker) = table.get(&view.worker) {
                     let gauges = &worker.metrics;
                     gauges.up.set(flag(takes_requests(&view)));
+                    gauges.health_score.set(view.health_score);
                     gauges.breaker_open.set(flag(view.health == HealthState::Open));
                     #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^52")]
                     gauges.promised_tokens.set(view.promised_tokens as f64);
