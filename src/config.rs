@@ -97,6 +97,9 @@ pub struct Model {
     pub queue_wait_max: Duration,
     /// How long a request waits for a worker to return when every one is down; after that it is 503.
     pub worker_grace: Duration,
+    /// Share of the pool's tokens that each class gets while it waits, even if the classes before it could use all:
+    /// interactive, default, batch. Together at most 1.
+    pub class_shares: [f64; 3],
     /// Workers tried for one request before it fails, the first included.
     pub attempts_max: NonZeroU32,
     /// From the request sent to the first byte of the answer.
@@ -122,6 +125,7 @@ impl Model {
             queue_bytes_max: defaults::QUEUE_BYTES_MAX.max(server.body_bytes_max),
             queue_wait_max: defaults::QUEUE_WAIT_MAX,
             worker_grace: defaults::WORKER_GRACE,
+            class_shares: defaults::CLASS_SHARES,
             attempts_max: defaults::ATTEMPTS_MAX,
             first_byte_timeout: defaults::FIRST_BYTE_TIMEOUT,
             idle_timeout: defaults::IDLE_TIMEOUT,

@@ -101,6 +101,7 @@ pub struct Decision {
     /// `arrival`, `retry` (an attempt failed, or a worker appeared) or `rescore` (its lane did not move).
     pub cause: String,
     pub decided: When,
+    /// Null when nobody could answer before the deadline.
     pub winner: Option<String>,
     /// Best first.
     pub candidates: Vec<Candidate>,

@@ -224,6 +224,7 @@ fn pool(model: &config::Model, known: &Known) -> anyhow::Result<PoolSpec> {
         queue_timeout: model.queue_wait_max,
         attempts_max: model.attempts_max.get(),
         worker_grace: model.worker_grace,
+        class_shares: model.class_shares,
     };
     let workers = model.workers.iter().map(|worker| {
         let endpoint = endpoint(worker)?;

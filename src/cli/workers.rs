@@ -154,8 +154,11 @@ fn explained(answer: &Explained) -> String {
     }
     for (number, decision) in answer.decisions.iter().enumerate() {
         let after = (answer.arrived.ago_seconds - decision.decided.ago_seconds).max(0.0);
-        let cause = &decision.cause;
-        text += &format!("\ndecision {}: {cause}, {after:.3} s after it came; seconds, the lowest wins\n", number + 1);
+        let rule = match decision.winner {
+            Some(_) => "seconds, the lowest wins",
+            None => "seconds; nobody can answer before the deadline",
+        };
+        text += &format!("\ndecision {}: {}, {after:.3} s after it came; {rule}\n", number + 1, decision.cause);
         text += &candidates(decision).render(0);
     }
     text

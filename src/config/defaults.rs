@@ -49,6 +49,9 @@ pub(super) const QUEUE_WAIT_MAX: Duration = Duration::from_secs(60);
 /// A proxy that restarts or a connection that drops goes unnoticed; a dead fleet is reported soon.
 pub(super) const WORKER_GRACE: Duration = Duration::from_secs(2);
 
+/// Interactive, default and batch requests: who is first in line needs no share, and nobody behind starves.
+pub(super) const CLASS_SHARES: [f64; 3] = [0.0, 0.1, 0.02];
+
 /// Two workers can fail a request in a row by chance; three point at the request itself.
 pub(super) const ATTEMPTS_MAX: NonZeroU32 = NonZeroU32::new(3).unwrap();
 pub(super) const ATTEMPTS_LIMIT: u32 = 16;

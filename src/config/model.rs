@@ -66,6 +66,7 @@ fn read(
     let attempts_max = section.count("attempts_max", defaults::ATTEMPTS_LIMIT, defaults::ATTEMPTS_MAX);
     let first_byte_timeout = section.seconds("first_byte_seconds", 1, defaults::FIRST_BYTE_TIMEOUT);
     let idle_timeout = section.seconds("idle_seconds", 1, defaults::IDLE_TIMEOUT);
+    let class_shares = class_shares(&mut section);
     let workers = workers(&mut section, reader, worker_names);
     section.finish(&["overflow"]);
     Some(Model {
@@ -79,11 +80,27 @@ fn read(
         queue_bytes_max,
         queue_wait_max,
         worker_grace,
+        class_shares,
         attempts_max,
         first_byte_timeout,
         idle_timeout,
         workers,
     })
+}
+
+/// `[model.classes]`: what each class is sure of.
+fn class_shares(model: &mut Section<'_>) -> [f64; 3] {
+    let Some(mut section) = model.optional_table("classes", "model.classes") else { return defaults::CLASS_SHARES };
+    let [interactive, default, batch] = defaults::CLASS_SHARES;
+    let shares =
+        [section.share("interactive", interactive), section.share("default", default), section.share("batch", batch)];
+    let sum: f64 = shares.iter().sum();
+    if sum > 1.0 {
+        let remedy = "the shares of the classes must be at most 1 together";
+        section.log.refuse_absence(&section.here(), format!("{sum}"), remedy);
+    }
+    section.finish(&[]);
+    shares
 }
 
 fn workers(model: &mut Section<'_>, reader: &Reader, names: &mut Taken) -> Vec<Worker> {

@@ -74,6 +74,9 @@ attempts_max = 2
 first_byte_seconds = 8
 idle_seconds = 9
 
+[model.classes]
+batch = 0.25
+
 [[model.worker]]
 name   = "gpu-a:8000"
 url    = "http://gpu-a:8000/"
@@ -111,6 +114,7 @@ worker = [{{ url = "http://[::1]:8000" }}]
     assert_eq!(first.max_model_len, NonZeroU32::new(131_072));
     assert_eq!((first.queue_requests_max.get(), first.queue_bytes_max), (10, 2_000_000));
     assert_eq!(first.attempts_max.get(), 2);
+    assert_eq!(first.class_shares, [0.0, 0.1, 0.25]);
     assert_eq!(
         (first.policy, first.queue_tokens_max, first.worker_grace),
         (Policy::LeastRequests, 1_000, Duration::ZERO)
@@ -293,6 +297,19 @@ fn model_values() {
             "f.toml:5:24: model[0].worker_grace_seconds is -1: must be at least 0 (omit the key for the default 2)",
         ],
     );
+    check(
+        "[[model]]\nname = 'm'\n[model.classes]\ndefault = 1.5\nbatch = 'some'\nbulk = 0.1\n[[model.worker]]\nurl = 'http://w:1'",
+        &[
+            "f.toml:4:11: model[0].classes.default is 1.5: must be a number from 0 to 1 (omit the key for the default 0.1)",
+            "f.toml:5:9: model[0].classes.batch is \"some\": must be a number from 0 to 1 (omit the key for the default 0.02)",
+            "f.toml:6:1: model[0].classes.bulk is not a known key: known here: interactive, default, batch",
+        ],
+    );
+    check(
+        "[[model]]\nname = 'm'\n[model.classes]\ninteractive = 1\n[[model.worker]]\nurl = 'http://w:1'",
+        &["f.toml:3:1: model[0].classes is 1.12: the shares of the classes must be at most 1 together"],
+    );
+    check_model("classes = 1", &["f.toml:3:11: model[0].classes is 1: must be a table: write `[model.classes]`"]);
     let bad_name = "must be 1 to 256 bytes long, without control characters and without spaces at its ends";
     check_model(
         "aliases = ['é', '', 3]",

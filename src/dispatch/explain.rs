@@ -55,7 +55,7 @@ pub struct Explained {
 pub struct Decided {
     pub cause: Cause,
     pub at: Moment,
-    /// Best first.
+    /// Best first. Nobody won where nobody could answer before the deadline.
     pub candidates: Vec<Weighed>,
 }
 
@@ -153,7 +153,7 @@ impl Dispatch {
     fn decided(&self, now: Tick, decision: &Decision) -> Decided {
         let weighed = decision.candidates.iter().map(|candidate| Weighed {
             worker: self.name_of(candidate.worker),
-            winner: candidate.worker == decision.winner,
+            winner: Some(candidate.worker) == decision.winner,
             matched_tokens: candidate.matched_tokens,
             terms: candidate.terms.to_vec(),
             seconds: candidate.seconds(),

@@ -79,6 +79,8 @@ fn a_deadline_that_cannot_be_kept_is_refused_before_any_work() {
     let explained = gateway.admin("decisions/hopeless").json();
     assert_eq!(explained["refusal"]["reason"], "deadline_infeasible", "{explained}");
     assert_eq!(explained["sent"].as_array().map(Vec::len), Some(0), "{explained}");
+    let decision = &explained["decisions"][0];
+    assert_eq!((&decision["winner"], &decision["candidates"][0]["worker"]), (&().into(), &"w0".into()), "{explained}");
     assert_eq!(gateway.row_of(&answer)["attempts"], 0);
     assert_eq!((worker.finished(), worker.log()["sequences"]["aborted"].as_u64()), (finished, Some(0)));
     // One that can be kept is.
