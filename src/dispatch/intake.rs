@@ -162,9 +162,9 @@ impl Intake {
         left.sort_unstable();
         for id in left {
             if let Some(member) = members.workers.remove(&id) {
-                tracing::info!(worker = &*member.worker.name, "worker left");
                 member.gone.cancel();
                 self.driver.tell(Event::WorkerLeft { worker: id });
+                tracing::info!(worker = &*member.worker.name, "worker left");
             }
         }
         let mut pools_left: Vec<_> =
