@@ -6,7 +6,6 @@
 mod fault;
 mod report;
 mod table;
-mod trace_file;
 
 use std::num::NonZero;
 use std::path::PathBuf;
@@ -18,7 +17,9 @@ use anyhow::Context;
 use forebay_simulator::{EngineConfig, Fault, Offered, Outcome, Policy, Settings, Trace};
 use parking_lot::Mutex;
 
-use super::{WRONG_USE, WrongUse};
+pub(super) use report::Percentiles;
+
+use super::{WRONG_USE, WrongUse, positive, trace};
 
 /// Replay a trace through the scheduler, and through its rivals, in virtual time.
 ///
@@ -123,7 +124,7 @@ pub(super) fn run(arguments: &Arguments) -> ExitCode {
 }
 
 fn simulate(arguments: &Arguments) -> anyhow::Result<()> {
-    let trace = trace_file::read(&arguments.trace, arguments.block_tokens)?;
+    let trace = trace::read(&arguments.trace, arguments.block_tokens)?;
     let settings = arguments.settings(&trace);
     if let Some(fault) = settings.faults.iter().find(|fault| fault.worker >= settings.workers) {
         return Err(WrongUse(format!(
@@ -242,11 +243,4 @@ fn policy(name: &str) -> Result<Policy, String> {
         let names: Vec<_> = Policy::all().iter().map(Policy::name).collect();
         format!("there are {}", names.join(", "))
     })
-}
-
-fn positive(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(value) if value > 0.0 && value.is_finite() => Ok(value),
-        _ => Err("a number above 0 is wanted".to_owned()),
-    }
 }
