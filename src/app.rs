@@ -12,10 +12,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 use forebay_backends::transport::Transport;
+use secrecy::SecretString;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::access::OwnerKey;
 use crate::admin::{self, Admin};
 use crate::api::{self, Api};
 use crate::config::Config;
@@ -49,6 +51,7 @@ pub struct Listeners {
 pub struct Gateway {
     client: SocketAddr,
     ops: SocketAddr,
+    fresh_key: Option<SecretString>,
     catalog: Arc<Catalog>,
     dispatch: Arc<Dispatch>,
     transport: Transport,
@@ -67,12 +70,14 @@ impl Gateway {
     /// Starts a gateway that serves `config` on `listeners`.
     ///
     /// # Errors
-    /// When a tokenizer cannot be loaded, the data directory cannot be written, or the system refuses a thread.
+    /// When a tokenizer cannot be loaded, the data directory cannot be written or holds a spoilt owner key, or the system refuses a thread.
     pub async fn start(config: Config, listeners: Listeners, registry: Registry) -> anyhow::Result<Self> {
         let (serving, tracker) = (TaskTracker::new(), TaskTracker::new());
         let [stopping, closing, abort, background] = std::array::from_fn(|_| CancellationToken::new());
         let server = &config.server;
         let directory = server.data_dir.join("journal");
+        let owner = OwnerKey::load_or_make(&server.data_dir)?;
+        let fresh_key = owner.fresh().cloned();
         let other = Arc::new(ModelMetrics::register("other"));
         let (ledger, journal) = Ledger::start(&directory, server.access_log, other)
             .with_context(|| format!("cannot write the usage journal in {}", directory.display()))?;
@@ -97,7 +102,7 @@ impl Gateway {
         let pipeline = Pipeline { routing, prepare, dispatch: Arc::clone(&dispatch) };
         let api = Api { pipeline, ledger, body_bytes_max, closing: closing.clone() };
         let client = Server::new(listeners.client, api::router(api), connections_max)?;
-        let admin = Admin { registry, dispatch: Arc::clone(&dispatch), stopping: stopping.clone() };
+        let admin = Admin { registry, dispatch: Arc::clone(&dispatch), owner, stopping: stopping.clone() };
         let ops = Server::new(listeners.ops, admin::router(admin), OPS_CONNECTIONS_MAX)?;
         let addresses = (client.address(), ops.address());
         serving.spawn(client.run(serving.clone(), stopping.clone(), abort.clone()));
@@ -106,6 +111,7 @@ impl Gateway {
         Ok(Self {
             client: addresses.0,
             ops: addresses.1,
+            fresh_key,
             catalog,
             dispatch,
             transport,
@@ -129,6 +135,12 @@ impl Gateway {
     #[must_use]
     pub fn ops_address(&self) -> SocketAddr {
         self.ops
+    }
+
+    /// The owner's key, when this start made it: to be told once.
+    #[must_use]
+    pub fn fresh_owner_key(&self) -> Option<&SecretString> {
+        self.fresh_key.as_ref()
     }
 
     /// Takes over new configuration; requests under way keep what they began with.

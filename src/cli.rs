@@ -11,9 +11,14 @@ macro_rules! say {
 mod check;
 mod demo;
 mod gateway;
+mod ops;
+mod replay;
 mod serve;
 mod simulate;
 mod simulated_worker;
+mod table;
+mod trace;
+mod workers;
 
 use std::process::ExitCode;
 
@@ -33,7 +38,9 @@ enum Verb {
     Demo(demo::Arguments),
     Check(check::Arguments),
     Simulate(simulate::Arguments),
+    Replay(replay::Arguments),
     SimulatedWorker(simulated_worker::Arguments),
+    Workers(workers::Arguments),
 }
 
 /// The process ended because it was used wrongly: bad arguments or configuration.
@@ -58,9 +65,11 @@ pub fn run() -> ExitCode {
     match arguments.verb {
         Verb::Check(check) => check::run(&check),
         Verb::Simulate(simulate) => simulate::run(&simulate),
+        Verb::Replay(replay) => block_on(replay::run(replay)),
         Verb::Serve(serve) => block_on(serve::run(serve)),
         Verb::Demo(demo) => block_on(demo::run(demo)),
         Verb::SimulatedWorker(worker) => block_on(simulated_worker::run(worker)),
+        Verb::Workers(workers) => block_on(workers::run(workers)),
     }
 }
 
@@ -68,6 +77,14 @@ pub fn run() -> ExitCode {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct WrongUse(String);
+
+/// A number on the command line that must be above 0.
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 && value.is_finite() => Ok(value),
+        _ => Err("a number above 0 is wanted".to_owned()),
+    }
+}
 
 fn block_on(verb: impl Future<Output = anyhow::Result<()>>) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {

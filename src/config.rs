@@ -20,6 +20,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use forebay_backends::signals::kv_events::KvSource;
+use forebay_scheduler::Policy;
 use url::Url;
 
 mod defaults;
@@ -83,14 +84,23 @@ pub struct Model {
     pub aliases: Vec<Name>,
     /// A directory that holds `tokenizer.json`; `None`: to be found at the workers.
     pub tokenizer: Option<PathBuf>,
+    /// How its workers are chosen.
+    pub policy: Policy,
     /// Tokens of prompt and output together; `None`: as the workers report.
     pub max_model_len: Option<NonZeroU32>,
     /// Requests that may wait for a worker; one more is 503 at once.
     pub queue_requests_max: NonZeroU32,
+    /// Prompt tokens of all waiting requests; one more request is 503 at once.
+    pub queue_tokens_max: u64,
     /// Bytes of the bodies of all waiting requests; never less than `server.body_bytes_max`.
     pub queue_bytes_max: usize,
     /// How long a request may wait for a worker; after that it is 504.
     pub queue_wait_max: Duration,
+    /// How long a request waits for a worker to return when every one is down; after that it is 503.
+    pub worker_grace: Duration,
+    /// Share of the pool's tokens that each class gets while it waits, even if the classes before it could use all:
+    /// interactive, default, batch. Together at most 1.
+    pub class_shares: [f64; 3],
     /// Workers tried for one request before it fails, the first included.
     pub attempts_max: NonZeroU32,
     /// From the request sent to the first byte of the answer.
@@ -109,10 +119,14 @@ impl Model {
             name,
             aliases: Vec::new(),
             tokenizer: None,
+            policy: Policy::default(),
             max_model_len: None,
             queue_requests_max: defaults::QUEUE_REQUESTS_MAX,
+            queue_tokens_max: defaults::QUEUE_TOKENS_MAX,
             queue_bytes_max: defaults::QUEUE_BYTES_MAX.max(server.body_bytes_max),
             queue_wait_max: defaults::QUEUE_WAIT_MAX,
+            worker_grace: defaults::WORKER_GRACE,
+            class_shares: defaults::CLASS_SHARES,
             attempts_max: defaults::ATTEMPTS_MAX,
             first_byte_timeout: defaults::FIRST_BYTE_TIMEOUT,
             idle_timeout: defaults::IDLE_TIMEOUT,

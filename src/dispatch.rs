@@ -5,12 +5,15 @@
 //! is ever retried. A [`Place`] is the core's promise for one request; dropping it gives the place back.
 //!
 //! Here: `driver` owns the core, `attempt` speaks with one worker, `intake` owns the tasks that feed the core with
-//! what workers report of themselves, `kv` what they publish of their caches. Not here: another model or a cloud when a pool cannot (`pipeline`).
+//! what workers report of themselves, `kv` what they publish of their caches, `explain` tells administration what the
+//! core knows and why it decided as it did. Not here: another model or a cloud when a pool cannot (`pipeline`).
 
 mod attempt;
 mod driver;
+mod explain;
 mod intake;
 mod kv;
+mod recent;
 mod workers;
 
 use std::collections::VecDeque;
@@ -26,18 +29,23 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::Instant;
 use tracing::Instrument;
 
+use crate::ids::RequestName;
 use crate::prepare::{Asked, Prompt};
 use crate::telemetry::Registry;
 use attempt::Failed;
 pub use driver::Place;
-use driver::{Driver, Verdict};
+use driver::{Driver, Verdict, Waiting};
+pub use explain::{Decided, Explained, Moment, NotKept, Weighed, WorkerStatus};
 use intake::Intake;
 pub use intake::{Fact, Learned, PoolSpec, WorkerSpec};
+use recent::{Known, Recent};
 pub use workers::Worker;
 use workers::Workers;
 
 /// One request for a pool.
 pub struct Job<'a> {
+    /// What the client calls the request.
+    pub name: RequestName,
     pub pool: PoolId,
     pub class: Class,
     /// Latest first token.
@@ -99,6 +107,7 @@ pub struct Dispatch {
     driver: Arc<Driver>,
     workers: Arc<Workers>,
     intake: Arc<Intake>,
+    recent: Recent,
     registry: Registry,
 }
 
@@ -110,19 +119,34 @@ impl Dispatch {
     ///
     /// # Errors
     /// See [`Error`]; the client has seen nothing, and no engine works on the request any more.
-    pub async fn open(&self, job: Job<'_>, on_send: impl FnMut(&Worker, Duration) + Send) -> Result<Opened, Error> {
-        let deadline = job.deadline;
-        match deadline {
-            Some(deadline) => tokio::time::timeout_at(deadline, self.attempts(job, on_send))
+    pub async fn open(&self, job: Job<'_>, mut on_send: impl FnMut(&Worker, Duration) + Send) -> Result<Opened, Error> {
+        let (place, verdict) = self.driver.arrive(|id| request(id, &job, &self.driver));
+        let known = Arc::new(Known::new(&job, place.request()));
+        self.recent.note(Arc::clone(&known));
+        let attempts = self.attempts(&job, place, verdict, |worker, waited| {
+            known.sent(worker.id, waited);
+            on_send(worker, waited);
+        });
+        let opened = match job.deadline {
+            Some(deadline) => tokio::time::timeout_at(deadline, attempts)
                 .await
                 .unwrap_or(Err(Error::Refused { reason: Refusal::TimedOut, retry_after: None })),
-            None => self.attempts(job, on_send).await,
+            None => attempts.await,
+        };
+        if let Err(Error::Refused { reason, retry_after }) = &opened {
+            known.refused(*reason, *retry_after);
         }
+        opened
     }
 
-    async fn attempts(&self, job: Job<'_>, mut on_send: impl FnMut(&Worker, Duration)) -> Result<Opened, Error> {
+    async fn attempts(
+        &self,
+        job: &Job<'_>,
+        mut place: Place,
+        mut verdict: Waiting,
+        mut on_send: impl FnMut(&Worker, Duration),
+    ) -> Result<Opened, Error> {
         let class = job.class as usize;
-        let (mut place, mut verdict) = self.driver.arrive(|id| request(id, &job, &self.driver));
         let mut queued = Duration::ZERO;
         let mut attempts = 0;
         let mut failed: Option<forebay_scheduler::Failure> = None;
@@ -150,7 +174,7 @@ impl Dispatch {
             };
             on_send(&worker, waited);
             let span = tracing::debug_span!("attempt", worker = &*worker.name, number = attempts);
-            match attempt::attempt(&worker, &job).instrument(span).await {
+            match attempt::attempt(&worker, job).instrument(span).await {
                 Ok(reply) => {
                     place.first_token();
                     return Ok(Opened {

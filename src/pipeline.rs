@@ -71,7 +71,8 @@ impl Pipeline {
             None => counting.await?,
         };
         entry.prompt(prompt.tokens, prompt.exact);
-        let job = Job { pool: model.pool, class, deadline, prompt, asked: &asked, body, path, headers };
+        let name = entry.name().clone();
+        let job = Job { name, pool: model.pool, class, deadline, prompt, asked: &asked, body, path, headers };
         let opened = self.dispatch.open(job, |worker, queued| entry.sent(&worker.name, queued)).await?;
         entry.first_byte(opened.matched_tokens);
         Ok((route, opened))

@@ -216,12 +216,15 @@ fn endpoint(worker: &config::Worker) -> anyhow::Result<Endpoint> {
 
 fn pool(model: &config::Model, known: &Known) -> anyhow::Result<PoolSpec> {
     let limits = PoolLimits {
+        policy: model.policy,
         block_tokens: known.block_tokens,
         queue_requests_max: model.queue_requests_max.get(),
+        queue_tokens_max: model.queue_tokens_max,
         queue_bytes_max: model.queue_bytes_max as u64,
         queue_timeout: model.queue_wait_max,
         attempts_max: model.attempts_max.get(),
-        ..PoolLimits::default()
+        worker_grace: model.worker_grace,
+        class_shares: model.class_shares,
     };
     let workers = model.workers.iter().map(|worker| {
         let endpoint = endpoint(worker)?;

@@ -121,6 +121,8 @@ async fn demo(
         return Ok(());
     }
     say!("\nThe gateway stays up. Try it (Ctrl-C ends it):\n\n{}\n", curl(client));
+    let data = config.server.data_dir.display();
+    say!("and, in the meantime: forebay workers --watch --url http://{ops} --data-dir {data}\n");
     stay(running, config, signals).await
 }
 

@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use forebay_backends::discovery::{Found, local};
 use forebay_backends::transport::Transport;
+use secrecy::ExposeSecret;
 use tokio_util::task::TaskTracker;
 
 use super::WrongUse;
 use super::gateway::{self, Signals, Source};
+use crate::access::OwnerKey;
 use crate::app::{Gateway, Listeners};
 use crate::config::{Config, Flag, Model, Name, Server, Watch, Worker};
 use crate::telemetry::Registry;
@@ -59,6 +61,10 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let registry = Registry::install().context("cannot install the metrics recorder")?;
     let gateway = Gateway::start(config.clone(), Listeners { client, ops }, registry).await?;
     say!("clients: http://{}   operators: http://{}", gateway.client_address(), gateway.ops_address());
+    if let Some(key) = gateway.fresh_owner_key() {
+        let file = OwnerKey::path(&config.server.data_dir);
+        say!("owner key, shown this once and kept in {}: {}", file.display(), key.expose_secret());
+    }
     for model in &config.models {
         let workers: Vec<_> = model.workers.iter().map(|worker| worker.name.as_str()).collect();
         say!("model {} on {}", model.name.as_str(), workers.join(", "));

@@ -8,7 +8,6 @@ mod fault;
 mod plot;
 mod report;
 mod table;
-mod trace_file;
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -23,7 +22,9 @@ use forebay_scheduler::Config;
 use forebay_simulator::{EngineConfig, Fault, Offered, Outcome, Policy, Settings, Trace};
 use parking_lot::Mutex;
 
-use super::{WRONG_USE, WrongUse};
+pub(super) use report::Percentiles;
+
+use super::{WRONG_USE, WrongUse, positive, trace};
 
 /// Replay a trace through the scheduler, and through its rivals, in virtual time.
 ///
@@ -128,7 +129,7 @@ pub(super) fn run(arguments: &Arguments) -> ExitCode {
 }
 
 fn simulate(arguments: &Arguments) -> anyhow::Result<()> {
-    let trace = trace_file::read(&arguments.trace, arguments.block_tokens)?;
+    let trace = trace::read(&arguments.trace, arguments.block_tokens)?;
     let settings = arguments.settings(&trace);
     if let Some(fault) = settings.faults.iter().find(|fault| fault.worker >= settings.workers) {
         return Err(WrongUse(format!(
@@ -292,11 +293,4 @@ fn policy(name: &str) -> Result<Policy, String> {
         let names: Vec<_> = Policy::all().iter().map(Policy::name).collect();
         format!("there are {}", names.join(", "))
     })
-}
-
-fn positive(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(value) if value > 0.0 && value.is_finite() => Ok(value),
-        _ => Err("a number above 0 is wanted".to_owned()),
-    }
 }

@@ -33,6 +33,11 @@ const DRAIN: Duration = Duration::from_secs(30);
 pub(super) const QUEUE_REQUESTS_MAX: NonZeroU32 = NonZeroU32::new(4096).unwrap();
 pub(super) const QUEUE_REQUESTS_LIMIT: u32 = 1_000_000;
 
+/// About four minutes of work for eight workers at 8000 tokens/s: with more in front of it a request would miss
+/// [`QUEUE_WAIT_MAX`], whatever the number of requests.
+pub(super) const QUEUE_TOKENS_MAX: u64 = 16 << 20;
+pub(super) const QUEUE_TOKENS_LIMIT: u64 = 1 << 40;
+
 /// 64 KiB for each of [`QUEUE_REQUESTS_MAX`] requests, several times a usual chat body: memory that one model's queue
 /// may take.
 pub(super) const QUEUE_BYTES_MAX: usize = 256 << 20;
@@ -40,6 +45,12 @@ pub(super) const QUEUE_BYTES_LIMIT: u64 = 64 << 30;
 
 /// About as long as a person or a proxy waits for a first token; after it the work would be done for nobody.
 pub(super) const QUEUE_WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// A proxy that restarts or a connection that drops goes unnoticed; a dead fleet is reported soon.
+pub(super) const WORKER_GRACE: Duration = Duration::from_secs(2);
+
+/// Interactive, default and batch requests: who is first in line needs no share, and nobody behind starves.
+pub(super) const CLASS_SHARES: [f64; 3] = [0.0, 0.1, 0.02];
 
 /// Two workers can fail a request in a row by chance; three point at the request itself.
 pub(super) const ATTEMPTS_MAX: NonZeroU32 = NonZeroU32::new(3).unwrap();

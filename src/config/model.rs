@@ -5,6 +5,7 @@ use std::collections::btree_map::Entry;
 
 use forebay_backends::signals::kv_events::KvSource;
 use forebay_backends::transport::zmtp;
+use forebay_scheduler::Policy;
 use url::Url;
 
 use super::log::{At, Log};
@@ -53,31 +54,55 @@ fn read(
     }
     let tokenizer = section.read("tokenizer", |raw| tokenizer::directory(raw.text()?, &reader.environment));
     let max_model_len = section.optional_count("max_model_len", u32::MAX, "to take what the workers report");
+    let policy = section.read("policy", policy);
     // A body that may be read must fit into an empty queue.
     let queue_bytes = (body_bytes_max as u64)..=defaults::QUEUE_BYTES_LIMIT;
     let queue_bytes_default = defaults::QUEUE_BYTES_MAX.max(body_bytes_max);
     let queue_bytes_max = section.bytes("queue_bytes_max", queue_bytes, queue_bytes_default);
     let queue_requests_max =
         section.count("queue_requests_max", defaults::QUEUE_REQUESTS_LIMIT, defaults::QUEUE_REQUESTS_MAX);
+    let queue_tokens = 1..=defaults::QUEUE_TOKENS_LIMIT;
+    let queue_tokens_max = section.whole("queue_tokens_max", queue_tokens, defaults::QUEUE_TOKENS_MAX);
     let queue_wait_max = section.seconds("queue_seconds_max", 1, defaults::QUEUE_WAIT_MAX);
+    let worker_grace = section.seconds("worker_grace_seconds", 0, defaults::WORKER_GRACE);
     let attempts_max = section.count("attempts_max", defaults::ATTEMPTS_LIMIT, defaults::ATTEMPTS_MAX);
     let first_byte_timeout = section.seconds("first_byte_seconds", 1, defaults::FIRST_BYTE_TIMEOUT);
     let idle_timeout = section.seconds("idle_seconds", 1, defaults::IDLE_TIMEOUT);
+    let class_shares = class_shares(&mut section);
     let workers = workers(&mut section, reader, worker_names);
     section.finish(&["overflow"]);
     Some(Model {
         name: own_name?.value,
         aliases: aliases.into_iter().map(|found| found.value).collect(),
         tokenizer: tokenizer.map(|found| found.value),
+        policy: policy.map(|found| found.value).unwrap_or_default(),
         max_model_len,
         queue_requests_max,
+        queue_tokens_max,
         queue_bytes_max,
         queue_wait_max,
+        worker_grace,
+        class_shares,
         attempts_max,
         first_byte_timeout,
         idle_timeout,
         workers,
     })
+}
+
+/// `[model.classes]`: what each class is sure of.
+fn class_shares(model: &mut Section<'_>) -> [f64; 3] {
+    let Some(mut section) = model.optional_table("classes", "model.classes") else { return defaults::CLASS_SHARES };
+    let [interactive, default, batch] = defaults::CLASS_SHARES;
+    let shares =
+        [section.share("interactive", interactive), section.share("default", default), section.share("batch", batch)];
+    let sum: f64 = shares.iter().sum();
+    if sum > 1.0 {
+        let remedy = "the shares of the classes must be at most 1 together";
+        section.log.refuse_absence(&section.here(), format!("{sum}"), remedy);
+    }
+    section.finish(&[]);
+    shares
 }
 
 fn workers(model: &mut Section<'_>, reader: &Reader, names: &mut Taken) -> Vec<Worker> {
@@ -138,6 +163,15 @@ fn worker(mut section: Section<'_>, reader: &Reader, names: &mut Taken) -> Optio
 
 fn name(raw: &Raw<'_>) -> Result<Name, Refusal> {
     Name::new(raw.text()?).map_err(|bad| Refusal::new(bad.to_string()))
+}
+
+fn policy(raw: &Raw<'_>) -> Result<Policy, Refusal> {
+    let text = raw.text()?;
+    let known = Policy::NAMES.iter().find(|(name, _)| *name == text);
+    known.map(|(_, policy)| *policy).ok_or_else(|| {
+        let names = Policy::NAMES.map(|(name, _)| name).join(", ");
+        Refusal::new(format!("must be one of {names} (omit the key for forebay)"))
+    })
 }
 
 fn engine(raw: &Raw<'_>, known: &[&'static str]) -> Result<&'static str, Refusal> {

@@ -65,11 +65,17 @@ aliases       = ["llama", "gpt-4o-mini"]
 tokenizer     = "{}"
 max_model_len = 131072
 queue_requests_max = 10
+policy = "least-requests"
+queue_tokens_max = 1_000
+worker_grace_seconds = 0
 queue_bytes_max = 2_000_000
 queue_seconds_max = 7
 attempts_max = 2
 first_byte_seconds = 8
 idle_seconds = 9
+
+[model.classes]
+batch = 0.25
 
 [[model.worker]]
 name   = "gpu-a:8000"
@@ -110,6 +116,11 @@ worker = [{{ url = "http://[::1]:8000" }}]
     assert_eq!(first.max_model_len, NonZeroU32::new(131_072));
     assert_eq!((first.queue_requests_max.get(), first.queue_bytes_max), (10, 2_000_000));
     assert_eq!(first.attempts_max.get(), 2);
+    assert_eq!(first.class_shares, [0.0, 0.1, 0.25]);
+    assert_eq!(
+        (first.policy, first.queue_tokens_max, first.worker_grace),
+        (Policy::LeastRequests, 1_000, Duration::ZERO)
+    );
     let times = [first.queue_wait_max, first.first_byte_timeout, first.idle_timeout];
     assert_eq!(times, [7, 8, 9].map(Duration::from_secs));
     let [a, b] = &first.workers[..] else { panic!("{first:?}") };
@@ -298,6 +309,27 @@ fn model_values() {
             "f.toml:7:19: model[0].queue_bytes_max is 1: must be at least 33554432 (omit the key for the default 268435456)",
         ],
     );
+    check_model(
+        "policy = 'random'\nqueue_tokens_max = 0\nworker_grace_seconds = -1",
+        &[
+            "f.toml:3:10: model[0].policy is \"random\": must be one of forebay, round-robin, least-requests (omit the key for forebay)",
+            "f.toml:4:20: model[0].queue_tokens_max is 0: must be at least 1 (omit the key for the default 16777216)",
+            "f.toml:5:24: model[0].worker_grace_seconds is -1: must be at least 0 (omit the key for the default 2)",
+        ],
+    );
+    check(
+        "[[model]]\nname = 'm'\n[model.classes]\ndefault = 1.5\nbatch = 'some'\nbulk = 0.1\n[[model.worker]]\nurl = 'http://w:1'",
+        &[
+            "f.toml:4:11: model[0].classes.default is 1.5: must be a number from 0 to 1 (omit the key for the default 0.1)",
+            "f.toml:5:9: model[0].classes.batch is \"some\": must be a number from 0 to 1 (omit the key for the default 0.02)",
+            "f.toml:6:1: model[0].classes.bulk is not a known key: known here: interactive, default, batch",
+        ],
+    );
+    check(
+        "[[model]]\nname = 'm'\n[model.classes]\ninteractive = 1\n[[model.worker]]\nurl = 'http://w:1'",
+        &["f.toml:3:1: model[0].classes is 1.12: the shares of the classes must be at most 1 together"],
+    );
+    check_model("classes = 1", &["f.toml:3:11: model[0].classes is 1: must be a table: write `[model.classes]`"]);
     let bad_name = "must be 1 to 256 bytes long, without control characters and without spaces at its ends";
     check_model(
         "aliases = ['é', '', 3]",

@@ -66,6 +66,18 @@ impl Raw<'_> {
         parsed.ok_or_else(|| Refusal::new("must be true or false"))
     }
 
+    fn number(&self) -> Option<f64> {
+        let of = |value: &DeValue<'_>| match value {
+            DeValue::Float(number) => number.as_str().parse().ok(),
+            #[expect(clippy::cast_precision_loss, reason = "numbers beyond 2^52 are refused for their size")]
+            value => whole_of(value).map(|number| number as f64),
+        };
+        match self {
+            Raw::Toml(value, _) => of(value),
+            Raw::Text(text) => DeValue::parse(text.trim()).ok().and_then(|value| of(value.get_ref())),
+        }
+    }
+
     /// `omit` says what the key's absence means.
     fn whole(&self, range: &RangeInclusive<u64>, omit: &str) -> Result<u64, Refusal> {
         let parsed = match self {
@@ -211,9 +223,24 @@ impl<'a> Section<'a> {
         found.map_or(default, |found| Duration::from_secs(found.value))
     }
 
+    /// From 0 to 1.
+    pub(super) fn share(&mut self, key: &'static str, default: f64) -> f64 {
+        let found = self.read(key, |raw| {
+            let share = raw.number().filter(|share| (0.0..=1.0).contains(share));
+            share.ok_or_else(|| {
+                Refusal::new(format!("must be a number from 0 to 1 (omit the key for the default {default})"))
+            })
+        });
+        found.map_or(default, |found| found.value)
+    }
+
     pub(super) fn bytes(&mut self, key: &'static str, range: RangeInclusive<u64>, default: usize) -> usize {
+        usize::try_from(self.whole(key, range, default as u64)).unwrap_or(default)
+    }
+
+    pub(super) fn whole(&mut self, key: &'static str, range: RangeInclusive<u64>, default: u64) -> u64 {
         let found = self.read(key, |raw| raw.whole(&range, &format!("for the default {default}")));
-        found.and_then(|found| usize::try_from(found.value).ok()).unwrap_or(default)
+        found.map_or(default, |found| found.value)
     }
 
     /// Asks for the table `[key]`; an absent one is empty, and still takes overrides.
@@ -232,6 +259,18 @@ impl<'a> Section<'a> {
         }
         let span = value.map_or(0..0, |value| value.span());
         Section { overrides, ..self.inner(self.path_of(key), span, table.unwrap_or(empty)) }
+    }
+
+    /// Asks for the table `[header]`, which may be absent.
+    pub(super) fn optional_table(&mut self, key: &'static str, header: &str) -> Option<Section<'a>> {
+        self.asked.push(key);
+        let value = self.table.get(key)?;
+        let table = value.get_ref().as_table();
+        if table.is_none() {
+            let at = At::offset(self.path_of(key), value.span().start);
+            self.log.refuse(&at, self.raw(value).show(), format!("must be a table: write `[{header}]`"));
+        }
+        Some(self.inner(self.path_of(key), value.span(), table?))
     }
 
     /// Asks for the tables `[[header]]`. One written `[header]` is a mistake, and read all the same.
@@ -257,6 +296,11 @@ impl<'a> Section<'a> {
             }
         }
         sections
+    }
+
+    /// The section itself.
+    pub(super) fn here(&self) -> At {
+        At::offset(self.path.clone(), self.span.start)
     }
 
     /// A key of this section that does not stand there.

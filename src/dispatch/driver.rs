@@ -185,6 +185,10 @@ pub struct Place {
 }
 
 impl Place {
+    pub(super) fn request(&self) -> RequestId {
+        self.id
+    }
+
     pub(super) fn first_token(&self) {
         self.driver.tell(Event::FirstToken { request: self.id });
     }

@@ -22,6 +22,7 @@ use tokio_util::task::TaskTracker;
 use super::Dispatch;
 use super::driver::Driver;
 use super::kv::KvThread;
+use super::recent::Recent;
 use super::workers::{Identity, Worker, Workers};
 use crate::routing::EngineTokenizer;
 use crate::telemetry::{ModelMetrics, Registry, WorkerMetrics};
@@ -151,7 +152,7 @@ impl Dispatch {
                 acting.act(&action);
             }
         }));
-        Ok((Arc::new(Self { driver, workers, intake, registry }), facts))
+        Ok((Arc::new(Self { driver, workers, intake, recent: Recent::default(), registry }), facts))
     }
 
     /// Makes the core's pools and workers those of `pools`. Workers that stay keep their connections and load.
@@ -176,9 +177,9 @@ impl Intake {
         left.sort_unstable();
         for id in left {
             if let Some(member) = members.workers.remove(&id) {
-                tracing::info!(worker = &*member.worker.name, "worker left");
                 member.gone.cancel();
                 self.driver.tell(Event::WorkerLeft { worker: id });
+                tracing::info!(worker = &*member.worker.name, "worker left");
             }
         }
         let mut pools_left: Vec<_> =
@@ -218,6 +219,7 @@ impl Intake {
         let worker = Arc::new(Worker {
             id,
             pool: pool.pool,
+            pool_model: Arc::clone(&pool.model),
             name: Arc::clone(&spec.name),
             header: HeaderValue::from_str(&spec.name).unwrap_or_else(|_| HeaderValue::from_static("worker")),
             channel: self.transport.channel(spec.endpoint.clone(), timeouts),
@@ -289,7 +291,8 @@ impl Intake {
             tokenizer: counts.then(|| EngineTokenizer { channel: worker.channel.clone(), model: served.clone() }),
         };
         let adapter = facts.is_some_and(|facts| facts.parent.is_some()).then(|| served.clone());
-        worker.identity.store(Some(Arc::new(Identity { model: served, adapter })));
+        let engine = detected.engine.name();
+        worker.identity.store(Some(Arc::new(Identity { engine, model: served, adapter })));
         self.tell(worker, fact).await;
     }
 
@@ -354,8 +357,8 @@ impl Intake {
     }
 
     /// The configured name of a pool's model.
-    pub(super) fn model(&self, pool: PoolId) -> Arc<str> {
-        self.members.lock().pools.get(&pool).map_or_else(Arc::default, |pool| Arc::clone(&pool.model))
+    pub(super) fn model(&self, pool: PoolId) -> Option<Arc<str>> {
+        self.members.lock().pools.get(&pool).map(|pool| Arc::clone(&pool.model))
     }
 
     /// Tokens in one block of the hashes of a pool's prompts.

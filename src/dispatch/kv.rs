@@ -91,7 +91,11 @@ impl Intake {
     /// Follows a source: for ever, but one that was `found` until it is away, since it may be elsewhere then.
     async fn follow(&self, worker: &Worker, source: KvSource, found: bool) {
         let mut events = KvEvents::new(source);
-        let mut view = View { rehash: Rehash::new(self.model(worker.pool)), told_block_tokens: None, in_use: false };
+        let mut view = View {
+            rehash: Rehash::new(self.model(worker.pool).unwrap_or_default()),
+            told_block_tokens: None,
+            in_use: false,
+        };
         let mut away = true;
         loop {
             let signal = match found && away {

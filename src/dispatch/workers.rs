@@ -19,6 +19,8 @@ use crate::telemetry::{ModelMetrics, WorkerMetrics};
 pub struct Worker {
     pub id: WorkerId,
     pub pool: PoolId,
+    /// The model's configured name.
+    pub(super) pool_model: Arc<str>,
     pub name: Arc<str>,
     /// The name as `x-forebay-worker` shows it.
     pub header: HeaderValue,
@@ -37,6 +39,7 @@ pub struct Worker {
 
 /// What is known once the worker has been asked.
 pub(super) struct Identity {
+    pub(super) engine: &'static str,
     /// What it calls the model.
     pub(super) model: String,
     /// The same name, where that is a LoRA adapter's.
@@ -77,6 +80,7 @@ impl Workers {
                 if let Some(worker) = table.get(&view.worker) {
                     let gauges = &worker.metrics;
                     gauges.up.set(flag(takes_requests(&view)));
+                    gauges.health_score.set(view.health_score);
                     gauges.breaker_open.set(flag(view.health == HealthState::Open));
                     #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^52")]
                     gauges.promised_tokens.set(view.promised_tokens as f64);

@@ -26,6 +26,7 @@ const WORKER_WAITING: &str = "forebay_worker_waiting";
 const WORKER_KV_USAGE: &str = "forebay_worker_kv_usage_ratio";
 const WORKER_PROMISED: &str = "forebay_worker_promised_tokens";
 const WORKER_UP: &str = "forebay_worker_up";
+const WORKER_HEALTH: &str = "forebay_worker_health_score";
 const BREAKER_OPEN: &str = "forebay_breaker_open";
 const RETRIES: &str = "forebay_retries_total";
 
@@ -162,6 +163,7 @@ fn describe() {
     describe_gauge!(WORKER_KV_USAGE, "share of the KV cache held by live requests, as the engine reported last");
     describe_gauge!(WORKER_PROMISED, "uncached prompt tokens promised to the worker and not yet prefilled");
     describe_gauge!(WORKER_UP, "1 when the worker takes requests");
+    describe_gauge!(WORKER_HEALTH, "how well the worker is, 1 to 0; falls with failures and with late first tokens");
     describe_gauge!(BREAKER_OPEN, "1 while the worker's circuit breaker is open");
     describe_counter!(RETRIES, "attempts that failed before the first byte and were placed again, by reason");
 }
@@ -249,6 +251,7 @@ pub struct WorkerMetrics {
     pub kv_usage: Gauge,
     pub promised_tokens: Gauge,
     pub up: Gauge,
+    pub health_score: Gauge,
     pub breaker_open: Gauge,
     pub kv_events: Counter,
     kv_breaks: [Counter; KV_BREAKS.len()],
@@ -271,6 +274,7 @@ impl WorkerMetrics {
             kv_usage: one(WORKER_KV_USAGE),
             promised_tokens: one(WORKER_PROMISED),
             up: one(WORKER_UP),
+            health_score: one(WORKER_HEALTH),
             breaker_open: one(BREAKER_OPEN),
             kv_events: counter!(KV_EVENTS, "worker" => worker.to_owned()),
             kv_breaks: KV_BREAKS.map(|kind| counter!(KV_EVENT_BREAKS, "worker" => worker.to_owned(), "kind" => kind)),
@@ -310,8 +314,9 @@ impl WorkerMetrics {
 
     /// Says that there is no such worker any more.
     pub fn clear(&self) {
-        let Self { running, waiting, kv_usage, promised_tokens, up, breaker_open, kv_standing, .. } = self;
-        for gauge in [running, waiting, kv_usage, promised_tokens, up, breaker_open, kv_standing] {
+        let Self { running, waiting, kv_usage, promised_tokens, up, health_score, breaker_open, kv_standing, .. } =
+            self;
+        for gauge in [running, waiting, kv_usage, promised_tokens, up, health_score, breaker_open, kv_standing] {
             gauge.set(0.0);
         }
     }

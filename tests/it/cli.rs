@@ -16,7 +16,7 @@ fn every_verb_has_help_with_an_example() {
     let here = directory();
     let (code, out, err) = run(&["--help"], here.path(), &[]);
     assert_eq!((code, err.as_str()), (0, ""));
-    for verb in ["serve", "demo", "check", "simulate", "simulated-worker"] {
+    for verb in ["serve", "demo", "check", "simulate", "simulated-worker", "workers"] {
         assert!(out.contains(&format!("\n  {verb} ")), "{out}");
         let (code, out, err) = run(&[verb, "--help"], here.path(), &[]);
         assert_eq!((code, err.as_str()), (0, ""), "{verb}");
@@ -35,6 +35,9 @@ fn wrong_use_exits_with_2_and_says_what_is_wrong() {
         (&["serve", "--fast"], "--fast"),
         (&["demo", "--workers", "0"], "--workers"),
         (&["simulated-worker", "--port", "70000"], "--port"),
+        (&["workers", "--watch", "--decision", "x"], "--decision"),
+        (&["workers", "--url", "ftp://here"], "--url"),
+        (&["workers"], "FOREBAY_ADMIN_KEY"),
         (&["simulated-worker", "--fault", "explode"], "explode"),
         (&["serve", "--config", "absent.toml"], "absent.toml"),
         (&["serve", "--listen", "nowhere"], "--listen"),

@@ -8,6 +8,7 @@
     reason = "a test that finds something else than it expects fails"
 )]
 
+mod admin;
 mod architecture;
 mod bytes;
 mod cancel;

@@ -64,6 +64,7 @@ fn names_and_labels_are_those_that_dashboards_know() {
         ("forebay_worker_kv_usage_ratio", &["worker"]),
         ("forebay_worker_promised_tokens", &["worker"]),
         ("forebay_worker_up", &["worker"]),
+        ("forebay_worker_health_score", &["worker"]),
         ("forebay_breaker_open", &["worker"]),
         ("forebay_retries_total", &["reason"]),
     ] {

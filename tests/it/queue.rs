@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::support::body::{chat, held, long, wide};
-use crate::support::client::{self, Connection, post_with};
+use crate::support::client::{self, Answer, Connection, post_with};
+use crate::support::eventually;
 use crate::support::process::{Gateway, Worker, model, tokenizer};
 use crate::support::recorder::{Recorder, Step};
 
@@ -57,6 +58,61 @@ fn a_deadline_is_kept_in_the_queue_and_at_the_worker() {
     assert!((300..3000).contains(&took.as_millis()), "{took:?}");
     recorder.closed(0);
     assert_eq!(recorder.posts().len(), 1, "it is not tried again");
+}
+
+#[test]
+fn a_deadline_that_cannot_be_kept_is_refused_before_any_work() {
+    let worker = Worker::start(&["--model", "m", "--speed", "1", "--prefill-tokens-per-s", "4000"]);
+    let gateway = Gateway::before(&[worker.address]);
+    // Its speed has to be measured first: a guess is no reason to refuse.
+    let mut asked = 0;
+    eventually("the worker's speed to be measured", || {
+        asked += 1;
+        let body = chat(&long(&format!("number {asked}")), r#","max_tokens":1,"stream":true"#);
+        assert_eq!(gateway.post("/v1/chat/completions", &body).status, 200);
+        (gateway.admin("workers").json()["workers"][0]["rate_measured"] == true).then_some(())
+    });
+    let finished = worker.finished();
+    let headers = ["x-forebay-deadline-ms: 60", "x-request-id: hopeless"];
+    let answer = post_with(gateway.client, "/v1/chat/completions", &headers, &chat(&long("hopeless"), ""));
+    assert_eq!(answer.refusal(504), "deadline_exceeded");
+    let explained = gateway.admin("decisions/hopeless").json();
+    assert_eq!(explained["refusal"]["reason"], "deadline_infeasible", "{explained}");
+    assert_eq!(explained["sent"].as_array().map(Vec::len), Some(0), "{explained}");
+    let decision = &explained["decisions"][0];
+    assert_eq!((&decision["winner"], &decision["candidates"][0]["worker"]), (&().into(), &"w0".into()), "{explained}");
+    assert_eq!(gateway.row_of(&answer)["attempts"], 0);
+    assert_eq!((worker.finished(), worker.log()["sequences"]["aborted"].as_u64()), (finished, Some(0)));
+    // One that can be kept is.
+    let headers = ["x-forebay-deadline-ms: 15000"];
+    let body = chat(&long("hopeful"), r#","max_tokens":1"#);
+    assert_eq!(post_with(gateway.client, "/v1/chat/completions", &headers, &body).status, 200);
+}
+
+#[test]
+fn the_predicted_wait_counts_the_lane_and_the_measured_one_is_told_beside_it() {
+    let full = Full::start("");
+    let number = |answer: &Answer, name: &str| -> u64 {
+        answer.header(name).and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("{name}: {answer:?}"))
+    };
+    let mut waiting = full.ask(&[], &wide(&long("waiting")));
+    full.gateway.until_queued(1);
+    // It is predicted by a guessed speed, 2000 tokens/s, and some 2 x 1200 tokens are before it.
+    let mut second = full.ask(&[], &wide(&long("second")));
+    full.gateway.until_queued(2);
+    std::thread::sleep(Duration::from_millis(300));
+    let Full { recorder, mut first, .. } = full;
+    let mut answers = [&mut first, &mut waiting, &mut second].map(|connection| {
+        recorder.go_on();
+        connection.answer()
+    });
+    assert!(answers.iter().all(|answer| answer.status == 200), "{answers:?}");
+    let [first, waiting, second] = &mut answers;
+    let predicted = |answer: &Answer| number(answer, "x-forebay-predicted-wait-ms");
+    let queued = |answer: &Answer| number(answer, "x-forebay-queue-ms");
+    assert!(predicted(waiting) >= 500, "{waiting:?}");
+    assert!(predicted(second) >= predicted(waiting) + 500, "{} {}", predicted(second), predicted(waiting));
+    assert!(queued(first) < 250 && queued(waiting) >= 300 && queued(second) >= 300, "{answers:?}");
 }
 
 #[test]

@@ -2,10 +2,10 @@
 
 use std::net::SocketAddr;
 
-use crate::support::body::{ANSWER, chat, held, held_stream, streamed};
+use crate::support::body::{ANSWER, chat, held, held_stream, long, streamed};
 use crate::support::client::{self, Connection};
 use crate::support::eventually;
-use crate::support::process::{Gateway, tokenizer};
+use crate::support::process::{Gateway, Worker, tokenizer};
 use crate::support::recorder::{Recorder, json};
 
 fn model(extra: &str, workers: &[(&str, SocketAddr)]) -> String {
@@ -126,6 +126,35 @@ fn a_bad_file_changes_nothing_and_says_why() {
     gateway.process.signal("HUP");
     until_up(&gateway, "new");
     until_served_by(&gateway, "new");
+}
+
+#[test]
+fn a_policy_is_taken_over() {
+    let engines = [(); 2].map(|()| Worker::start(&["--model", "m"]));
+    let workers = [("first", engines[0].address), ("second", engines[1].address)];
+    let gateway = Gateway::start(&model("policy = \"round-robin\"", &workers));
+    until_up(&gateway, "first");
+    until_up(&gateway, "second");
+    let served = |prompt: &str, count: usize| -> Vec<String> {
+        let body = chat(&long(prompt), r#","max_tokens":1"#);
+        let ask = || gateway.post("/v1/chat/completions", &body);
+        let name = |answer: &client::Answer| answer.header("x-forebay-worker").expect("a worker").to_owned();
+        (0..count).map(|_| name(&ask())).collect()
+    };
+    let in_turn = served("one", 6);
+    assert!(in_turn.windows(2).all(|pair| pair[0] != pair[1]), "{in_turn:?}");
+
+    gateway.configure("", &model("policy = \"forebay\"", &workers));
+    gateway.process.signal("HUP");
+    until_said(&gateway, "configuration reloaded");
+    let held = served("two", 6);
+    assert!(held.windows(2).all(|pair| pair[0] == pair[1]), "it stays where the prompt is cached: {held:?}");
+
+    // A policy that there is not changes nothing and says so.
+    gateway.configure("", &model("policy = \"fastest\"", &workers));
+    gateway.process.signal("HUP");
+    until_said(&gateway, "must be one of forebay, round-robin, least-requests");
+    assert_eq!(served("two", 1), held[..1]);
 }
 
 #[test]

@@ -100,7 +100,9 @@ impl Course {
 }
 
 impl Cell {
-    pub(crate) fn of(
+    /// The figures of a log; `decisions` are the times that decisions took, where measured.
+    #[must_use]
+    pub fn of(
         log: &[Entry],
         trace: &Trace,
         settings: &Settings,

@@ -51,7 +51,8 @@ impl Trace {
 
     /// Arrival times of all rows. Rows that share a time are first spread at random over the `jitter` that follows it
     /// (a recorder that works in steps hides when in its step a request came); then all times are divided by `rate`.
-    pub(crate) fn arrivals(&self, rate: f64, jitter: Duration, seed: u64) -> Vec<Duration> {
+    #[must_use]
+    pub fn arrivals(&self, rate: f64, jitter: Duration, seed: u64) -> Vec<Duration> {
         let mut rng = Rng::new(seed, 1);
         let mut times = Vec::with_capacity(self.rows.len());
         for step in self.rows.chunk_by(|a, b| a.at == b.at) {

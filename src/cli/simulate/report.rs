@@ -63,12 +63,18 @@ struct Row<'a> {
     virtual_seconds: f64,
 }
 
-#[derive(Serialize)]
-struct Percentiles {
-    mean: f64,
-    p50: f64,
-    p90: f64,
-    p99: f64,
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(in crate::cli) struct Percentiles {
+    pub(in crate::cli) mean: f64,
+    pub(in crate::cli) p50: f64,
+    pub(in crate::cli) p90: f64,
+    pub(in crate::cli) p99: f64,
+}
+
+impl From<Spread> for Percentiles {
+    fn from(Spread { mean, p50, p90, p99 }: Spread) -> Self {
+        Self { mean, p50, p90, p99 }
+    }
 }
 
 #[derive(Serialize)]
@@ -119,8 +125,7 @@ fn engine(config: &EngineConfig) -> Engine {
 }
 
 fn row(cell: &Cell) -> Row<'_> {
-    let percentiles =
-        |spread: Option<Spread>| spread.map(|Spread { mean, p50, p90, p99 }| Percentiles { mean, p50, p90, p99 });
+    let percentiles = |spread: Option<Spread>| spread.map(Percentiles::from);
     Row {
         policy: cell.policy,
         rate: cell.rate,

@@ -216,7 +216,13 @@ fn text(bytes: &[u8]) -> String {
 }
 
 pub(crate) fn get(address: SocketAddr, path: &str) -> Answer {
-    request(address, format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n").as_bytes())
+    get_with(address, path, &[])
+}
+
+/// With more headers; each is a whole line.
+pub(crate) fn get_with(address: SocketAddr, path: &str, headers: &[&str]) -> Answer {
+    let lines: String = headers.iter().map(|line| format!("{line}\r\n")).collect();
+    request(address, format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n{lines}\r\n").as_bytes())
 }
 
 pub(crate) fn post(address: SocketAddr, path: &str, body: &str) -> Answer {

@@ -247,6 +247,18 @@ impl Gateway {
         self.row(answer.header("x-request-id").expect("every answer is named"))
     }
 
+    /// Asks for a path under `/admin/v1/` as the owner.
+    pub(crate) fn admin(&self, path: &str) -> Answer {
+        let key = format!("authorization: Bearer {}", self.owner_key());
+        client::get_with(self.ops, &format!("/admin/v1/{path}"), &[&key])
+    }
+
+    /// The key that stands in its data directory.
+    pub(crate) fn owner_key(&self) -> String {
+        let file = self.directory.path().join("data/owner.key");
+        std::fs::read_to_string(file).expect("the owner's key").trim().to_owned()
+    }
+
     /// Requests that wait in lanes.
     pub(crate) fn queued(&self) -> f64 {
         let text = client::get(self.ops, "/metrics").text();

@@ -1,0 +1,101 @@
+//! `GET /admin/v1/decisions/{request}`: why a request went where it went, by its `x-request-id`.
+
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::response::{IntoResponse, Response};
+use forebay_scheduler::{Cause, term_names};
+use http::StatusCode;
+use serde_json::Value;
+
+use super::wire::{Candidate, Decision, Explained, Refusal, When};
+use super::{Admin, health, refuse, rounded};
+use crate::dispatch::{self, Decided, Moment, Weighed};
+use crate::telemetry::metrics::CLASSES;
+
+/// Longest name that a refusal repeats.
+const SHOWN_CHARS_MAX: usize = 200;
+
+pub(super) async fn one(State(admin): State<Arc<Admin>>, Path(request): Path<String>) -> Response {
+    match admin.dispatch.explain(&request) {
+        Ok(explained) => Json(answer(explained)).into_response(),
+        Err(not_kept) => {
+            let request: String = request.chars().take(SHOWN_CHARS_MAX).collect();
+            refuse(StatusCode::NOT_FOUND, Some("request_not_kept"), format!("`{request}` is {not_kept}."))
+        }
+    }
+}
+
+fn answer(explained: dispatch::Explained) -> Explained {
+    let state = match (&explained.refusal, explained.under_way) {
+        (Some(_), _) => "refused",
+        (None, true) => "under_way",
+        (None, false) => "ended",
+    };
+    Explained {
+        request: explained.name,
+        model: explained.model.map(|model| model.to_string()),
+        class: CLASSES.get(explained.class as usize).copied().unwrap_or_default().to_owned(),
+        prompt_tokens: explained.prompt_tokens,
+        arrived: when(explained.arrived),
+        state: state.to_owned(),
+        queued_seconds: rounded(explained.queued.as_secs_f64()),
+        sent: explained.sent.iter().map(ToString::to_string).collect(),
+        refusal: explained.refusal.map(|(reason, retry_after)| refusal(reason, retry_after)),
+        decisions: explained.decisions.into_iter().map(decision).collect(),
+    }
+}
+
+fn refusal(reason: forebay_scheduler::Refusal, retry_after: Option<Duration>) -> Refusal {
+    use forebay_scheduler::Refusal as Reason;
+    let name = match reason {
+        Reason::QueueFull => "queue_full",
+        Reason::DeadlineInfeasible => "deadline_infeasible",
+        Reason::TimedOut => "timed_out",
+        Reason::NoWorker => "no_worker",
+        Reason::AttemptsExhausted { .. } => "attempts_exhausted",
+        Reason::PoolUnknown => "pool_unknown",
+        Reason::TooLarge => "too_large",
+    };
+    let message = match reason {
+        Reason::AttemptsExhausted { last } => format!("{reason}, the last one because {last}"),
+        reason => reason.to_string(),
+    };
+    Refusal { reason: name.to_owned(), message, retry_after_seconds: retry_after.map(|wait| wait.as_secs_f64()) }
+}
+
+fn decision(decided: Decided) -> Decision {
+    let cause = match decided.cause {
+        Cause::Arrival => "arrival",
+        Cause::Retry => "retry",
+        Cause::Rescore => "rescore",
+    };
+    Decision {
+        cause: cause.to_owned(),
+        decided: when(decided.at),
+        winner: decided.candidates.iter().find(|candidate| candidate.winner).map(|winner| winner.worker.to_string()),
+        candidates: decided.candidates.into_iter().map(candidate).collect(),
+    }
+}
+
+fn candidate(weighed: Weighed) -> Candidate {
+    let names = term_names().into_iter().map(str::to_owned);
+    Candidate {
+        worker: weighed.worker.to_string(),
+        winner: weighed.winner,
+        health: weighed.health.map_or("left", health).to_owned(),
+        matched_tokens: weighed.matched_tokens,
+        terms: names.zip(weighed.terms.into_iter().map(|seconds| Value::from(rounded(seconds)))).collect(),
+        seconds: rounded(weighed.seconds),
+    }
+}
+
+fn when(moment: Moment) -> When {
+    let since = moment.at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    When {
+        unix_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
+        ago_seconds: rounded(moment.ago.as_secs_f64()),
+    }
+}

@@ -1,0 +1,202 @@
+//! `forebay workers`: the workers of a running gateway, and why a request went where it went.
+
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::ops::{Access, Ops};
+use super::table::{Table, compact, shortened};
+use crate::admin::wire::{Candidate, Decision, Explained, Worker, Workers};
+
+/// Between two looks with --watch.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// Longest name of a worker in a table, so that eighty columns suffice.
+const NAME_CHARS_MAX: usize = 24;
+/// Moves the cursor to the upper left corner and clears what follows.
+const CLEAR: &str = "\x1b[H\x1b[J";
+
+/// Show the workers of a running gateway, or why a request went where it went.
+///
+/// SENT are requests at the worker, LANE such that wait for it here; PROMISED are prompt tokens it still has to compute,
+/// PREFILL is its speed in tokens a second (~ as long as it is a guess); RUN and WAIT are what the engine says itself.
+///
+/// Example: forebay workers --watch
+///
+/// Example: forebay workers --decision req_0123456789abcdef000000000001
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    access: Access,
+    /// Print the gateway's answer as JSON.
+    #[arg(long)]
+    json: bool,
+    /// Show how this request was placed: every candidate with each term of its score. The id is that of the answer's
+    /// x-request-id header.
+    #[arg(long, value_name = "REQUEST_ID")]
+    decision: Option<String>,
+    /// Look again every second until interrupted.
+    #[arg(long, conflicts_with = "decision")]
+    watch: bool,
+}
+
+pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let ops = Ops::new(&arguments.access)?;
+    let first = look(&ops, &arguments).await?;
+    print(&first, arguments.watch);
+    if !arguments.watch {
+        return Ok(());
+    }
+    let watching = async {
+        loop {
+            tokio::time::sleep(WATCH_INTERVAL).await;
+            // A gateway that restarts is waited for.
+            let seen = look(&ops, &arguments).await;
+            print(&seen.unwrap_or_else(|error| format!("forebay: {error:#}\n")), true);
+        }
+    };
+    tokio::select! {
+        () = watching => Ok(()),
+        interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
+    }
+}
+
+async fn look(ops: &Ops, arguments: &Arguments) -> anyhow::Result<String> {
+    let answer = match &arguments.decision {
+        Some(request) => ops.get(&["decisions", request]).await?,
+        None => ops.get(&["workers"]).await?,
+    };
+    match (arguments.json, &arguments.decision) {
+        (true, _) if arguments.watch => Ok(format!("{answer}\n")),
+        (true, _) => Ok(format!("{}\n", serde_json::to_string_pretty(&answer)?)),
+        (false, Some(_)) => Ok(explained(&serde_json::from_value(answer)?)),
+        (false, None) => Ok(listing(&serde_json::from_value(answer)?)),
+    }
+}
+
+fn print(text: &str, again: bool) {
+    let mut out = std::io::stdout();
+    let clear = if again && out.is_terminal() { CLEAR } else { "" };
+    let _ = write!(out, "{clear}{text}").and_then(|()| out.flush());
+}
+
+/// A table for each model.
+fn listing(answer: &Workers) -> String {
+    if answer.workers.is_empty() {
+        return "no workers\n".to_owned();
+    }
+    let mut models: Vec<&str> = Vec::new();
+    for worker in &answer.workers {
+        if !models.contains(&worker.model.as_str()) {
+            models.push(&worker.model);
+        }
+    }
+    let tables = models.into_iter().map(|model| {
+        let mut table =
+            Table::new().text("WORKER").text("ENGINE").text("HEALTH").number("SCORE").number("SENT").number("LANE");
+        table = table.number("PROMISED").number("PREFILL").number("KV").number("RUN").number("WAIT");
+        for worker in answer.workers.iter().filter(|worker| worker.model == model) {
+            table.row(cells(worker));
+        }
+        format!("{model}\n{}", table.render(2))
+    });
+    tables.collect::<Vec<_>>().join("\n")
+}
+
+#[expect(clippy::cast_precision_loss, reason = "counts are shown with three digits")]
+fn cells(worker: &Worker) -> Vec<String> {
+    let said = |pick: fn(&crate::admin::wire::Reported) -> u32| {
+        worker.reported.as_ref().map_or_else(|| "-".to_owned(), |reported| pick(reported).to_string())
+    };
+    let guess = if worker.rate_measured { "" } else { "~" };
+    vec![
+        shortened(&worker.name, NAME_CHARS_MAX),
+        worker.engine.clone().unwrap_or_else(|| "-".to_owned()),
+        standing(worker),
+        format!("{:.2}", worker.health_score),
+        worker.sent_requests.to_string(),
+        worker.lane_requests.to_string(),
+        compact(worker.promised_tokens as f64),
+        format!("{guess}{}", compact(worker.prefill_tokens_per_second)),
+        worker.kv_usage.map_or_else(|| "-".to_owned(), |share| format!("{:.0}%", share * 100.0)),
+        said(|reported| reported.running),
+        said(|reported| reported.waiting),
+    ]
+}
+
+fn standing(worker: &Worker) -> String {
+    match worker.health.as_str() {
+        "up" if worker.draining => "draining".to_owned(),
+        "up" if worker.busy_seconds > 0.0 => format!("busy {:.0}s", worker.busy_seconds.ceil()),
+        health => health.replace('_', "-"),
+    }
+}
+
+fn explained(answer: &Explained) -> String {
+    let model = answer.model.as_deref().unwrap_or("a model that is gone");
+    let mut text = format!(
+        "{}\n{} tokens for {model}, class {}, came {} ago, {}\n",
+        answer.request,
+        answer.prompt_tokens,
+        answer.class,
+        ago(answer.arrived.ago_seconds),
+        answer.state.replace('_', " "),
+    );
+    if !answer.sent.is_empty() {
+        text += &format!("sent to {}, {:.3} s in lanes\n", answer.sent.join(", then "), answer.queued_seconds);
+    }
+    if let Some(refusal) = &answer.refusal {
+        let again = refusal.retry_after_seconds.map(|wait| format!(" (told to come again in {wait:.0} s)"));
+        text += &format!("refused: {}{}\n", refusal.message, again.unwrap_or_default());
+    }
+    if answer.decisions.is_empty() {
+        text += "no decision about it is kept\n";
+    }
+    for (number, decision) in answer.decisions.iter().enumerate() {
+        let after = (answer.arrived.ago_seconds - decision.decided.ago_seconds).max(0.0);
+        let rule = match decision.winner {
+            Some(_) => "seconds, the lowest wins",
+            None => "seconds; nobody can answer before the deadline",
+        };
+        text += &format!("\ndecision {}: {}, {after:.3} s after it came; {rule}\n", number + 1, decision.cause);
+        text += &candidates(decision).render(0);
+    }
+    text
+}
+
+fn candidates(decision: &Decision) -> Table {
+    let mut table = Table::new().text("  WORKER").text("HEALTH\nNOW").number("MATCHED\nTOKENS");
+    let names: Vec<&String> = decision.candidates.first().map(|first| first.terms.keys().collect()).unwrap_or_default();
+    for name in &names {
+        table = table.number(&name.replacen('_', "\n", 1));
+    }
+    table = table.number("SCORE");
+    for candidate in &decision.candidates {
+        table.row(weighed(candidate, &names));
+    }
+    table
+}
+
+fn weighed(candidate: &Candidate, terms: &[&String]) -> Vec<String> {
+    let mark = if candidate.winner { "*" } else { " " };
+    // A gain of nothing is no negative number.
+    let seconds = |seconds: f64| format!("{:.3}", (seconds * 1e3).round() / 1e3 + 0.0);
+    let mut cells = vec![
+        format!("{mark} {}", shortened(&candidate.worker, NAME_CHARS_MAX)),
+        candidate.health.replace('_', "-"),
+        candidate.matched_tokens.to_string(),
+    ];
+    let term = |name: &&String| candidate.terms.get(*name).and_then(Value::as_f64);
+    cells.extend(terms.iter().map(|name| term(name).map_or_else(|| "-".to_owned(), seconds)));
+    cells.push(seconds(candidate.seconds));
+    cells
+}
+
+/// A time in the past, as coarse as people say it.
+fn ago(seconds: f64) -> String {
+    match seconds {
+        ..100.0 => format!("{seconds:.1} s"),
+        ..6000.0 => format!("{:.0} min", seconds / 60.0),
+        _ => format!("{:.1} h", seconds / 3600.0),
+    }
+}
