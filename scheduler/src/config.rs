@@ -34,6 +34,8 @@ pub struct Config {
     pub patience_min: Duration,
     /// Prefill time of a prompt that gives way for half of that (5 s).
     pub patience_half: Duration,
+    /// How much prefill to have at a worker at most, in time at its speed.
+    pub window: Duration,
     /// How often the head of a lane that does not move is compared with other lanes (250 ms).
     pub rescore_every: Duration,
     /// How much worse its lane must be before it moves (0.2).
@@ -93,6 +95,7 @@ impl Default for Config {
             patience_half_life: Duration::from_secs(60),
             patience_min: Duration::from_secs(2),
             patience_half: Duration::from_secs(5),
+            window: Duration::from_millis(500),
             rescore_every: Duration::from_millis(250),
             move_gain: 0.2,
             report_ttl: Duration::from_secs(15),

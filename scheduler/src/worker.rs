@@ -29,6 +29,9 @@ use step::Pace;
 /// Weight of one request in the mean time that requests stay at a worker.
 const STAY_WEIGHT: f64 = 0.05;
 
+/// Part of the window below which the next prompt is sent whatever its size, so that the engine never waits for it.
+const LOW_WATER: f64 = 0.5;
+
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) id: WorkerId,
@@ -129,9 +132,17 @@ impl Worker {
         let foreign = self.reported.foreign(now, config.report_ttl);
         let sequences = self.held.sequences() + u64::from(foreign.map_or(0, |foreign| foreign.running));
         let backlog = self.backlog_tokens(now, fleet_rate, config);
+        let window = self.window_tokens(now, fleet_rate, config);
         sequences + u64::from(plan.sequences) <= u64::from(self.spec.sequences_max)
-            && (backlog <= 0.0 || backlog + f64::from(uncached) <= f64::from(self.spec.window_tokens))
+            && (backlog <= window * LOW_WATER || backlog + f64::from(uncached) <= window)
             && self.kv_pressure(now, self.need(plan), config).is_none_or(|pressure| pressure <= 1.0)
+    }
+
+    /// Uncached prompt tokens to have there, not yet prefilled: so few that what comes next is still ours to decide, and
+    /// enough for the engine's next step.
+    fn window_tokens(&self, now: Tick, fleet_rate: f64, config: &Config) -> f64 {
+        let seconds = config.window.as_secs_f64() * self.speed(now, fleet_rate, config);
+        seconds.min(f64::from(self.spec.window_tokens))
     }
 
     /// Share of the KV cache that will be in use at most with `more`: by our own account, corrected by what the engine
