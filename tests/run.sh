@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must hold, in one command: format, lints, unit, property, wire and doc tests, the scheduler beside its
-# rivals, the official OpenAI SDK, and a real llama.cpp server where one is set up. What this machine lacks is installed when it may be; what is
-# left out is said at the end. With CI=true nothing may be left out.
+# rivals, the official OpenAI SDK, and a real llama.cpp server where one is set up. What this machine lacks is installed
+# when it may be; what is left out is said at the end. With CI=true nothing may be left out.
 #
 #   tests/run.sh            all of it
 #   tests/run.sh test …     only these parts: fmt clippy test schedule clients real
