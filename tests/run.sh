@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Everything that must hold, in one command: format, lints, unit, property, wire and doc tests, the official OpenAI
-# SDK, and a real llama.cpp server where one is set up. What this machine lacks is installed when it may be; what is
-# left out is said at the end. With CI=true nothing may be left out.
+# Everything that must hold, in one command: format, lints, unit, property, wire and doc tests, the scheduler beside its
+# rivals, the official OpenAI SDK, and a real llama.cpp server where one is set up. What this machine lacks is installed
+# when it may be; what is left out is said at the end. With CI=true nothing may be left out.
 #
 #   tests/run.sh            all of it
-#   tests/run.sh test …     only these parts: fmt clippy test clients real
+#   tests/run.sh test …     only these parts: fmt clippy test schedule clients real
 #   FOREBAY_TEST_VLLM=1     also asks a real vLLM, where one is set up (some minutes)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export FOREBAY_SHARED_DIR="${FOREBAY_SHARED_DIR:-$PWD/../shared}"
-parts=("$@"); [ ${#parts[@]} -gt 0 ] || parts=(fmt clippy test clients real)
+parts=("$@"); [ ${#parts[@]} -gt 0 ] || parts=(fmt clippy test schedule clients real)
 left_out=() failed=()
 
 say() { printf '\n== %s\n' "$*"; }
@@ -31,6 +31,8 @@ if wanted test; then
   step test cargo test --locked --workspace
   step doc env RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --quiet
 fi
+
+if wanted schedule; then step schedule cargo bench --locked --bench scheduling -- --quick; fi
 
 # A virtual environment with the pinned clients; made again when the pins change.
 clients_venv() {

@@ -219,6 +219,7 @@ impl Arguments {
             slo_ttft: Duration::from_millis(self.slo_ttft_ms),
             shed: self.shed,
             scheduler: Config::default(),
+            tenant_weights: Vec::new(),
             faults: self.fault.clone(),
             stopwatch: self.time_decisions.then_some(stopwatch),
         }

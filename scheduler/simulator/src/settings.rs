@@ -26,6 +26,8 @@ pub struct Settings {
     pub shed: bool,
     /// Tunables of the scheduler.
     pub scheduler: Config,
+    /// Weights of tenants against others; 1 for those who are not named. Only the scheduler knows tenants.
+    pub tenant_weights: Vec<(u32, f64)>,
     /// What goes wrong.
     pub faults: Vec<Fault>,
     /// A monotonic clock to time the scheduler's decisions with. Without one they are not timed, and equal runs give
@@ -44,6 +46,7 @@ impl Default for Settings {
             slo_ttft: Duration::from_secs(2),
             shed: false,
             scheduler: Config::default(),
+            tenant_weights: Vec::new(),
             faults: Vec::new(),
             stopwatch: None,
         }

@@ -49,6 +49,9 @@ impl Scheduler {
             };
             scheduler.tell(Tick::ZERO, Event::WorkerJoined { worker: WorkerId(worker), pool: POOL, spec });
         }
+        for (tenant, weight) in &settings.tenant_weights {
+            scheduler.tell(Tick::ZERO, Event::TenantWeight { tenant: TenantId(*tenant), weight: *weight });
+        }
         scheduler
     }
 
