@@ -89,6 +89,8 @@ struct Run<'a> {
     alive: Tick,
     /// The worker to which each row was bound last.
     bound: Vec<Option<u32>>,
+    /// Engines that got requests since steps were begun last.
+    touched: Vec<u32>,
     /// Requests that a rival could give to nobody, since no engine was up.
     stranded: VecDeque<u32>,
 }
@@ -112,6 +114,7 @@ impl<'a> Run<'a> {
             open: trace.rows.len(),
             alive: Tick::ZERO,
             bound: vec![None; trace.rows.len()],
+            touched: Vec::new(),
             stranded: VecDeque::new(),
         };
         let mut phases = Rng::new(seed, 3);
@@ -230,6 +233,7 @@ impl<'a> Run<'a> {
         let Some(node) = self.nodes.get_mut(worker as usize) else { return };
         if node.is_up() {
             node.submit(self.now, number, row);
+            self.touched.push(worker);
             self.place(number, worker);
             self.note(number, What::Sent { worker });
         } else {
@@ -260,10 +264,12 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// Lets engines that got requests and did nothing begin.
     fn begin_steps(&mut self) {
-        for node in &mut self.nodes {
+        for worker in std::mem::take(&mut self.touched) {
+            let Some(node) = self.nodes.get_mut(worker as usize) else { continue };
             if let Some(until) = node.begin(self.now) {
-                self.due.push(Reverse((until, Due::StepEnds { worker: node.number(), life: node.life() })));
+                self.due.push(Reverse((until, Due::StepEnds { worker, life: node.life() })));
             }
         }
     }
