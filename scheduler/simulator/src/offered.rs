@@ -72,3 +72,48 @@ impl Offered {
         load / self.load(settings, 1.0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use forebay_scheduler::Class;
+
+    use super::*;
+    use crate::{EngineConfig, Row};
+
+    fn row(seconds: u64, prompt_tokens: u32, blocks: &[u64]) -> Row {
+        let at = Duration::from_secs(seconds);
+        Row { at, prompt_tokens, output_tokens: 100, blocks: Arc::from(blocks), tenant: 0, class: Class::Default }
+    }
+
+    #[test]
+    fn work_is_counted_against_one_infinite_cache() {
+        let rows = vec![
+            row(0, 40, &[1, 2]),
+            row(1, 40, &[1, 2]),
+            // Wholly seen before, and still its last block is computed.
+            row(2, 32, &[1, 2]),
+            // The leading run counts, not what comes after a gap.
+            row(10, 40, &[9, 2]),
+        ];
+        let trace = Trace { block_tokens: 16, rows };
+        let engine =
+            EngineConfig { prefill_tokens_per_s: 8.0, step_ms: 10.0, step_ms_per_seq: 1.0, ..EngineConfig::default() };
+        let settings = Settings { workers: 2, engine: EngineConfig { kv_blocks: 69, ..engine }, ..Settings::default() };
+        let offered = Offered::of(&trace, &settings);
+        assert_eq!(
+            (offered.uncached_tokens, offered.prompt_tokens, offered.output_tokens),
+            (40 + 8 + 16 + 40, 152, 400)
+        );
+        // 69 blocks of 16 hold 8 sequences of 38 + 100 tokens.
+        assert_eq!(offered.batch, 8.0);
+        assert!((offered.engine_seconds - (104.0 / 8.0 + 400.0 * (1.0 + 10.0 / 8.0) / 1000.0)).abs() < 1e-9);
+        assert!((offered.load(&settings, 1.0) - offered.engine_seconds / 20.0).abs() < 1e-9);
+        let rate = offered.rate_for(&settings, 0.75);
+        assert!((offered.load(&settings, rate) - 0.75).abs() < 1e-9);
+        let faster = Settings { speeds: vec![3.0, 1.0], ..settings };
+        assert!((offered.load(&faster, rate) - 0.375).abs() < 1e-9);
+    }
+}

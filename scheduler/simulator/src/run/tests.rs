@@ -1,6 +1,6 @@
 //! Every policy over small fleets: who ends how, and that equal runs are equal.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use forebay_scheduler::Class;
@@ -187,6 +187,33 @@ fn a_slow_engine_gets_less() {
         }
         assert!(served[0] * 4 < served[1].min(served[2]) * 3, "{name}: {served:?}");
     }
+}
+
+#[test]
+fn who_looks_at_caches_finds_more_in_them() {
+    // More prefixes than one engine's memory holds beside its requests.
+    let trace = trace(600, 60, 23);
+    let hit = |name| run(&trace, &settings(4), Policy::by_name(name).unwrap(), 1).cell.hit_ratio_tokens.unwrap();
+    let blind = hit("round-robin");
+    for name in ["forebay", "bounded-hash", "radix-threshold", "weighted-223", "linear-cost"] {
+        assert!(hit(name) > blind * 1.3, "{name}: {} against {blind}", hit(name));
+    }
+}
+
+#[test]
+fn a_prefix_has_its_engine_on_the_ring_and_leaves_it_under_load() {
+    let engines_of_one_prefix = |gap_ms| {
+        let trace = trace(60, gap_ms, 2);
+        let log = run(&trace, &settings(4), Policy::by_name("bounded-hash").unwrap(), 1).log;
+        let even = log.iter().filter(|entry| entry.request % 2 == 0);
+        let sent = even.filter_map(|entry| match entry.what {
+            What::Sent { worker } => Some(worker),
+            _ => None,
+        });
+        sent.collect::<BTreeSet<u32>>().len()
+    };
+    assert_eq!(engines_of_one_prefix(3000), 1, "one after the other");
+    assert!(engines_of_one_prefix(1) > 1, "all at once");
 }
 
 proptest! {
