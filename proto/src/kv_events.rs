@@ -125,14 +125,12 @@ fn tag(name: &[u8]) -> Option<Tag> {
 
 /// One event; `None` for a kind that is not known.
 fn event(reader: &mut Reader<'_>) -> Result<Option<Event>, Malformed> {
-    let whole = *reader;
-    reader.skip()?;
     let mut fields = Fields::default();
-    let mut inside = whole;
+    let mut inside = *reader;
     let tag = match inside.next()? {
         Value::Array(length @ 1..) => {
             let Value::Text(name) = inside.next()? else { return Err(Malformed) };
-            let Some(tag) = tag(name) else { return Ok(None) };
+            let Some(tag) = tag(name) else { return reader.skip().map(|()| None) };
             let order: &[&str] = match tag {
                 Tag::Stored => &STORED,
                 Tag::Removed => &REMOVED,
@@ -144,7 +142,7 @@ fn event(reader: &mut Reader<'_>) -> Result<Option<Event>, Malformed> {
             tag
         }
         Value::Map(length) => {
-            let Some(tag) = tag_of_map(inside, length)? else { return Ok(None) };
+            let Some(tag) = tag_of_map(inside, length)? else { return reader.skip().map(|()| None) };
             for _ in 0..length {
                 let Value::Text(name) = inside.next()? else { return Err(Malformed) };
                 fields.take(name, &mut inside)?;
@@ -153,6 +151,7 @@ fn event(reader: &mut Reader<'_>) -> Result<Option<Event>, Malformed> {
         }
         _ => return Err(Malformed),
     };
+    *reader = inside;
     match tag {
         Tag::Stored => fields.stored().map(|stored| Some(Event::Stored(stored))),
         Tag::Removed => fields.removed().map(|removed| Some(Event::Removed(removed))),
@@ -290,16 +289,16 @@ fn hash(value: Value<'_>) -> Result<Option<EngineHash>, Malformed> {
 
 /// Token ids; none where one is no plain id (SGLang sends pairs for some speculative decoders).
 fn tokens(reader: &mut Reader<'_>) -> Result<Vec<u32>, Malformed> {
-    let mut ahead = *reader;
-    reader.skip()?;
-    let count = ahead.array_or_nil()?.unwrap_or(0);
+    let mut inside = *reader;
+    let count = inside.array_or_nil()?.unwrap_or(0);
     let mut found = Vec::with_capacity(count);
     for _ in 0..count {
-        match ahead.next()? {
-            Value::Unsigned(id) if u32::try_from(id).is_ok() => found.extend(u32::try_from(id).ok()),
-            _ => return Ok(Vec::new()),
+        match inside.next()? {
+            Value::Unsigned(id) if id <= u64::from(u32::MAX) => found.push(id as u32),
+            _ => return reader.skip().map(|()| Vec::new()),
         }
     }
+    *reader = inside;
     Ok(found)
 }
 

@@ -15,7 +15,7 @@ use forebay_proto::peek::{Chat, Completion, Detokenize, Embedding, Tokenize};
 use forebay_proto::sse::{End, Event, Splitter};
 use forebay_proto::stream::{Chunk, Completeness, Usage, read};
 use forebay_proto::tap::Tap;
-use forebay_proto::{error, metrics_text};
+use forebay_proto::{error, kv_events, metrics_text};
 
 struct Answer {
     status: u16,
@@ -285,6 +285,37 @@ fn metrics_are_read_to_the_last_line() {
         assert!(running.value >= 0.0);
         if name.starts_with("vllm/") {
             assert_eq!(running.labels.get("model_name").as_deref(), Some("smollm2"), "{name}");
+        }
+    }
+}
+
+#[test]
+fn kv_events_are_read_as_they_are_and_refused_when_cut() {
+    let bytes = |hex: &str| -> Vec<u8> {
+        (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect()
+    };
+    for (name, lines) in recorded(".jsonl") {
+        for line in std::str::from_utf8(&lines).unwrap().lines() {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            let payload = bytes(line["frames_hex"][2].as_str().unwrap());
+            let events = kv_events::read(&payload).unwrap();
+            let expected = line["decoded"][1].as_array().unwrap();
+            assert_eq!(events.len(), expected.len(), "{name}");
+            for (event, expected) in events.iter().zip(expected) {
+                let kv_events::Event::Stored(stored) = event else { panic!("{name}: {event:?}") };
+                let numbers = |field: &str| -> Vec<u64> {
+                    expected[field].as_array().unwrap().iter().map(|number| number.as_u64().unwrap()).collect()
+                };
+                assert_eq!(expected["type"], "BlockStored");
+                assert_eq!(stored.blocks.iter().map(|hash| hash.0).collect::<Vec<_>>(), numbers("block_hashes"));
+                assert_eq!(stored.tokens.iter().map(|id| u64::from(*id)).collect::<Vec<_>>(), numbers("token_ids"));
+                assert_eq!(u64::from(stored.block_tokens), expected["block_size"].as_u64().unwrap());
+                assert!(stored.place.on_gpu && stored.place.full_attention && stored.place.group == Some(0));
+                assert_eq!((stored.plain, &stored.parent, &stored.salt), (stored.blocks.len(), &None, &None));
+            }
+            for end in 0..payload.len() {
+                assert!(kv_events::read(&payload[..end]).is_err(), "{name} cut at {end}");
+            }
         }
     }
 }

@@ -179,9 +179,11 @@ impl<'a> Scene<'a> {
         })
     }
 
-    /// Prompt tokens in `held` blocks. The last token is always computed: an engine needs its logits.
+    /// Prompt tokens in `held` blocks. The last token is always computed, since an engine needs its logits, and with it
+    /// all of its block (vLLM 0.32, `KVCacheManager.get_computed_blocks`).
     pub(crate) fn matched_tokens(&self, request: &Request, held: u32) -> u32 {
-        held.saturating_mul(self.pool.limits.block_tokens).min(request.prompt_tokens.saturating_sub(1))
+        let block = self.pool.limits.block_tokens.max(1);
+        held.min(request.prompt_tokens.saturating_sub(1) / block).saturating_mul(block)
     }
 
     /// Prompt tokens at a worker before those of a newcomer: ours, and foreign ones that wait in the engine.

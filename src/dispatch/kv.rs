@@ -27,8 +27,8 @@ const BLOCKS_AT_ONCE: usize = 128;
 
 /// Between two questions to a worker that does not answer.
 const ASK_AGAIN: Duration = Duration::from_secs(10);
-/// How long nobody may listen where a worker said that it publishes.
-const FOUND_LIMIT: Duration = Duration::from_secs(30);
+/// How long what was told of a cache is believed without events. An engine that is busy has replaced much of it by then.
+const AWAY_LIMIT: Duration = Duration::from_secs(30);
 
 /// The thread that reads and hashes events.
 pub(super) struct KvThread(Option<Runtime>);
@@ -91,18 +91,8 @@ impl Intake {
     /// Follows a source: for ever, but one that was `found` until it is away, since it may be elsewhere then.
     async fn follow(&self, worker: &Worker, source: KvSource, found: bool) {
         let mut events = KvEvents::new(source);
-        let mut view = View {
-            rehash: Rehash::new(self.model(worker.pool).unwrap_or_default()),
-            told_block_tokens: None,
-            in_use: false,
-        };
-        let mut away = true;
-        loop {
-            let signal = match found && away {
-                true => tokio::time::timeout(FOUND_LIMIT, events.next()).await.ok(),
-                false => Some(events.next().await),
-            };
-            let Some(signal) = signal else { return };
+        let mut view = View::new(Arc::clone(&worker.pool_model));
+        while let Some(signal) = self.signal(worker, &mut events, &mut view, found).await {
             match signal {
                 KvSignal::Events(events) => {
                     let identity = worker.identity.load();
@@ -122,11 +112,35 @@ impl Intake {
                     tracing::debug!(worker = &*worker.name, ?standing, "KV-cache events");
                     worker.metrics.kv_standing(standing);
                     self.respec(worker, |spec| spec.kv_events = standing == Standing::Complete);
-                    away = standing == Standing::Away;
-                    if found && away {
-                        return self.tell_cache(worker, KvEvent::Cleared);
+                    (view.away, view.given_up) = (standing == Standing::Away, false);
+                    if !view.away {
+                        self.changed(worker, &mut view, Vec::new()).await;
                     }
                 }
+            }
+        }
+        self.tell_cache(worker, KvEvent::Cleared);
+    }
+
+    /// The next signal; `None` when the worker is to be asked anew where it publishes. What was told of a cache is
+    /// believed for a while after the events ceased, then no more.
+    async fn signal(&self, worker: &Worker, events: &mut KvEvents, view: &mut View, found: bool) -> Option<KvSignal> {
+        let mut next = std::pin::pin!(events.next());
+        loop {
+            tokio::select! {
+                // Goes on where it was, as long as it is not dropped.
+                signal = &mut next => return Some(signal),
+                // Cancel-safe: the time starts again.
+                () = tokio::time::sleep(AWAY_LIMIT), if view.away && !view.given_up => {
+                    if found {
+                        return None;
+                    }
+                    tracing::warn!(worker = &*worker.name, "nobody publishes KV events where this worker's are expected");
+                    (view.given_up, view.in_use) = (true, false);
+                    self.tell_cache(worker, KvEvent::Cleared);
+                }
+                // Cancel-safe: the next probe that it passes tells again.
+                () = worker.returned.notified(), if view.away && found => return None,
             }
         }
     }
@@ -171,4 +185,14 @@ struct View {
     told_block_tokens: Option<u32>,
     /// Whether the core hears of it.
     in_use: bool,
+    /// No events come.
+    away: bool,
+    /// For so long that nothing is believed any more.
+    given_up: bool,
+}
+
+impl View {
+    fn new(model: Arc<str>) -> Self {
+        Self { rehash: Rehash::new(model), told_block_tokens: None, in_use: false, away: true, given_up: false }
+    }
 }

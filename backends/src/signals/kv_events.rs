@@ -118,6 +118,8 @@ struct Replay {
     held: Option<Message>,
     /// Something new came.
     progress: bool,
+    /// Something is not kept any more.
+    lost: bool,
     until: Instant,
 }
 
@@ -263,7 +265,7 @@ impl KvEvents {
         match (answering, &mut self.state) {
             (Some(peer), State::Live(live)) => {
                 let until = Instant::now() + REPLAY_LIMIT;
-                live.replay = Some(Replay { peer, proof, held, progress: false, until });
+                live.replay = Some(Replay { peer, proof, held, progress: false, lost: false, until });
             }
             _ => self.unanswered(proof, held),
         }
@@ -294,6 +296,7 @@ impl KvEvents {
         }
         if let Some(replay) = self.replay() {
             replay.progress = true;
+            replay.lost |= next.is_some_and(|next| message.number > next);
         }
         self.take(&message);
     }
@@ -309,7 +312,7 @@ impl KvEvents {
             Some(message) => {
                 let filled = self.sequence.next() >= Some(message.number);
                 self.after_replay(&message);
-                if filled && replay.progress {
+                if filled && replay.progress && !replay.lost {
                     self.ready.push_back(KvSignal::Filled);
                 }
             }

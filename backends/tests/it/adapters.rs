@@ -10,7 +10,8 @@ fn the_table_is_consistent() {
     for (place, engine) in ENGINES.into_iter().enumerate() {
         let name = engine.name();
         assert_eq!(by_name(name).map(|found| found.name()), Some(name), "found by its own name, which is unique");
-        let paths = [Some(engine.health_path()), engine.version_path(), engine.metrics_path()];
+        let paths =
+            [Some(engine.health_path()), engine.version_path(), engine.metrics_path(), engine.kv_sources_path()];
         assert!(paths.into_iter().flatten().all(|path| path.parse::<http::uri::PathAndQuery>().is_ok()), "{name}");
         assert!(paths.into_iter().flatten().all(|path| path.starts_with('/')), "{name}");
         assert_eq!(

@@ -167,7 +167,7 @@ fn the_engines_word_on_its_cache_is_believed_until_it_takes_it_back() {
     world.event(kv(KvEvent::Stored { blocks: blocks.to_vec() }));
     world.wait(600_000);
     let sent = world.arrive(Request { blocks: blocks.clone(), ..request(1, 3200) });
-    assert!(matches!(sent[..], [Action::Send { worker: WorkerId(6), matched_tokens: 3199, .. }]), "{sent:?}");
+    assert!(matches!(sent[..], [Action::Send { worker: WorkerId(6), matched_tokens: 3184, .. }]), "{sent:?}");
     world.finish(1);
     world.wait(6000);
     world.event(kv(KvEvent::Removed { blocks: blocks[100..].to_vec() }));
