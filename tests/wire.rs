@@ -28,9 +28,9 @@ use it::support::process::{Gateway, Process, Worker, model, run, tokenizer};
 /// From the best to the worst, as virtual time has it.
 const POLICIES: [&str; 3] = ["forebay", "least-requests", "round-robin"];
 const WORKERS: usize = 4;
-/// A fast engine, so that a quarter of a minute holds three hundred requests; its cache holds a third of the prefixes.
+/// Its cache holds a third of the prefixes.
 const ENGINE: [&str; 8] =
-    ["--prefill-tokens-per-s", "16000", "--step-ms", "4", "--step-ms-per-seq", "0.1", "--kv-blocks", "2500"];
+    ["--prefill-tokens-per-s", "8000", "--step-ms", "8", "--step-ms-per-seq", "0.2", "--kv-blocks", "2000"];
 const BLOCK_TOKENS: u64 = 16;
 /// Prefixes, and tokens of them: few are long. Every request adds tokens of its own.
 const LONG: (u64, u64) = (12, 8192);
@@ -38,10 +38,10 @@ const SHORT: (u64, u64) = (20, 256);
 const LONG_SHARE: f64 = 0.15;
 const OWN_TOKENS: u64 = 64;
 const REQUESTS: u64 = 300;
-const REQUESTS_PER_SECOND: f64 = 24.0;
+const REQUESTS_PER_SECOND: f64 = 15.0;
 /// The least ratio of neighbours' mean times to first token that counts as a ranking.
 const GAP_MIN: f64 = 1.15;
-/// Replaying takes a quarter of a minute on an idle machine.
+/// Replaying takes some twenty seconds on an idle machine.
 const REPLAY_PATIENCE: Duration = Duration::from_secs(120);
 
 /// SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
@@ -142,7 +142,7 @@ fn report(mut replay: Process) -> serde_json::Value {
 fn the_wire_ranks_policies_as_virtual_time_does() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("trace.jsonl");
-    std::fs::write(&file, trace(3)).expect("the trace is written");
+    std::fs::write(&file, trace(5)).expect("the trace is written");
     let virtual_time = simulated(&file);
 
     let cells = POLICIES.map(Cell::start);
