@@ -16,7 +16,7 @@ fn every_verb_has_help_with_an_example() {
     let here = directory();
     let (code, out, err) = run(&["--help"], here.path(), &[]);
     assert_eq!((code, err.as_str()), (0, ""));
-    for verb in ["serve", "demo", "check", "simulate", "simulated-worker", "workers"] {
+    for verb in ["serve", "demo", "check", "simulate", "replay", "simulated-worker", "workers"] {
         assert!(out.contains(&format!("\n  {verb} ")), "{out}");
         let (code, out, err) = run(&[verb, "--help"], here.path(), &[]);
         assert_eq!((code, err.as_str()), (0, ""), "{verb}");

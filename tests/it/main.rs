@@ -24,6 +24,7 @@ mod models;
 mod queue;
 mod refusals;
 mod reload;
+mod replay;
 mod simulate;
 mod simulated;
 mod stream_ends;
