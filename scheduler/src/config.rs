@@ -20,7 +20,7 @@ pub struct Config {
     pub decode_weight: f64,
     /// Standard deviations of the expected output that a KV cache keeps free beyond its mean (1).
     pub kv_deviations: f64,
-    /// What a cached token is worth against one to prefill, in a calm pool (1.5): above 1 pays for keeping
+    /// What a cached token is worth against one to prefill, in a calm pool (2.5): above 1 pays for keeping
     /// conversations together.
     pub overlap_gain_calm: f64,
     /// The same in a pool near saturation, where a lost cache costs others too (6).
@@ -34,11 +34,13 @@ pub struct Config {
     pub patience_min: Duration,
     /// Prefill time of a prompt that gives way for half of that (5 s).
     pub patience_half: Duration,
-    /// How much prefill to have at a worker at most, in time at its speed.
+    /// How much prefill to have at a worker at most, in time at its speed (1 s: a full step of most engines).
     pub window: Duration,
-    /// How often the head of a lane that does not move is compared with other lanes (250 ms).
+    /// The same for batch work beside other classes, and for a tenant that floods a pool of several.
+    pub window_yielding: Duration,
+    /// How often the head of a lane that does not move is compared with other lanes (500 ms).
     pub rescore_every: Duration,
-    /// How much worse its lane must be before it moves (0.2).
+    /// How much worse its lane must be before it moves (0.5).
     pub move_gain: f64,
     /// Age at which an engine's report is no longer used (15 s: three idle polls).
     pub report_ttl: Duration,
@@ -89,15 +91,16 @@ impl Default for Config {
             kv_pressure_seconds: 0.15,
             decode_weight: 0.05,
             kv_deviations: 1.0,
-            overlap_gain_calm: 1.5,
+            overlap_gain_calm: 2.5,
             overlap_gain_busy: 6.0,
             patience_share: 2.2,
             patience_half_life: Duration::from_secs(60),
             patience_min: Duration::from_secs(2),
             patience_half: Duration::from_secs(5),
-            window: Duration::from_millis(500),
-            rescore_every: Duration::from_millis(250),
-            move_gain: 0.2,
+            window: Duration::from_millis(1000),
+            window_yielding: Duration::from_millis(180),
+            rescore_every: Duration::from_millis(500),
+            move_gain: 0.5,
             report_ttl: Duration::from_secs(15),
             derate_lease: Duration::from_secs(15),
             busy_lease: Duration::from_secs(1),

@@ -50,32 +50,72 @@ pub(crate) struct Lane {
 
 #[derive(Debug, Default)]
 struct Share {
-    tenants: BTreeMap<TenantId, BTreeSet<(u64, RequestId)>>,
+    tenants: BTreeMap<TenantId, Queue>,
     requests: u32,
-    tokens: u64,
-    sequences: u64,
+    work: Work,
+}
+
+/// The requests of one tenant.
+#[derive(Debug, Default)]
+struct Queue {
+    order: BTreeSet<(u64, RequestId)>,
+    work: Work,
+}
+
+/// What stands in a lane, or a part of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Work {
+    /// Prompt tokens to compute.
+    pub(crate) tokens: u64,
+    pub(crate) sequences: u64,
+}
+
+impl Work {
+    fn of(at: Standing) -> Self {
+        Self { tokens: u64::from(at.uncached), sequences: u64::from(at.sequences) }
+    }
+
+    fn add(&mut self, more: Self) {
+        self.tokens += more.tokens;
+        self.sequences += more.sequences;
+    }
+
+    fn take(&mut self, less: Self) {
+        self.tokens -= less.tokens;
+        self.sequences -= less.sequences;
+    }
+
+    fn times(self, count: usize) -> Self {
+        let count = count as u64;
+        Self { tokens: self.tokens.saturating_mul(count), sequences: self.sequences.saturating_mul(count) }
+    }
+
+    fn at_most(self, most: Self) -> Self {
+        Self { tokens: self.tokens.min(most.tokens), sequences: self.sequences.min(most.sequences) }
+    }
 }
 
 impl Lane {
     pub(crate) fn insert(&mut self, id: RequestId, at: Standing) {
         let Some(share) = self.classes.get_mut(at.class as usize) else { return };
-        if share.tenants.entry(at.tenant).or_default().insert((at.key, id)) {
+        let queue = share.tenants.entry(at.tenant).or_default();
+        if queue.order.insert((at.key, id)) {
             share.requests += 1;
-            share.tokens += u64::from(at.uncached);
-            share.sequences += u64::from(at.sequences);
+            queue.work.add(Work::of(at));
+            share.work.add(Work::of(at));
         }
     }
 
     pub(crate) fn remove(&mut self, id: RequestId, at: Standing) {
         let Some(share) = self.classes.get_mut(at.class as usize) else { return };
         let Some(queue) = share.tenants.get_mut(&at.tenant) else { return };
-        if queue.remove(&(at.key, id)) {
-            if queue.is_empty() {
+        if queue.order.remove(&(at.key, id)) {
+            queue.work.take(Work::of(at));
+            if queue.order.is_empty() {
                 share.tenants.remove(&at.tenant);
             }
             share.requests -= 1;
-            share.tokens -= u64::from(at.uncached);
-            share.sequences -= u64::from(at.sequences);
+            share.work.take(Work::of(at));
         }
     }
 
@@ -85,14 +125,15 @@ impl Lane {
         let share = of(shares.next(|class| of(class).is_some())?)?;
         let queue = match share.tenants.first_key_value() {
             Some((_, queue)) if share.tenants.len() == 1 => queue,
-            _ => share.tenants.iter().min_by_key(|(tenant, _)| fairness.counter(**tenant))?.1,
+            // who comes back from idling has the counter of those that wait: not behind whoever has most waiting
+            _ => share.tenants.iter().min_by_key(|(tenant, queue)| (fairness.counter(**tenant), queue.work.tokens))?.1,
         };
-        queue.first().map(|(_, id)| *id)
+        queue.order.first().map(|(_, id)| *id)
     }
 
     /// Everyone, in an order that depends on nothing but who they are.
     pub(crate) fn ids(&self) -> impl Iterator<Item = RequestId> {
-        self.classes.iter().flat_map(|share| share.tenants.values()).flatten().map(|(_, id)| *id)
+        self.classes.iter().flat_map(|share| share.tenants.values()).flat_map(|queue| &queue.order).map(|(_, id)| *id)
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -103,18 +144,27 @@ impl Lane {
         self.classes.iter().map(|share| share.requests).sum()
     }
 
-    /// Prompt tokens that would be computed before those of a newcomer of `class`.
-    pub(crate) fn tokens_before(&self, class: Class) -> u64 {
-        self.before(class).map(|share| share.tokens).sum()
+    /// All that stands in it.
+    pub(crate) fn work(&self) -> Work {
+        let mut all = Work::default();
+        self.classes.iter().for_each(|share| all.add(share.work));
+        all
     }
 
-    /// Sequences that would be started before those of a newcomer of `class`.
-    pub(crate) fn sequences_before(&self, class: Class) -> u64 {
-        self.before(class).map(|share| share.sequences).sum()
-    }
-
-    fn before(&self, class: Class) -> impl Iterator<Item = &Share> {
-        self.classes.iter().take(class as usize + 1)
+    /// What would go before a newcomer: the classes above its own, and of its own class all; or, for one in whose
+    /// tenant's turn the others are not all before it, as much of each tenant as its own has there and one request of
+    /// so many tokens more.
+    pub(crate) fn before(&self, class: Class, in_turn: Option<(TenantId, u64)>) -> Work {
+        let mut before = Work::default();
+        self.classes.iter().take(class as usize).for_each(|share| before.add(share.work));
+        if let Some(share) = self.classes.get(class as usize) {
+            before.add(in_turn.map_or(share.work, |(tenant, tokens)| {
+                let mut each = share.tenants.get(&tenant).map(|queue| queue.work).unwrap_or_default();
+                each.add(Work { tokens, sequences: 1 });
+                each.times(share.tenants.len()).at_most(share.work)
+            }));
+        }
+        before
     }
 }
 
@@ -143,7 +193,7 @@ mod tests {
             lane.remove(id, *at);
             order.push(id.0);
         }
-        assert_eq!((lane.tokens_before(Class::Batch), lane.sequences_before(Class::Batch)), (0, 0));
+        assert_eq!(lane.work(), Work::default());
         order
     }
 
@@ -181,8 +231,14 @@ mod tests {
         let mut lane = Lane::default();
         lane.insert(RequestId(1), standing(Class::Interactive, 1, 100, 0));
         lane.insert(RequestId(2), standing(Class::Batch, 1, 1000, 0));
-        let before = Class::ALL.map(|class| (lane.tokens_before(class), lane.sequences_before(class)));
-        assert_eq!(before, [(100, 1), (100, 1), (1100, 2)]);
+        lane.insert(RequestId(3), standing(Class::Batch, 1, 500, 0));
+        lane.insert(RequestId(4), standing(Class::Batch, 2, 200, 0));
+        let pair = |work: Work| (work.tokens, work.sequences);
+        let before = |class, tenant| pair(lane.before(class, Some((TenantId(tenant), 50))));
+        assert_eq!(Class::ALL.map(|class| pair(lane.before(class, None))), [(100, 1), (100, 1), (1800, 4)]);
+        assert_eq!(before(Class::Batch, 1), (1800, 4));
+        assert_eq!(before(Class::Batch, 2), (100 + 500, 1 + 3), "of each tenant as much as its own has there");
+        assert_eq!(before(Class::Batch, 3), (100 + 100, 1 + 2), "who has nothing there goes soon");
     }
 
     #[test]
@@ -191,6 +247,6 @@ mod tests {
         lane.insert(RequestId(1), standing(Class::Default, 1, 100, 0));
         lane.remove(RequestId(2), standing(Class::Default, 1, 100, 0));
         lane.remove(RequestId(1), standing(Class::Default, 1, 100, 9_000_000));
-        assert_eq!((lane.requests(), lane.tokens_before(Class::Default)), (1, 100));
+        assert_eq!((lane.requests(), lane.work().tokens), (1, 100));
     }
 }

@@ -17,7 +17,7 @@ use crate::pool::Pool;
 use crate::prefix::Matches;
 use crate::rng::Rng;
 use crate::worker::{Slot, Worker, Workers};
-use crate::{Class, Policy, Request, Tick, WorkerId};
+use crate::{Class, Policy, Request, TenantId, Tick, WorkerId};
 
 pub(crate) use terms::TERMS;
 
@@ -187,13 +187,13 @@ impl<'a> Scene<'a> {
     }
 
     /// Prompt tokens at a worker before those of a newcomer: ours, and foreign ones that wait in the engine.
-    pub(crate) fn ahead_tokens(&self, worker: &Worker, class: Class, ahead: Ahead) -> f64 {
+    pub(crate) fn ahead_tokens(&self, worker: &Worker, who: (Class, TenantId), ahead: Ahead) -> f64 {
         let (now, ttl) = (self.now, self.config.report_ttl);
         let speed = worker.speed(now, self.pool.fleet_rate(), self.config);
         let foreign = worker.reported.foreign(now, ttl).map_or(0.0, |foreign| {
             (f64::from(foreign.waiting) * self.pool.uncached_mean - foreign.age * speed).max(0.0)
         });
-        let lane = if ahead == Ahead::Lane { worker.lane.tokens_before(class) } else { 0 };
+        let lane = if ahead == Ahead::Lane { self.pool.before(&worker.lane, who).tokens } else { 0 };
         let ours = worker.backlog_tokens(now, self.pool.fleet_rate(), self.config) + lane as f64;
         (ours + foreign) * worker.reported.margin(now, ttl)
     }
@@ -207,7 +207,11 @@ impl<'a> Scene<'a> {
     ) -> Option<Prospect<'b>> {
         let worker = self.workers.get(slot)?;
         let foreign = worker.reported.foreign(self.now, self.config.report_ttl);
-        let lane = if ahead == Ahead::Lane { worker.lane.sequences_before(request.class) } else { 0 };
+        let lane = if ahead == Ahead::Lane {
+            self.pool.before(&worker.lane, (request.class, request.tenant)).sequences
+        } else {
+            0
+        };
         let speed = worker.speed(self.now, self.pool.fleet_rate(), self.config);
         Some(Prospect {
             now: self.now,
@@ -216,7 +220,7 @@ impl<'a> Scene<'a> {
             plan,
             worker,
             matched_tokens,
-            ahead_tokens: self.ahead_tokens(worker, request.class, ahead),
+            ahead_tokens: self.ahead_tokens(worker, (request.class, request.tenant), ahead),
             ahead_sequences: worker.held.sequences() as f64
                 + f64::from(foreign.map_or(0, |foreign| foreign.running))
                 + lane as f64,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::config::Config;
 use crate::fairness::Fairness;
-use crate::lane::Lane;
+use crate::lane::{Lane, Work};
 use crate::outputs::Outputs;
 use crate::prefix::PrefixIndex;
 use crate::shares::Shares;
@@ -36,6 +36,7 @@ pub(crate) struct Pool {
     pub(crate) queue: Queue,
     pub(crate) shares: Shares,
     pub(crate) fairness: Fairness,
+    pub(crate) mixed: Mixed,
     pub(crate) index: PrefixIndex,
     pub(crate) outputs: Outputs,
     /// Of all its workers together: a slope needs more variety than one of them shows.
@@ -50,6 +51,28 @@ pub(crate) struct Pool {
     pub(crate) placed: u64,
     median: Option<(Tick, f64)>,
     rate_cold: f64,
+}
+
+/// Whether more than one kind of traffic came of late.
+#[derive(Debug, Default)]
+pub(crate) struct Mixed {
+    last: Option<(Class, TenantId)>,
+    changed: Option<Tick>,
+}
+
+impl Mixed {
+    /// How long one change of class or tenant is remembered.
+    const MEMORY: Duration = Duration::from_secs(60);
+
+    pub(crate) fn sent(&mut self, now: Tick, who: (Class, TenantId)) {
+        if self.last.replace(who).is_some_and(|last| last != who) {
+            self.changed = Some(now);
+        }
+    }
+
+    pub(crate) fn is(&self, now: Tick) -> bool {
+        self.changed.is_some_and(|changed| now.since(changed) < Self::MEMORY)
+    }
 }
 
 /// Sums over all that waits.
@@ -78,6 +101,7 @@ impl Pool {
             queue: Queue::default(),
             shares: Shares::default(),
             fairness: Fairness::default(),
+            mixed: Mixed::default(),
             index: PrefixIndex::new(config.index_bytes_max),
             outputs: Outputs::default(),
             pace: Pace::default(),
@@ -93,6 +117,24 @@ impl Pool {
     /// Blocks of prompts that a worker's cache holds, where known.
     pub(crate) fn cache_blocks(&self, spec: &WorkerSpec) -> Option<u64> {
         spec.kv_tokens.map(|tokens| tokens / u64::from(self.limits.block_tokens.max(1)))
+    }
+
+    /// The tenant of which alone more waits in a class than the workers prefill in a second.
+    fn flooded_by(&self, class: Class) -> Option<TenantId> {
+        self.queue.flooded_by(class, self.by_ready.len() as f64 * self.fleet_rate())
+    }
+
+    /// Whether a request is of the kind that lets others pass: batch work, or of a tenant that floods a pool of several.
+    pub(crate) fn yields(&self, now: Tick, request: &Request) -> bool {
+        self.mixed.is(now) && (request.class == Class::Batch || self.flooded_by(request.class) == Some(request.tenant))
+    }
+
+    /// What a newcomer to a lane finds before it: in turn with a tenant that floods the pool, else all.
+    pub(crate) fn before(&self, lane: &Lane, (class, tenant): (Class, TenantId)) -> Work {
+        match self.flooded_by(class) {
+            Some(other) if other != tenant => lane.before(class, Some((tenant, self.uncached_mean as u64))),
+            _ => lane.before(class, None),
+        }
     }
 
     /// Prefill speed in tokens/s for a worker whose own is not known: the median of those measured.
@@ -182,6 +224,15 @@ impl Queue {
 
     pub(crate) fn ids(&self) -> impl Iterator<Item = RequestId> {
         self.all.iter().map(|(_, _, _, id)| *id)
+    }
+
+    /// The tenant that has at least so many tokens waiting in a class, and hardly any other has.
+    fn flooded_by(&self, class: Class, tokens_min: f64) -> Option<TenantId> {
+        const SHARE: f64 = 0.8;
+        let all = self.tokens.get(class as usize).copied().unwrap_or_default();
+        let mut by_weight = self.heaviest.range((class, 0, TenantId(0))..=(class, u64::MAX, TenantId(u32::MAX)));
+        let &(_, own, tenant) = by_weight.next_back()?;
+        (own as f64 >= (all as f64 * SHARE).max(tokens_min)).then_some(tenant)
     }
 
     /// The first to be shed: of the lowest class the newest request of the tenant that has most waiting, so that a flood

@@ -7,7 +7,7 @@ use crate::core::Core;
 use crate::placement::{Ahead, Scene};
 use crate::worker::Worker;
 use crate::worker::kv::Held;
-use crate::{Class, Decision, HealthState, LoadReport, PoolId, Request, RequestId, Tick, WorkerId};
+use crate::{Class, Decision, HealthState, LoadReport, PoolId, Request, RequestId, TenantId, Tick, WorkerId};
 
 /// One worker now.
 #[derive(Debug, Clone, PartialEq)]
@@ -96,17 +96,17 @@ impl Core {
         })
     }
 
-    /// Time until the prefill of a newcomer of this class would begin at the worker that is ready first; none when no
-    /// worker may take it.
+    /// Time until the prefill of a newcomer of this class and tenant would begin at the worker that is ready first; none
+    /// when no worker may take it.
     #[must_use]
-    pub fn predicted_wait(&self, now: Tick, pool: PoolId, class: Class) -> Option<Duration> {
+    pub fn predicted_wait(&self, now: Tick, pool: PoolId, class: Class, tenant: TenantId) -> Option<Duration> {
         let state = self.pools.get(&pool)?;
         let scene = Scene { now, config: &self.config, pool: state, workers: &self.workers };
         let waits =
             state.workers.iter().filter_map(|slot| self.workers.get(*slot)).filter(|worker| worker.is_eligible());
         let seconds = waits.map(|worker| {
             let speed = worker.speed(now, state.fleet_rate(), &self.config);
-            (scene.ahead_tokens(worker, class, Ahead::Lane) / speed).max(worker.busy_until.seconds_since(now))
+            (scene.ahead_tokens(worker, (class, tenant), Ahead::Lane) / speed).max(worker.busy_until.seconds_since(now))
         });
         seconds.min_by(f64::total_cmp).map(crate::time::duration)
     }
@@ -144,7 +144,7 @@ impl Core {
             sent_requests: u32::try_from(worker.sent.len()).unwrap_or(u32::MAX),
             sent_sequences: worker.held.sequences(),
             lane_requests: worker.lane.requests(),
-            promised_tokens: backlog as u64 + worker.lane.tokens_before(Class::Batch),
+            promised_tokens: backlog as u64 + worker.lane.work().tokens,
             reserved_tokens: worker.held.tokens(),
             kv_tokens: worker.spec.kv_tokens,
             kv_usage: worker.kv_pressure(now, Held::default(), &self.config),

@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::config::Config;
 use crate::lane::Lane;
 use crate::outputs::Plan;
+use crate::pool::Pool;
 use crate::{GpuReport, HealthState, LoadReport, PoolId, Request, RequestId, Tick, WorkerId, WorkerSpec};
 use backlog::{Backlog, SendNumber};
 use health::Health;
@@ -29,8 +30,11 @@ use step::Pace;
 /// Weight of one request in the mean time that requests stay at a worker.
 const STAY_WEIGHT: f64 = 0.05;
 
-/// Part of the window below which the next prompt is sent whatever its size, so that the engine never waits for it.
-const LOW_WATER: f64 = 0.5;
+/// Workers whose measured speeds are no further than this from the pool's median count as equally fast: such differences
+/// are noise, and following them sends too much to whoever looked fast of late.
+const ALIKE: f64 = 0.15;
+/// Part of a yielding window below which it counts as empty.
+const EMPTY: f64 = 0.1;
 
 #[derive(Debug)]
 pub(crate) struct Worker {
@@ -55,6 +59,8 @@ pub(crate) struct Worker {
     derate: Option<(Tick, f64)>,
     /// Mean seconds that a request stays.
     stay_seconds: Option<f64>,
+    /// When its window was empty last and began to be filled.
+    filling: Tick,
     pub(crate) rescored: Tick,
     /// Key under which it stands in its pool's order of workers.
     pub(crate) ready_key: Option<Tick>,
@@ -84,6 +90,7 @@ impl Worker {
             pace: Pace::default(),
             derate: None,
             stay_seconds: None,
+            filling: now,
             rescored: now,
             ready_key: None,
             timer: None,
@@ -122,7 +129,14 @@ impl Worker {
     }
 
     /// Whether the request may be sent now. A worker that has nothing always takes one.
-    pub(crate) fn has_room(&self, now: Tick, plan: &Plan, uncached: u32, fleet_rate: f64, config: &Config) -> bool {
+    pub(crate) fn has_room(
+        &self,
+        now: Tick,
+        (request, plan): (&Request, &Plan),
+        uncached: u32,
+        pool: &Pool,
+        config: &Config,
+    ) -> bool {
         if !self.may_send() || self.busy_until > now {
             return false;
         }
@@ -131,18 +145,29 @@ impl Worker {
         }
         let foreign = self.reported.foreign(now, config.report_ttl);
         let sequences = self.held.sequences() + u64::from(foreign.map_or(0, |foreign| foreign.running));
-        let backlog = self.backlog_tokens(now, fleet_rate, config);
-        let window = self.window_tokens(now, fleet_rate, config);
         sequences + u64::from(plan.sequences) <= u64::from(self.spec.sequences_max)
-            && (backlog <= window * LOW_WATER || backlog + f64::from(uncached) <= window)
+            && self.prefill_has_room(now, request, uncached, pool, config)
             && self.kv_pressure(now, self.need(plan), config).is_none_or(|pressure| pressure <= 1.0)
     }
 
-    /// Uncached prompt tokens to have there, not yet prefilled: so few that what comes next is still ours to decide, and
-    /// enough for the engine's next step.
-    fn window_tokens(&self, now: Tick, fleet_rate: f64, config: &Config) -> f64 {
-        let seconds = config.window.as_secs_f64() * self.speed(now, fleet_rate, config);
-        seconds.min(f64::from(self.spec.window_tokens))
+    /// Whether so many more tokens may be sent that are not yet prefilled: so few that what comes next is still ours to
+    /// decide, and enough for the engine's steps.
+    ///
+    /// Usually the window is kept full, so that the engine never waits. Work that may have to let others pass (batch,
+    /// and a tenant that floods a pool of several) gets a smaller one, which is filled when it is empty and then left
+    /// alone: engines that are filled at different times leave one that is nearly ready for whoever comes with a right
+    /// to go first. That costs such work some throughput, since the engine's steps are smaller.
+    fn prefill_has_room(&self, now: Tick, request: &Request, uncached: u32, pool: &Pool, config: &Config) -> bool {
+        let speed = self.speed(now, pool.fleet_rate(), config);
+        let yields = pool.yields(now, request);
+        let window = if yields { config.window_yielding } else { config.window };
+        let full = (window.as_secs_f64() * speed).min(f64::from(self.spec.window_tokens));
+        let backlog = self.backlog_tokens(now, pool.fleet_rate(), config);
+        if yields {
+            backlog <= full * EMPTY || (self.filling == now && backlog + f64::from(uncached) <= full)
+        } else {
+            backlog <= 0.0 || backlog + f64::from(uncached) <= full
+        }
     }
 
     /// Share of the KV cache that will be in use at most with `more`: by our own account, corrected by what the engine
@@ -157,7 +182,8 @@ impl Worker {
 
     /// Prefill speed in tokens/s; `fleet_rate` where its own was not measured yet.
     pub(crate) fn speed(&self, now: Tick, fleet_rate: f64, config: &Config) -> f64 {
-        let rate = self.rate.value().or(self.spec.rate_hint).filter(|rate| *rate > 0.0).unwrap_or(fleet_rate);
+        let own = self.rate.value().or(self.spec.rate_hint).filter(|rate| *rate > 0.0).unwrap_or(fleet_rate);
+        let rate = if (own / fleet_rate - 1.0).abs() < ALIKE { fleet_rate } else { own };
         (rate * self.derate(now, config)).max(1.0)
     }
 
@@ -203,6 +229,9 @@ impl Worker {
             self.trial = Some(request.id);
         }
         let speed = self.speed(now, fleet_rate, config);
+        if self.backlog.tokens(now, speed) <= config.window_yielding.as_secs_f64() * speed * EMPTY {
+            self.filling = now;
+        }
         let number = self.backlog.send(now, speed, uncached, request.streamed);
         let alone = self.reported.foreign(now, config.report_ttl).is_none_or(|foreign| foreign.waiting == 0);
         self.rate.sent(now, request.streamed && alone, self.backlog.is_single());

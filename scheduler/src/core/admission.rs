@@ -118,7 +118,7 @@ impl Core {
         let at_once = pool.limits.policy != Policy::Forebay && worker.may_send();
         if at_once
             || worker.lane.is_empty()
-                && worker.has_room(self.now, &entry.plan, to.uncached_tokens, fleet_rate, &self.config)
+                && worker.has_room(self.now, (&entry.request, &entry.plan), to.uncached_tokens, pool, &self.config)
         {
             return self.send(id, to.slot, to.matched_tokens, out);
         }

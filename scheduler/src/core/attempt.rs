@@ -19,7 +19,8 @@ impl Core {
         let scene = Scene { now, config, pool, workers: &self.workers };
         let Some(worker) = self.workers.get(slot) else { return };
         let uncached = entry.request.prompt_tokens.saturating_sub(matched_tokens);
-        let ahead = scene.ahead_tokens(worker, entry.request.class, Ahead::Sent) + f64::from(uncached);
+        let ahead =
+            scene.ahead_tokens(worker, (entry.request.class, entry.request.tenant), Ahead::Sent) + f64::from(uncached);
         let fleet_rate = pool.fleet_rate();
         let predicted = ahead / worker.speed(now, fleet_rate, config);
 
@@ -32,6 +33,7 @@ impl Core {
         let tenant = entry.request.tenant;
         let weight = self.weights.get(&tenant).copied().unwrap_or(1.0);
         pool.fairness.sent(tenant, weight, uncached);
+        pool.mixed.sent(now, (entry.request.class, tenant));
         let tokens = u64::from(uncached) + entry.plan.output_tokens;
         pool.shares.sent(entry.request.class, tokens, &pool.limits.class_shares, &pool.queue.requests);
         out.push(Action::Send {

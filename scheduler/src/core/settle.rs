@@ -10,7 +10,7 @@ use crate::placement::{Ahead, Choice, Scene, Scored, pays};
 use crate::time::duration;
 use crate::timers::Timer;
 use crate::worker::Slot;
-use crate::{Action, Class, PoolId, Refusal, RequestId, Tick};
+use crate::{Action, PoolId, Refusal, RequestId, Tick};
 
 /// Lanes that a worker with room looks into.
 const LANES_SEEN: usize = 8;
@@ -62,7 +62,7 @@ impl Core {
         let id = worker.lane.head(&pool.shares, &pool.fairness)?;
         let entry = self.requests.get(&id)?;
         let Place::Lane(_, standing) = entry.place else { return None };
-        let room = worker.has_room(self.now, &entry.plan, standing.uncached, pool.fleet_rate(), &self.config);
+        let room = worker.has_room(self.now, (&entry.request, &entry.plan), standing.uncached, pool, &self.config);
         room.then_some((id, entry.matched_tokens()))
     }
 
@@ -99,7 +99,7 @@ impl Core {
                 let here = scene.score((request, &entry.plan), slot, matched, Ahead::Sent)?;
                 let there = scene.score((request, &entry.plan), *victim, entry.matched_tokens(), Ahead::Sent)?;
                 let takes = pays(&self.config, there.seconds, here.seconds)
-                    && worker.has_room(self.now, &entry.plan, here.uncached_tokens, pool.fleet_rate(), &self.config);
+                    && worker.has_room(self.now, (request, &entry.plan), here.uncached_tokens, pool, &self.config);
                 takes.then_some((there.seconds - here.seconds, id, here))
             });
             if let Some(spoil) = spoil
@@ -119,8 +119,7 @@ impl Core {
         let (now, fleet_rate) = (self.now, pool.fleet_rate());
         let eligible = worker.is_eligible();
         let ready = eligible.then(|| {
-            let tokens =
-                worker.backlog_tokens(now, fleet_rate, &self.config) + worker.lane.tokens_before(Class::Batch) as f64;
+            let tokens = worker.backlog_tokens(now, fleet_rate, &self.config) + worker.lane.work().tokens as f64;
             now.after(duration(tokens / worker.speed(now, fleet_rate, &self.config))).max(worker.busy_until)
         });
         if worker.ready_key != ready {

@@ -229,7 +229,7 @@ fn what_came_past_us_repels_until_it_is_drained_or_stale() {
         world.arrive(request(id, 100));
         assert_eq!(world.sent_to(id), Some(1));
     }
-    let wait = world.core.predicted_wait(world.now, POOL, Class::Default).unwrap();
+    let wait = world.core.predicted_wait(world.now, POOL, Class::Default, TenantId(0)).unwrap();
     assert!(wait > Duration::from_millis(200) && wait < Duration::from_millis(300), "{wait:?}");
 }
 
@@ -277,6 +277,7 @@ fn a_refused_connection_takes_the_worker_out_and_its_lane_elsewhere() {
     assert_eq!((lane(&world, 0), lane(&world, 1)), (0, 5));
     assert_eq!(world.wait(500), [Action::Probe { worker: WorkerId(0) }]);
     world.probed(0, true);
+    world.wait(5000);
     assert_eq!(world.sent().len(), 2, "what is back takes its share");
     assert_ne!(world.sent_to(on_zero.0), Some(0), "but not what it failed");
 }
@@ -589,7 +590,7 @@ fn lost_metrics_ask_for_a_probe_and_mistrust_our_counters() {
     let report = LoadReport { running: 0, waiting: 0, kv_usage: Some(0.0) };
     world.event(Event::Load { worker: WorkerId(0), report });
     world.arrive(request(1, 10_000));
-    let wait = |world: &World| world.core.predicted_wait(world.now, POOL, Class::Default).unwrap();
+    let wait = |world: &World| world.core.predicted_wait(world.now, POOL, Class::Default, TenantId(0)).unwrap();
     assert_eq!(wait(&world), Duration::from_secs(5));
     assert_eq!(world.event(Event::LoadLost { worker: WorkerId(0) }), [Action::Probe { worker: WorkerId(0) }]);
     assert_eq!(wait(&world), Duration::from_millis(6500));
@@ -610,7 +611,7 @@ fn a_decision_can_be_explained() {
     };
     assert_eq!((of(1).matched_tokens, of(0).matched_tokens), (3200, 0));
     assert_eq!((term(1, "prefill"), term(0, "prefill")), (0.4, 2.0));
-    assert_eq!((term(1, "overlap_credit"), term(0, "overlap_credit")), (-0.8, 0.0));
+    assert_eq!((term(1, "overlap_credit"), term(0, "overlap_credit")), (-2.4, 0.0));
     assert!(of(1).seconds() < of(2).seconds());
     assert_eq!(world.core.explain(RequestId(2)).count(), 0);
 }

@@ -239,7 +239,7 @@ fn assert_conserving(core: &mut Core) {
             let entry = &core.requests[&id];
             let Place::Lane(at, standing) = entry.place else { panic!("{id} is in no lane") };
             let (worker, fleet_rate) = (core.workers.get(at).unwrap(), pool.fleet_rate());
-            assert!(!worker.has_room(core.now, &entry.plan, standing.uncached, fleet_rate, &core.config));
+            assert!(!worker.has_room(core.now, (&entry.request, &entry.plan), standing.uncached, pool, &core.config));
             let stay =
                 scene.score((&entry.request, &entry.plan), at, entry.matched_tokens(), Ahead::Sent).unwrap().seconds;
             for (_, slot) in &pool.by_ready {
@@ -250,7 +250,13 @@ fn assert_conserving(core: &mut Core) {
                 if worker.lane.is_empty()
                     && worker.holds(entry.request.prompt_tokens)
                     && !entry.failed_on.contains(&worker.id)
-                    && worker.has_room(core.now, &entry.plan, here.uncached_tokens, pool.fleet_rate(), &core.config)
+                    && worker.has_room(
+                        core.now,
+                        (&entry.request, &entry.plan),
+                        here.uncached_tokens,
+                        pool,
+                        &core.config,
+                    )
                 {
                     assert!(!pays(&core.config, stay, here.seconds), "{id} waits while {} is free", worker.id);
                 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::*;
 
@@ -50,7 +51,8 @@ pub(super) fn request(id: u64, prompt_tokens: u32) -> Request {
 
 impl World {
     pub(super) fn new(seed: u64, limits: PoolLimits) -> Self {
-        Self::with(Config::default(), seed, limits)
+        // windows are those of the worker's spec, whatever its speed
+        Self::with(Config { window: Duration::from_secs(3600), ..Config::default() }, seed, limits)
     }
 
     pub(super) fn with(config: Config, seed: u64, limits: PoolLimits) -> Self {
