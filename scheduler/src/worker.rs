@@ -32,8 +32,8 @@ const STAY_WEIGHT: f64 = 0.05;
 
 /// Workers whose measured speeds are no further than this from the pool's median count as equally fast: such differences
 /// are noise, and following them sends too much to whoever looked fast of late.
-const ALIKE: f64 = 0.15;
-/// Part of a yielding window below which it counts as empty.
+const ALIKE: f64 = 0.2;
+/// Part of a window below which it counts as empty, so that the next prompt is sent whatever its size.
 const EMPTY: f64 = 0.1;
 
 #[derive(Debug)]
@@ -166,7 +166,7 @@ impl Worker {
         if yields {
             backlog <= full * EMPTY || (self.filling == now && backlog + f64::from(uncached) <= full)
         } else {
-            backlog <= 0.0 || backlog + f64::from(uncached) <= full
+            backlog <= full * EMPTY || backlog + f64::from(uncached) <= full
         }
     }
 

@@ -1,9 +1,8 @@
 //! Prompt tokens that were sent to a worker and that it has not prefilled yet.
 //!
-//! Engines prefill first come, first served, several prompts in one step. Where a stream shows the first token, the end of
-//! its prefill is seen and nothing is guessed; between such moments, and for answers that come whole, the tokens drain at
-//! the worker's speed. Of prompts whose first token will be seen no more than a step's worth drains unseen, so that an
-//! engine that hangs looks busier with everything that is sent to it.
+//! Engines prefill first come, first served. Where a stream shows the first token, the end of its prefill is seen and
+//! nothing is guessed; between such moments, and for answers that come whole, the tokens drain at the worker's speed.
+//! The first prompt whose first token will be seen holds the drain back: an engine that hangs never looks idle.
 //!
 //! Invariant: the sum is that of the parts; no part is negative.
 
@@ -11,26 +10,14 @@ use std::collections::BTreeMap;
 
 use crate::Tick;
 
-/// Prompt tokens that an engine computes before any of their first tokens can be seen: a step of vLLM's default budget.
-const STEP_TOKENS: f64 = 8192.0;
-
 /// Position of one send in the order of all sends to a worker.
 pub(crate) type SendNumber = u64;
 
 #[derive(Debug)]
 struct Part {
     tokens: f64,
-    /// What drained of it unseen.
-    drained: f64,
     /// Its first token will be seen.
     visible: bool,
-}
-
-impl Part {
-    /// What may drain of it; a visible part keeps a token until it is seen, so that it still counts as being there.
-    fn free(&self) -> f64 {
-        if self.visible { (self.tokens - 1.0).max(0.0) } else { self.tokens }
-    }
 }
 
 #[derive(Debug, Default)]
@@ -38,7 +25,7 @@ pub(crate) struct Backlog {
     parts: BTreeMap<SendNumber, Part>,
     sent: SendNumber,
     sum: f64,
-    /// Of `sum`, what may drain before a first token must be seen.
+    /// Of `sum`, what may drain before a visible first token must come.
     free: f64,
     /// Until when the parts were drained.
     at: Tick,
@@ -54,7 +41,7 @@ impl Backlog {
     pub(crate) fn send(&mut self, now: Tick, speed: f64, tokens: u32, visible: bool) -> SendNumber {
         self.drain(now, speed);
         self.sent += 1;
-        self.parts.insert(self.sent, Part { tokens: f64::from(tokens), drained: 0.0, visible });
+        self.parts.insert(self.sent, Part { tokens: f64::from(tokens), visible });
         self.sum += f64::from(tokens);
         self.measure();
         self.sent
@@ -84,26 +71,29 @@ impl Backlog {
     }
 
     fn drain(&mut self, now: Tick, speed: f64) {
-        let mut budget = (now.seconds_since(self.at) * speed).min(self.free);
+        let mut budget = now.seconds_since(self.at) * speed;
         self.at = self.at.max(now);
-        for part in self.parts.values_mut() {
-            let drains = part.free().min(budget);
-            (part.tokens, part.drained) = (part.tokens - drains, part.drained + drains);
-            budget -= drains;
-            if budget <= 0.0 {
+        while let Some(mut first) = self.parts.first_entry() {
+            let part = first.get_mut();
+            if part.visible || part.tokens > budget {
+                // a visible part keeps a token until it is seen, so that it still counts as being there
+                part.tokens = (part.tokens - budget).max(if part.visible { part.tokens.min(1.0) } else { 0.0 });
                 break;
             }
+            budget -= part.tokens;
+            first.remove();
         }
-        self.parts.retain(|_, part| part.visible || part.tokens > 0.0);
     }
 
     fn measure(&mut self) {
         self.sum = self.parts.values().map(|part| part.tokens).sum();
-        let seen_later = || self.parts.values().filter(|part| part.visible);
-        let unseen = (STEP_TOKENS - seen_later().map(|part| part.drained).sum::<f64>()).max(0.0);
-        let visible: f64 = seen_later().map(Part::free).sum();
-        let invisible: f64 = self.parts.values().filter(|part| !part.visible).map(Part::free).sum();
-        self.free = invisible + visible.min(unseen);
+        self.free = 0.0;
+        for part in self.parts.values() {
+            self.free += if part.visible { (part.tokens - 1.0).max(0.0) } else { part.tokens };
+            if part.visible {
+                break;
+            }
+        }
     }
 }
 
@@ -128,19 +118,15 @@ mod tests {
     }
 
     #[test]
-    fn no_more_than_a_step_drains_before_first_tokens_are_seen() {
+    fn a_prompt_whose_first_token_is_awaited_holds_the_drain_back() {
         let mut backlog = Backlog::default();
-        let sent: Vec<_> = (0..20).map(|_| backlog.send(at(0.0), SPEED, 1000, true)).collect();
-        assert_eq!(backlog.tokens(at(5.0), SPEED), 15_000.0);
-        let hangs = 20_000.0 - STEP_TOKENS;
-        assert_eq!(backlog.tokens(at(60.0), SPEED), hangs, "the engine hangs: it does not look idle");
-        let more = backlog.send(at(60.0), SPEED, 1000, true);
-        assert_eq!(backlog.tokens(at(90.0), SPEED), hangs + 1000.0, "and busier with all that is sent to it");
-        backlog.started(at(90.0), SPEED, sent[0]);
-        assert_eq!(backlog.tokens(at(90.0), SPEED), hangs + 999.0);
-        assert_eq!(backlog.tokens(at(99.0), SPEED), hangs, "what was seen makes room for more to drain");
-        sent.into_iter().chain([more]).for_each(|number| backlog.remove(at(99.0), SPEED, number));
-        assert_eq!((backlog.tokens(at(99.0), SPEED), backlog.is_empty()), (0.0, true));
+        let first = backlog.send(at(0.0), SPEED, 500, true);
+        let second = backlog.send(at(0.0), SPEED, 500, true);
+        assert_eq!(backlog.tokens(at(60.0), SPEED), 501.0, "the engine hangs: it does not look idle");
+        backlog.started(at(60.0), SPEED, first);
+        assert_eq!(backlog.tokens(at(60.0), SPEED), 500.0);
+        backlog.remove(at(60.0), SPEED, second);
+        assert_eq!((backlog.tokens(at(60.0), SPEED), backlog.is_empty()), (0.0, true));
     }
 
     #[test]

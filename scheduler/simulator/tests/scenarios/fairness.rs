@@ -78,14 +78,14 @@ fn weights_are_respected() {
 
 #[test]
 fn a_flood_hardly_hurts_a_light_tenant() {
-    for seed in SEEDS {
+    for seed in 0..2 {
         let mut chance = Chance(seed);
-        let light = poisson(&mut chance, 0.8, 300.0, |chance, at| Row {
+        let light = poisson(&mut chance, 0.8, 1200.0, |chance, at| Row {
             tenant: 1,
             ..row(at, chance.between((1000, 6000)), chance.between((50, 250)))
         });
         // Three times what four engines can prefill.
-        let flood = poisson(&mut chance, 96.0, 300.0, |chance, at| Row {
+        let flood = poisson(&mut chance, 96.0, 1200.0, |chance, at| Row {
             tenant: 0,
             ..row(at, chance.between((500, 1500)), chance.between((10, 50)))
         });
