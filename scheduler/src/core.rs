@@ -61,6 +61,8 @@ pub(crate) struct Entry {
     attempts: u32,
     /// Workers that failed it; overload does not count.
     failed_on: SmallVec<[WorkerId; 3]>,
+    /// Workers that were too full for it: tried again only when no other may take it.
+    full: SmallVec<[WorkerId; 3]>,
     last: Option<Failure>,
     /// Output tokens its tenant was charged for.
     charged: u32,

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 use super::{Core, Entry, Place, Sent};
 use crate::config::Config;
 use crate::explain::{Candidate, Cause};
@@ -42,6 +44,7 @@ impl Core {
             timer: None,
             attempts: 0,
             failed_on: Default::default(),
+            full: Default::default(),
             last: None,
             charged: 0,
         };
@@ -78,7 +81,16 @@ impl Core {
         }
         let Some(pool) = self.pools.get_mut(&pool_id) else { return self.refuse(id, Refusal::PoolUnknown, out) };
         let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
-        match scene.choose((&entry.request, &entry.plan), &entry.failed_on, None, &mut self.rng, &mut self.scored) {
+        let asked = (&entry.request, &entry.plan);
+        let mut choice = Choice::Nobody;
+        if !entry.full.is_empty() {
+            let avoided: SmallVec<[_; 6]> = entry.failed_on.iter().chain(&entry.full).copied().collect();
+            choice = scene.choose(asked, &avoided, None, &mut self.rng, &mut self.scored);
+        }
+        if !matches!(choice, Choice::Winner(_)) {
+            choice = scene.choose(asked, &entry.failed_on, None, &mut self.rng, &mut self.scored);
+        }
+        match choice {
             Choice::Winner(at) => {
                 let Some(winner) = self.scored.get(at).cloned() else { return };
                 let waited = self.now.seconds_since(entry.arrived);

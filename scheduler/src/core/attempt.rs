@@ -81,8 +81,9 @@ impl Core {
         let Some(sent) = self.release(id) else { return };
         let Some(entry) = self.requests.get_mut(&id) else { return };
         entry.last = Some(failure);
-        if !matches!(failure, Failure::Overloaded { .. }) {
-            entry.failed_on.push(sent.worker);
+        match failure {
+            Failure::Overloaded { .. } => entry.full.push(sent.worker),
+            _ => entry.failed_on.push(sent.worker),
         }
         let (attempts, pool) = (entry.attempts, entry.request.pool);
         let attempts_max = self.pools.get_mut(&pool).map_or(0, |pool| {

@@ -260,6 +260,14 @@ fn an_overloaded_worker_is_passed_by() {
     let first = world.sent_to(1).unwrap();
     world.fail(1, Failure::Overloaded { retry_after: None });
     assert_eq!(world.sent_to(1), Some(1 - first));
+    // whatever it holds in its cache
+    let request = Request { blocks: chain(5, 1000), ..request(2, 16_016) };
+    world.event(Event::Kv { worker: WorkerId(first), change: KvEvent::Stored { blocks: chain(5, 1000).to_vec() } });
+    world.wait(1000);
+    world.arrive(request);
+    assert_eq!(world.sent_to(2), Some(first));
+    world.fail(2, Failure::Overloaded { retry_after: None });
+    assert_eq!(world.sent_to(2), Some(1 - first));
 }
 
 #[test]

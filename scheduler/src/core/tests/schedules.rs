@@ -238,7 +238,7 @@ fn assert_conserving(core: &mut Core) {
                 core.workers.get(*victim).and_then(|worker| worker.lane.head(&pool.shares, &pool.fairness)).unwrap();
             let entry = &core.requests[&id];
             let Place::Lane(at, standing) = entry.place else { panic!("{id} is in no lane") };
-            let (worker, fleet_rate) = (core.workers.get(at).unwrap(), pool.fleet_rate());
+            let worker = core.workers.get(at).unwrap();
             assert!(!worker.has_room(core.now, (&entry.request, &entry.plan), standing.uncached, pool, &core.config));
             let stay =
                 scene.score((&entry.request, &entry.plan), at, entry.matched_tokens(), Ahead::Sent).unwrap().seconds;
