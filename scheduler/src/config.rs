@@ -20,13 +20,13 @@ pub struct Config {
     pub decode_weight: f64,
     /// Standard deviations of the expected output that a KV cache keeps free beyond its mean (1).
     pub kv_deviations: f64,
-    /// What a cached token is worth against one to prefill, in a calm pool (2.5): above 1 pays for keeping
+    /// What a cached token is worth against one to prefill, in a calm pool (1.5): above 1 pays for keeping
     /// conversations together.
     pub overlap_gain_calm: f64,
     /// The same in a pool near saturation, where a lost cache costs others too (6).
     pub overlap_gain_busy: f64,
     /// How long a long prompt gives way to shorter ones at most: so many times the most seconds of prefill that stood
-    /// before a request of late (2.2).
+    /// before a request of late (1.7).
     pub patience_share: f64,
     /// Half-life of the memory of that (60 s).
     pub patience_half_life: Duration,
@@ -34,7 +34,7 @@ pub struct Config {
     pub patience_min: Duration,
     /// Prefill time of a prompt that gives way for half of that (5 s).
     pub patience_half: Duration,
-    /// How much prefill to have at a worker at most, in time at its speed (1 s: a full step of most engines).
+    /// How much prefill to have at a worker at most, in time at its speed (1.2 s: a full step of most engines, and a little of the next).
     pub window: Duration,
     /// The same for batch work beside other classes, and for a tenant that floods a pool of several (120 ms: a light
     /// tenant's p99 is 1.4 times what it is alone; larger costs it more, smaller costs the flood throughput).
@@ -92,9 +92,9 @@ impl Default for Config {
             kv_pressure_seconds: 0.3,
             decode_weight: 0.05,
             kv_deviations: 1.0,
-            overlap_gain_calm: 2.5,
+            overlap_gain_calm: 1.5,
             overlap_gain_busy: 6.0,
-            patience_share: 2.2,
+            patience_share: 1.7,
             patience_half_life: Duration::from_secs(60),
             patience_min: Duration::from_secs(2),
             patience_half: Duration::from_secs(5),

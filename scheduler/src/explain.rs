@@ -16,7 +16,7 @@ pub enum Cause {
     Arrival,
     /// An attempt failed, its worker went away, or one appeared that it had waited for.
     Retry,
-    /// It stood at the head of a lane that did not move.
+    /// It stood in a lane that did not move, or a worker with room took it from there.
     Rescore,
 }
 

@@ -6,7 +6,7 @@
 //! to the smallest counter of those waiting (or of the last one that left the queue), so idling banks no credit.
 //!
 //! Counters are pool-wide while queues belong to lanes: a lane asks here which of its tenants goes first.
-//! Not here: the order inside a tenant (`lane`), and the classes, which are served strictly in order.
+//! Not here: the order inside a tenant (`lane`), and the classes (`shares`).
 
 use std::collections::{BTreeMap, BTreeSet};
 

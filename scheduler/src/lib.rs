@@ -13,8 +13,8 @@
 //!              ├ attempt     send, first token, failure, end
 //!              ├ fleet       workers come, go, fall ill; caches and loads change
 //!              └ settle      fill windows, steal, re-score, timers
-//!         pool ─ lane, fairness, prefix      placement ─ candidates, terms
-//!         worker ─ backlog, load, rate, health
+//!         pool ─ lane, shares, fairness, prefix, outputs      placement ─ candidates, terms, policy
+//!         worker ─ backlog, rate, step, kv, load, health, latency
 //! ```
 //!
 //! What it does not do: it knows no engine, wire or byte of a body; it does not stop what was sent (a deadline after the

@@ -97,7 +97,9 @@ impl PrefixIndex {
         let mut group = self.holders(now, blocks, 0);
         while !group.is_empty() && held + 1 < blocks.len() {
             let next = (held + STRIDE).min(blocks.len() - 1);
-            let (on, out) = split(&group, &self.holders(now, blocks, next));
+            // all who hold this block, also such as a block before it could not name, since it names but so many
+            let on = self.holders(now, blocks, next);
+            let (_, out) = split(&group, &on);
             self.narrow(now, blocks, (held, next), out, &mut matches);
             (held, group) = (next, on);
         }

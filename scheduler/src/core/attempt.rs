@@ -181,8 +181,7 @@ impl Core {
         self.health_changed(slot, before, out);
     }
 
-    /// Charges its tenant for what was not charged yet, and learns how long such outputs are.
-    /// Output tokens of each sequence.
+    /// Charges its tenant for what was not charged yet, and learns how long such outputs are: the tokens of each sequence.
     fn settle_output(&mut self, id: RequestId, output_tokens: u32) -> u32 {
         let Some(entry) = self.requests.get(&id) else { return 0 };
         let rest = output_tokens.saturating_sub(entry.charged);

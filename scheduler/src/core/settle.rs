@@ -69,15 +69,19 @@ impl Core {
     /// A worker with room and nothing in its lane takes heads of other lanes that are better off with it.
     fn steal(&mut self, slot: Slot, out: &mut Vec<Action>) {
         for _ in 0..MOVES_MAX {
-            let Some((id, here)) = self.spoils(slot) else { return };
+            let Some((id, here, there)) = self.spoils(slot) else { return };
+            self.scored.clear();
+            self.scored.extend([here.clone(), there]);
+            self.record(id, Cause::Rescore, Some(slot));
             self.unqueue(id);
             self.send(id, slot, here.matched_tokens, out);
             self.believe(id, 0.0);
         }
     }
 
-    /// The request of another lane that gains most by being sent to `slot` now; of each lane the first that gains.
-    fn spoils(&self, slot: Slot) -> Option<(RequestId, Scored)> {
+    /// The request of another lane that gains most by being sent to `slot` now, and its scores here and there; of each
+    /// lane the first that gains.
+    fn spoils(&self, slot: Slot) -> Option<(RequestId, Scored, Scored)> {
         let worker = self.workers.get(slot)?;
         if !worker.lane.is_empty() || !worker.may_send() || worker.busy_until > self.now {
             return None;
@@ -85,7 +89,7 @@ impl Core {
         let pool = self.pools.get(&worker.pool)?;
         let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
         let others = pool.laden.range(slot..).chain(pool.laden.range(..slot));
-        let mut best: Option<(f64, RequestId, Scored)> = None;
+        let mut best: Option<(f64, RequestId, Scored, Scored)> = None;
         for victim in others.take(LANES_SEEN) {
             let lane = &self.workers.get(*victim)?.lane;
             let mut first = lane.head(&pool.shares, &pool.fairness).into_iter().chain(lane.ids().take(LANE_DEPTH));
@@ -100,7 +104,7 @@ impl Core {
                 let there = scene.score((request, &entry.plan), *victim, entry.matched_tokens(), Ahead::Sent)?;
                 let takes = pays(&self.config, there.seconds, here.seconds)
                     && worker.has_room(self.now, (request, &entry.plan), here.uncached_tokens, pool, &self.config);
-                takes.then_some((there.seconds - here.seconds, id, here))
+                takes.then_some((there.seconds - here.seconds, id, here, there))
             });
             if let Some(spoil) = spoil
                 && best.as_ref().is_none_or(|best| spoil.0 > best.0)
@@ -108,7 +112,7 @@ impl Core {
                 best = Some(spoil);
             }
         }
-        best.map(|(_, id, here)| (id, here))
+        best.map(|(_, id, here, there)| (id, here, there))
     }
 
     /// Renews a worker's place in its pool's orders, and its timer. Returns the pool when the worker just became

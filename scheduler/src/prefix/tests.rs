@@ -82,6 +82,19 @@ fn a_block_that_all_hold_names_a_bounded_number() {
 }
 
 #[test]
+fn who_holds_more_is_found_where_more_hold_the_beginning_than_it_can_name() {
+    let (shared, long) = (chain(1, 40), chain(1, 200));
+    let mut index = PrefixIndex::new(1 << 20);
+    index.confirm(Slot(0), &long);
+    for slot in 1..100 {
+        index.confirm(Slot(slot), &shared);
+    }
+    let found = matches(&index, NOW, &long);
+    assert!(found.contains(&(0, 200)), "{found:?}");
+    assert!(found.iter().all(|(slot, held)| *held == if *slot == 0 { 200 } else { 40 }), "{found:?}");
+}
+
+#[test]
 fn what_is_used_stays_and_the_budget_holds() {
     let mut index = PrefixIndex::new(400 * BLOCK_BYTES);
     let kept = chain(1, 50);
