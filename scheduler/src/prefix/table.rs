@@ -8,6 +8,8 @@
 //! Invariants: a hash stands in at most one cell; table and lists stay under the budget; a list belongs to one cell.
 //! Not here: what a holder means and how long it is believed.
 
+use std::hint::black_box;
+
 use super::{Cache, HOLDERS_MAX, Holder};
 
 const WAYS: usize = 8;
@@ -79,6 +81,19 @@ impl Table {
             Some(cell) => self.holders(cell),
             None => Holders::One(None),
         }
+    }
+
+    /// Reads the buckets of blocks that are to be changed next. Alone that is of no use: reads that do not wait for one
+    /// another miss the processor's caches together, where changes, block by block, would miss them in turn.
+    pub(super) fn fetch(&self, blocks: &[u64]) {
+        let read = |hash: &u64| {
+            let from = self.bucket(*hash);
+            let cells = self.cells.get(from..from + WAYS).unwrap_or_default();
+            // a word of each cache line
+            let words = [0, 3, 5, 7].map(|way| cells.get(way).map_or(0, |[who, ..]| *who));
+            words.iter().fold(self.hashes.get(from).copied().unwrap_or(0), |all, word| all ^ word)
+        };
+        black_box(blocks.iter().fold(0, |all, hash| all ^ read(hash)));
     }
 
     /// Adds a holder to a block, or renews it.
