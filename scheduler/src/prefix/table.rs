@@ -17,6 +17,8 @@ const WAYS: usize = 8;
 pub(super) const BLOCK_BYTES: usize = size_of::<u64>() + size_of::<Cell>();
 /// Part of the budget that is for the lists.
 const LISTS_PART: usize = 4;
+/// Holders for which a list has room at first.
+const LIST_FIRST: usize = 2;
 
 /// A packed [`Holder`], a list's number instead, or neither. All zero when it was never written.
 type Cell = [u64; 3];
@@ -59,7 +61,8 @@ impl Table {
             cells: vec![[0; 3]; buckets * WAYS],
             buckets,
             len: 0,
-            lists: Vec::new(),
+            // as many as there can be: it never grows, which would stop the world
+            lists: Vec::with_capacity(lists_bytes_max / (LIST_FIRST * size_of::<Holder>())),
             lists_free: Vec::new(),
             lists_bytes: 0,
             lists_bytes_max,
@@ -198,8 +201,7 @@ impl Table {
 
     /// A list of two, if the lists' budget has room for it.
     fn hold_both(&mut self, old: Holder, new: Holder) -> Option<Cell> {
-        const FIRST: usize = 2;
-        if self.lists_bytes + FIRST * size_of::<Holder>() > self.lists_bytes_max {
+        if self.lists_bytes + LIST_FIRST * size_of::<Holder>() > self.lists_bytes_max {
             return None;
         }
         let list = self.lists_free.pop().unwrap_or_else(|| {
@@ -207,7 +209,7 @@ impl Table {
             u32::try_from(self.lists.len() - 1).unwrap_or(u32::MAX)
         });
         let holders = self.lists.get_mut(list as usize)?;
-        holders.reserve_exact(FIRST);
+        holders.reserve_exact(LIST_FIRST);
         holders.extend([old, new]);
         holders.sort_unstable_by_key(|holder| holder.slot);
         self.lists_bytes += holders.capacity() * size_of::<Holder>();
