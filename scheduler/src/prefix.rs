@@ -120,7 +120,10 @@ impl PrefixIndex {
     pub(crate) fn expect(&mut self, now: Tick, slot: Slot, blocks: &[u64], until: Tick) {
         let mut cache = self.cache_mut(slot, |_| ());
         // from the end, which an engine evicts first: no block is believed to be there longer than the one before it
-        for hash in blocks.iter().rev() {
+        for (at, hash) in blocks.iter().enumerate().rev() {
+            if (blocks.len() - 1 - at).is_multiple_of(STRIDE) {
+                self.table.fetch(blocks.get((at + 1).saturating_sub(STRIDE)..=at).unwrap_or_default());
+            }
             let known = self.table.get(*hash).iter().find(|holder| holder.slot == slot).copied();
             let held = known.filter(|holder| holder.is_valid(now, &self.caches));
             if held.is_some_and(|holder| holder.is_young(now, until, &cache)) {
@@ -139,8 +142,11 @@ impl PrefixIndex {
     pub(crate) fn confirm(&mut self, slot: Slot, blocks: &[u64]) {
         let cache = self.cache_mut(slot, |_| ());
         let holder = Holder { slot, epoch: cache.epoch, until: Tick::ZERO, stamp: cache.sent, confirmed: true };
-        for hash in blocks {
-            self.table.hold(*hash, holder, &self.caches);
+        for stride in blocks.chunks(STRIDE) {
+            self.table.fetch(stride);
+            for hash in stride {
+                self.table.hold(*hash, holder, &self.caches);
+            }
         }
     }
 

@@ -96,14 +96,15 @@ impl Core {
             let spoil = first.find_map(|id| {
                 let entry = self.requests.get(&id)?;
                 let request = &entry.request;
-                if !worker.holds(request.prompt_tokens) || entry.failed_on.contains(&worker.id) {
+                // the cheap question first: most that are asked have no room, even if they held the whole prompt
+                let room = |uncached| worker.has_room(self.now, (request, &entry.plan), uncached, pool, &self.config);
+                if !worker.holds(request.prompt_tokens) || entry.failed_on.contains(&worker.id) || !room(0) {
                     return None;
                 }
                 let matched = scene.matched_tokens(request, pool.index.held_by(self.now, slot, &request.blocks));
                 let here = scene.score((request, &entry.plan), slot, matched, Ahead::Sent)?;
                 let there = scene.score((request, &entry.plan), *victim, entry.matched_tokens(), Ahead::Sent)?;
-                let takes = pays(&self.config, there.seconds, here.seconds)
-                    && worker.has_room(self.now, (request, &entry.plan), here.uncached_tokens, pool, &self.config);
+                let takes = pays(&self.config, there.seconds, here.seconds) && room(here.uncached_tokens);
                 takes.then_some((there.seconds - here.seconds, id, here, there))
             });
             if let Some(spoil) = spoil

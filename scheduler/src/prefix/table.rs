@@ -8,6 +8,8 @@
 //! Invariants: a hash stands in at most one cell; table and lists stay under the budget; a list belongs to one cell.
 //! Not here: what a holder means and how long it is believed.
 
+use std::hint::black_box;
+
 use super::{Cache, HOLDERS_MAX, Holder};
 
 const WAYS: usize = 8;
@@ -15,6 +17,8 @@ const WAYS: usize = 8;
 pub(super) const BLOCK_BYTES: usize = size_of::<u64>() + size_of::<Cell>();
 /// Part of the budget that is for the lists.
 const LISTS_PART: usize = 4;
+/// Holders for which a list has room at first.
+const LIST_FIRST: usize = 2;
 
 /// A packed [`Holder`], a list's number instead, or neither. All zero when it was never written.
 type Cell = [u64; 3];
@@ -57,7 +61,8 @@ impl Table {
             cells: vec![[0; 3]; buckets * WAYS],
             buckets,
             len: 0,
-            lists: Vec::new(),
+            // as many as there can be: it never grows, which would stop the world
+            lists: Vec::with_capacity(lists_bytes_max / (LIST_FIRST * size_of::<Holder>())),
             lists_free: Vec::new(),
             lists_bytes: 0,
             lists_bytes_max,
@@ -79,6 +84,19 @@ impl Table {
             Some(cell) => self.holders(cell),
             None => Holders::One(None),
         }
+    }
+
+    /// Reads the buckets of blocks that are to be changed next. Alone that is of no use: reads that do not wait for one
+    /// another miss the processor's caches together, where changes, block by block, would miss them in turn.
+    pub(super) fn fetch(&self, blocks: &[u64]) {
+        let read = |hash: &u64| {
+            let from = self.bucket(*hash);
+            let cells = self.cells.get(from..from + WAYS).unwrap_or_default();
+            // a word of each cache line
+            let words = [0, 3, 5, 7].map(|way| cells.get(way).map_or(0, |[who, ..]| *who));
+            words.iter().fold(self.hashes.get(from).copied().unwrap_or(0), |all, word| all ^ word)
+        };
+        black_box(blocks.iter().fold(0, |all, hash| all ^ read(hash)));
     }
 
     /// Adds a holder to a block, or renews it.
@@ -183,8 +201,7 @@ impl Table {
 
     /// A list of two, if the lists' budget has room for it.
     fn hold_both(&mut self, old: Holder, new: Holder) -> Option<Cell> {
-        const FIRST: usize = 2;
-        if self.lists_bytes + FIRST * size_of::<Holder>() > self.lists_bytes_max {
+        if self.lists_bytes + LIST_FIRST * size_of::<Holder>() > self.lists_bytes_max {
             return None;
         }
         let list = self.lists_free.pop().unwrap_or_else(|| {
@@ -192,7 +209,7 @@ impl Table {
             u32::try_from(self.lists.len() - 1).unwrap_or(u32::MAX)
         });
         let holders = self.lists.get_mut(list as usize)?;
-        holders.reserve_exact(FIRST);
+        holders.reserve_exact(LIST_FIRST);
         holders.extend([old, new]);
         holders.sort_unstable_by_key(|holder| holder.slot);
         self.lists_bytes += holders.capacity() * size_of::<Holder>();
