@@ -123,10 +123,10 @@ impl Dispatch {
         let (place, verdict) = self.driver.arrive(|id| request(id, &job, &self.driver));
         let known = Arc::new(Known::new(&job, place.request()));
         self.recent.note(Arc::clone(&known));
-        let attempts = self.attempts(&job, place, verdict, |worker, waited| {
+        let attempts = std::pin::pin!(self.attempts(&job, place, verdict, |worker, waited| {
             known.sent(worker.id, waited);
             on_send(worker, waited);
-        });
+        }));
         let opened = match job.deadline {
             Some(deadline) => tokio::time::timeout_at(deadline, attempts)
                 .await

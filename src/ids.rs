@@ -5,11 +5,14 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 
+use http::HeaderValue;
+
 /// Longest request id taken over from a client, in bytes.
 const CLIENT_ID_BYTES_MAX: usize = 128;
 
 /// Random per process, so that ids of two gateways or two runs do not meet.
 static PROCESS: LazyLock<u64> = LazyLock::new(rand::random);
+const HEXADECIMAL: &[u8; 16] = b"0123456789abcdef";
 static COUNTER: AtomicU64 = AtomicU64::new(1);
 
 /// What `x-request-id` says in the answer, and what the ledger and the logs call the request.
@@ -29,8 +32,26 @@ impl RequestName {
     /// A new id, `req_` and 28 hexadecimal digits, unique over processes.
     #[must_use]
     pub fn fresh() -> Self {
+        Self(std::str::from_utf8(&Self::fresh_bytes()).unwrap_or_default().into())
+    }
+
+    /// A new id for a header, as [`RequestName::fresh`] gives them.
+    #[must_use]
+    pub fn fresh_header() -> Option<HeaderValue> {
+        HeaderValue::from_bytes(&Self::fresh_bytes()).ok()
+    }
+
+    fn fresh_bytes() -> [u8; 32] {
         let count = COUNTER.fetch_add(1, Ordering::Relaxed);
-        Self(format!("req_{:016x}{count:012x}", *PROCESS).into())
+        let mut name = *b"req_0000000000000000000000000000";
+        let digits = [(*PROCESS, 4..20), (count, 20..32)];
+        for (mut number, place) in digits {
+            for digit in name.get_mut(place).unwrap_or_default().iter_mut().rev() {
+                *digit = HEXADECIMAL.get((number & 15) as usize).copied().unwrap_or(b'0');
+                number >>= 4;
+            }
+        }
+        name
     }
 
     #[must_use]
@@ -61,6 +82,10 @@ mod tests {
 
     #[test]
     fn fresh_ids_differ() {
-        assert_ne!(RequestName::fresh(), RequestName::fresh());
+        let (one, other) = (RequestName::fresh(), RequestName::fresh());
+        assert_ne!(one, other);
+        let digits = one.as_str().strip_prefix("req_").unwrap();
+        assert_eq!((digits.len(), &digits[..16]), (28, format!("{:016x}", *PROCESS).as_str()));
+        assert!(is_usable(one.as_str()));
     }
 }

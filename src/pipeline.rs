@@ -65,10 +65,13 @@ impl Pipeline {
         let model = &route.model;
         entry.routed(&model.name, &model.metrics);
         let asked = Arc::new(asked);
-        let counting = self.prepare.prompt(model, &asked, &body).instrument(tracing::debug_span!("prepare"));
-        let prompt = match deadline {
-            Some(deadline) => tokio::time::timeout_at(deadline, counting).await.map_err(|_| Error::Deadline)??,
-            None => counting.await?,
+        let prompt = {
+            let counting = self.prepare.prompt(model, &asked, &body).instrument(tracing::debug_span!("prepare"));
+            let counting = std::pin::pin!(counting);
+            match deadline {
+                Some(deadline) => tokio::time::timeout_at(deadline, counting).await.map_err(|_| Error::Deadline)??,
+                None => counting.await?,
+            }
         };
         entry.prompt(prompt.tokens, prompt.exact);
         let name = entry.name().clone();

@@ -214,7 +214,7 @@ impl Prepare {
                 let body = body.clone();
                 self.pool.run(move || count::exactly(&tokenizer, &model, &asked, &body)).await.ok_or(Error::Busy)??
             }
-            Counting::Engines(engines) => match by_engine(engines, asked, body).await {
+            Counting::Engines(engines) => match Box::pin(by_engine(engines, asked, body)).await {
                 Some(ids) => Counted::of(&[ids], model, asked, true),
                 None => count::estimate(model, asked),
             },

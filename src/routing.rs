@@ -5,10 +5,10 @@
 //!
 //! Not here: which worker (`dispatch`), and how long the prompt is (`prepare`).
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
+use foldhash::HashMap;
 use forebay_backends::transport::Channel;
 use forebay_scheduler::PoolId;
 use forebay_tokens::Tokenizer;

@@ -1,6 +1,7 @@
 //! Clients: each connection sends its next request when its last answer is whole (a closed loop).
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -102,24 +103,52 @@ impl Prepared {
     }
 }
 
-/// Asks over `connections` at once until `length` is over, and waits for the answers under way: all latencies.
+/// When to stop asking.
+#[derive(Clone, Copy)]
+pub(crate) enum Enough {
+    After(Duration),
+    /// At least one a connection.
+    Requests(u32),
+}
+
+/// What all connections have still to do.
+enum Left {
+    Until(Instant),
+    Requests(AtomicU64),
+}
+
+impl Left {
+    fn another(&self) -> bool {
+        match self {
+            Self::Until(end) => Instant::now() < *end,
+            Self::Requests(left) => {
+                left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
+            }
+        }
+    }
+}
+
+/// Asks over `connections` at once until it is `enough`, and waits for the answers under way: all latencies.
 pub(crate) async fn drive(
     address: SocketAddr,
     model: &str,
     question: Question,
     connections: u32,
-    length: Duration,
+    enough: Enough,
 ) -> anyhow::Result<Vec<Duration>> {
     let prepared = question.prepare(model)?;
-    let end = Instant::now() + length;
+    let left = Arc::new(match enough {
+        Enough::After(length) => Left::Until(Instant::now() + length),
+        Enough::Requests(count) => Left::Requests(u64::from(count.saturating_sub(connections)).into()),
+    });
     let mut clients = JoinSet::new();
     // Paced streams begin one after the other, so that their events do not fall together.
     let ramp = if question.form == Form::PacedStream { PACE * EVENTS } else { Duration::ZERO };
     for index in 0..connections {
-        let prepared = prepared.clone();
+        let (prepared, left) = (prepared.clone(), Arc::clone(&left));
         clients.spawn(async move {
             tokio::time::sleep(ramp * index / connections).await;
-            client(address, prepared, end).await
+            client(address, prepared, &left).await
         });
     }
     let mut latencies = Vec::new();
@@ -129,7 +158,7 @@ pub(crate) async fn drive(
     Ok(latencies)
 }
 
-async fn client(address: SocketAddr, mut request: Prepared, end: Instant) -> anyhow::Result<Vec<Duration>> {
+async fn client(address: SocketAddr, mut request: Prepared, left: &Left) -> anyhow::Result<Vec<Duration>> {
     let mut stream = TcpStream::connect(address).await.with_context(|| format!("cannot connect to {address}"))?;
     stream.set_nodelay(true)?;
     let mut buffer = Vec::with_capacity(64 << 10);
@@ -141,7 +170,7 @@ async fn client(address: SocketAddr, mut request: Prepared, end: Instant) -> any
         let first = answer(&mut stream, &mut buffer, request.form).await?;
         let now = Instant::now();
         latencies.push(if request.form == Form::PacedStream { first } else { now } - began);
-        if now >= end {
+        if !left.another() {
             return Ok(latencies);
         }
         buffer.clear();

@@ -49,7 +49,7 @@ pub(crate) fn nginx() -> Option<PathBuf> {
     })
 }
 
-fn on_path(program: &str) -> Option<PathBuf> {
+pub(crate) fn on_path(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     // Debian keeps servers where an ordinary user's path does not lead.
     let directories = std::env::split_paths(&path).chain([PathBuf::from("/usr/sbin")]);

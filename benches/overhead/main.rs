@@ -8,8 +8,10 @@
 //!
 //!     cargo bench --bench overhead
 //!     cargo bench --bench overhead -- --only "small" --rounds 9 --forebay target/before --forebay target/release/forebay
+//!     cargo bench --bench overhead -- --instructions 2000
 
 mod http;
+mod instructions;
 mod load;
 mod machine;
 mod proxy;
@@ -17,7 +19,7 @@ mod report;
 mod upstream;
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -25,7 +27,7 @@ use clap::Parser;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-use crate::load::{Form, Novelty, Question, drive};
+use crate::load::{Enough, Form, Novelty, Question, drive};
 use crate::machine::CpuTime;
 use crate::proxy::Proxy;
 use crate::report::{Round, Series};
@@ -51,6 +53,9 @@ struct Arguments {
     /// A Forebay to measure, may be repeated [default: the one built now].
     #[arg(long)]
     forebay: Vec<PathBuf>,
+    /// Count instructions over so many requests instead, under valgrind.
+    #[arg(long)]
+    instructions: Option<u32>,
     /// What cargo adds.
     #[arg(long, hide = true)]
     bench: bool,
@@ -104,9 +109,19 @@ async fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let upstream = listener.local_addr()?;
     let mut background = JoinSet::new();
     background.spawn(upstream::run(listener));
+    let programs = match arguments.forebay.as_slice() {
+        [] => vec![PathBuf::from(env!("CARGO_BIN_EXE_forebay"))],
+        given => given.to_vec(),
+    };
+    if let Some(requests) = arguments.instructions {
+        for program in &programs {
+            instructions::count(program, upstream, &arguments.only, requests).await?;
+        }
+        return Ok(());
+    }
     background.spawn(stay_awake());
 
-    let proxies = start(&arguments.forebay, upstream).await?;
+    let proxies = start(&programs, upstream).await?;
     let mut targets = targets(upstream, &proxies);
     targets.retain(|target| {
         target.process.is_none() || target.name == report::NGINX || target.name.contains(&arguments.through)
@@ -138,23 +153,26 @@ async fn start(forebays: &[PathBuf], upstream: SocketAddr) -> anyhow::Result<Vec
     if proxies.is_empty() {
         println!("no nginx here (apt-get install nginx-light): nothing to compare with\n");
     }
-    if forebays.is_empty() {
-        proxies.push(Proxy::forebay("forebay", Path::new(env!("CARGO_BIN_EXE_forebay")), upstream)?);
-    }
     for program in forebays {
-        proxies.push(Proxy::forebay(&program.display().to_string(), program, upstream)?);
+        let command = machine::pinned(machine::PROXY_CORE, program);
+        proxies.push(Proxy::forebay(&program.display().to_string(), command, upstream)?);
     }
     for proxy in &mut proxies {
-        let address = proxy.address;
-        let ask = async || {
-            for model in MODELS {
-                drive(address, model, SMALL, 1, Duration::ZERO).await?;
-            }
-            Ok(())
-        };
-        proxy.ready(ask).await?;
+        answers(proxy).await?;
     }
     Ok(proxies)
+}
+
+/// Waits until a proxy answers for both models.
+async fn answers(proxy: &mut Proxy) -> anyhow::Result<()> {
+    let address = proxy.address;
+    let ask = async || {
+        for model in MODELS {
+            drive(address, model, SMALL, 1, Enough::Requests(1)).await?;
+        }
+        Ok(())
+    };
+    proxy.ready(ask).await
 }
 
 /// The worker itself, nginx, and Forebay with each way of counting.
@@ -185,7 +203,8 @@ async fn measure<'t>(
         for turn in 0..targets.len() {
             let at = (round + turn) % targets.len();
             let (Some(target), Some(series)) = (targets.get(at), series.get_mut(at)) else { continue };
-            let ask = |length| drive(target.address, target.model, way.question, way.connections, length);
+            let ask =
+                |length| drive(target.address, target.model, way.question, way.connections, Enough::After(length));
             ask(WARM_UP).await?;
             let before = target.process.map(CpuTime::of).transpose()?;
             let began = Instant::now();

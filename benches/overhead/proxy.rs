@@ -4,7 +4,6 @@
 use std::fmt::Write as _;
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -56,7 +55,8 @@ impl Proxy {
 
     /// Forebay with both models of the upstream: one counted with the tokenizer that ships with the simulated engine,
     /// one whose engine it does not know and whose prompts' lengths it guesses.
-    pub(crate) fn forebay(name: &str, program: &Path, upstream: SocketAddr) -> anyhow::Result<Self> {
+    /// `command` is what starts the program, by itself or under another.
+    pub(crate) fn forebay(name: &str, mut command: Command, upstream: SocketAddr) -> anyhow::Result<Self> {
         let (address, ops_address, directory) = (free_address()?, free_address()?, tempfile::tempdir()?);
         let [counted, guessed] = MODELS;
         let mut config = String::new();
@@ -72,7 +72,6 @@ impl Proxy {
         )?;
         let file = directory.path().join("forebay.toml");
         std::fs::write(&file, config)?;
-        let mut command = machine::pinned(machine::PROXY_CORE, program);
         command.arg("serve").arg("--config").arg(&file);
         Self::start(name, command, address, directory)
     }
@@ -93,9 +92,9 @@ impl Proxy {
         std::fs::read_to_string(self.directory.path().join("stderr")).unwrap_or_default()
     }
 
-    /// Asks until `ask` is answered, for at most ten seconds.
+    /// Asks until `ask` is answered, for at most a minute: a program that is counted step by step starts slowly.
     pub(crate) async fn ready(&mut self, ask: impl AsyncFn() -> anyhow::Result<()>) -> anyhow::Result<()> {
-        const ATTEMPTS: u32 = 200;
+        const ATTEMPTS: u32 = 1200;
         const PAUSE: Duration = Duration::from_millis(50);
         let mut attempt = 1;
         while let Err(error) = ask().await {

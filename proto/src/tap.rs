@@ -56,8 +56,13 @@ impl Tap {
     /// Looks at the next bytes of the answer.
     pub fn feed(&mut self, mut chunk: &[u8]) {
         while !chunk.is_empty() {
+            if self.depth > 1 {
+                let (inner, rest) = chunk.split_at_checked(self.pass_inner(chunk)).unwrap_or((chunk, &[]));
+                self.keep(inner);
+                chunk = rest;
+                continue;
+            }
             let (before, mark, rest) = match self.string {
-                InString::No if self.depth > 1 => split(chunk, chunk.iter().position(|b| nests(*b))),
                 InString::No => split(chunk, chunk.iter().position(|b| nests(*b) || matches!(b, b',' | b':'))),
                 InString::Yes => split(chunk, memchr2(b'"', b'\\', chunk)),
                 InString::Escape => split(chunk, Some(0)),
@@ -81,6 +86,31 @@ impl Tap {
     #[must_use]
     pub fn finish(self) -> Option<Usage> {
         self.usage
+    }
+
+    /// Follows what is inside of a member, until the next byte is of the outermost value again: so many bytes.
+    fn pass_inner(&mut self, bytes: &[u8]) -> usize {
+        let mut at = 0;
+        while let Some(rest) = bytes.get(at..).filter(|rest| !rest.is_empty()) {
+            let length = match self.string {
+                InString::No => rest.iter().position(|byte| nests(*byte)),
+                InString::Yes => memchr2(b'"', b'\\', rest),
+                InString::Escape => Some(0),
+            };
+            let Some(mark) = length.and_then(|length| rest.get(length)) else { return bytes.len() };
+            at += length.unwrap_or(0) + 1;
+            match (self.string, mark) {
+                (InString::No, b'"') | (InString::Escape, _) => self.string = InString::Yes,
+                (InString::Yes, b'"') => self.string = InString::No,
+                (InString::Yes, _) => self.string = InString::Escape,
+                (InString::No, b'{' | b'[') => self.depth += 1,
+                (InString::No, _) => self.depth -= 1,
+            }
+            if self.depth == 1 {
+                break;
+            }
+        }
+        at
     }
 
     fn outside(&mut self, mark: u8) {
@@ -153,9 +183,18 @@ fn split(bytes: &[u8], at: Option<usize>) -> (&[u8], Option<u8>, &[u8]) {
     .unwrap_or((bytes, None, &[]))
 }
 
-/// Opens or closes something.
+/// Opens or closes something. By a table, since all that is outside of strings is looked at.
 fn nests(byte: u8) -> bool {
-    matches!(byte, b'"' | b'{' | b'}' | b'[' | b']')
+    const NESTS: [bool; 256] = {
+        let mut nests = [false; 256];
+        let mut marks: &[u8] = b"\"{}[]";
+        while let [mark, rest @ ..] = marks {
+            nests[*mark as usize] = true;
+            marks = rest;
+        }
+        nests
+    };
+    NESTS.get(usize::from(byte)).is_some_and(|nests| *nests)
 }
 
 #[cfg(test)]

@@ -39,7 +39,7 @@ pub(super) enum Error {
     #[error("the body broke off")]
     ClientGone,
     #[error("header `{name}` must be {expected}")]
-    Header { name: &'static str, expected: &'static str },
+    Header { name: HeaderName, expected: &'static str },
     #[error("{}", .0.message)]
     Unreadable(Unreadable),
     #[error("the drain time is over")]
@@ -114,7 +114,7 @@ impl Error {
             }
             Self::Header { name, expected } => {
                 let message = format!("Invalid header '{name}': expected {expected}.");
-                bad_request(StatusCode::BAD_REQUEST, Some("invalid_value"), Some(name), message)
+                bad_request(StatusCode::BAD_REQUEST, Some("invalid_value"), Some(name.as_str()), message)
             }
             Self::Unreadable(Unreadable { message, param, code }) => {
                 bad_request(StatusCode::BAD_REQUEST, Some(code), param.as_deref(), message.clone())

@@ -13,31 +13,35 @@ use crate::ids::RequestName;
 use crate::routing::Route;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-const PRIORITY: &str = "x-forebay-priority";
-const DEADLINE_MS: &str = "x-forebay-deadline-ms";
+const PRIORITY: HeaderName = HeaderName::from_static("x-forebay-priority");
+const DEADLINE_MS: HeaderName = HeaderName::from_static("x-forebay-deadline-ms");
 const WORKER: HeaderName = HeaderName::from_static("x-forebay-worker");
 const MODEL: HeaderName = HeaderName::from_static("x-forebay-model");
 const QUEUE_MS: HeaderName = HeaderName::from_static("x-forebay-queue-ms");
 const PREDICTED_WAIT_MS: HeaderName = HeaderName::from_static("x-forebay-predicted-wait-ms");
 
+/// Fields of an answer's head, the HTTP library's own among them.
+pub(super) const ANSWER_FIELDS: usize = 10;
+
 /// What goes on to an engine as it came: trace context, and vLLM's session attribution. Everything else (keys,
 /// cookies, addresses) stays here.
-const FORWARDED: [&str; 3] = ["traceparent", "tracestate", "x-session-id"];
+const FORWARDED: [HeaderName; 3] = [
+    HeaderName::from_static("traceparent"),
+    HeaderName::from_static("tracestate"),
+    HeaderName::from_static("x-session-id"),
+];
 
 pub(super) fn request_id(headers: &HeaderMap) -> Option<&[u8]> {
     headers.get(&REQUEST_ID).map(HeaderValue::as_bytes)
 }
 
 pub(super) fn forwarded(headers: &HeaderMap) -> HeaderMap {
-    FORWARDED
-        .iter()
-        .filter_map(|name| headers.get(*name).map(|value| (HeaderName::from_static(name), value.clone())))
-        .collect()
+    FORWARDED.iter().filter_map(|name| headers.get(name).map(|value| (name.clone(), value.clone()))).collect()
 }
 
 /// The class a request asks for; `default` when it asks for none.
 pub(super) fn class(headers: &HeaderMap) -> Result<Class, Error> {
-    match headers.get(PRIORITY).map(HeaderValue::as_bytes) {
+    match headers.get(&PRIORITY).map(HeaderValue::as_bytes) {
         None | Some(b"default") => Ok(Class::Default),
         Some(b"interactive") => Ok(Class::Interactive),
         Some(b"batch") => Ok(Class::Batch),
@@ -47,7 +51,7 @@ pub(super) fn class(headers: &HeaderMap) -> Result<Class, Error> {
 
 /// The latest first token that a request asks for.
 pub(super) fn deadline(headers: &HeaderMap, arrived: Instant) -> Result<Option<Instant>, Error> {
-    let Some(value) = headers.get(DEADLINE_MS) else { return Ok(None) };
+    let Some(value) = headers.get(&DEADLINE_MS) else { return Ok(None) };
     match value.to_str().ok().and_then(|text| text.trim().parse::<u32>().ok()) {
         Some(milliseconds) if milliseconds > 0 => Ok(Some(arrived + Duration::from_millis(milliseconds.into()))),
         _ => Err(Error::Header { name: DEADLINE_MS, expected: "a whole number of milliseconds above 0" }),

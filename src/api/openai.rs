@@ -89,6 +89,7 @@ async fn answer(api: &Api, entry: &mut Entry, request: Request, kind: &Kind) -> 
 impl Open {
     fn respond(self, api: &Api, entry: Entry, name: &RequestName) -> Response {
         let mut response = Response::new(Body::empty());
+        response.headers_mut().reserve(headers::ANSWER_FIELDS);
         headers::identify(&mut response, name);
         headers::describe(&mut response, &self.route, &self.opened);
         let place = self.opened.place;

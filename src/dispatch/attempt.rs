@@ -68,15 +68,15 @@ pub(super) fn reason(failure: Failure) -> usize {
 /// Sends `job` to `worker` and waits for the beginning of its answer.
 pub(super) async fn attempt(worker: &Worker, job: &Job<'_>) -> Result<Reply, Failed> {
     worker.traffic.note();
-    let opening = open(worker, job);
-    // The transport bounds silence; this also bounds an engine that sends nothing but keep-alive comments.
-    tokio::time::timeout(worker.first_byte, opening).await.unwrap_or(Err(Failed::elsewhere(Failure::Timeout)))
+    // Not left to the transport: an engine that sends nothing but keep-alive comments is late, too.
+    let opening = tokio::time::timeout(worker.first_byte, open(worker, job));
+    opening.await.unwrap_or(Err(Failed::elsewhere(Failure::Timeout)))
 }
 
 async fn open(worker: &Worker, job: &Job<'_>) -> Result<Reply, Failed> {
     let response = worker.channel.send(outgoing(worker, job)).await?;
     if !response.status.is_success() {
-        return Err(refused(response).await);
+        return Err(Box::pin(refused(response)).await);
     }
     let streamed = job.asked.streaming().is_some_and(|streaming| streaming.stream);
     if streamed && is_event_stream(&response.headers) { stream(response.body).await } else { whole(response).await }
@@ -94,7 +94,7 @@ fn outgoing(worker: &Worker, job: &Job<'_>) -> Outgoing {
     }
     let mut headers = job.headers.clone();
     // Engines name their own requests after it: a name used twice would meet itself in vLLM.
-    if let Ok(name) = HeaderValue::from_str(RequestName::fresh().as_str()) {
+    if let Some(name) = RequestName::fresh_header() {
         headers.insert(REQUEST_ID, name);
     }
     headers.insert(CONTENT_TYPE, JSON);

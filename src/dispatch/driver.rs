@@ -45,9 +45,12 @@ pub(super) struct Driver {
     registry: Registry,
 }
 
+/// Those whom the core had nothing to say to at once.
+type Waiters = HashMap<RequestId, oneshot::Sender<Verdict>>;
+
 struct State {
     core: Core,
-    waiting: HashMap<RequestId, oneshot::Sender<Verdict>>,
+    waiters: Waiters,
     actions: Vec<Action>,
     /// The deadline that the timer task sleeps for.
     armed: Option<Tick>,
@@ -58,7 +61,7 @@ impl Driver {
     pub(super) fn new(registry: Registry, on_action: impl Fn(Action) + Send + Sync + 'static) -> Self {
         let core = Core::new(Config::default(), rand::random());
         Self {
-            state: Mutex::new(State { core, waiting: HashMap::new(), actions: Vec::new(), armed: None }),
+            state: Mutex::new(State { core, waiters: Waiters::new(), actions: Vec::new(), armed: None }),
             epoch: Instant::now(),
             next_request: AtomicU64::new(1),
             nearer: Notify::new(),
@@ -75,7 +78,7 @@ impl Driver {
 
     /// Tells the core what happened.
     pub(super) fn tell(&self, event: Event) {
-        self.turn(|core, now, actions| core.handle(now, event, actions), None);
+        self.turn(None, |core, now, actions| core.handle(now, event, actions), |_, _| ());
     }
 
     /// Reads something of the core.
@@ -91,53 +94,73 @@ impl Driver {
     /// Brings a new request; `make` gets its name.
     pub(super) fn arrive(self: &Arc<Self>, make: impl FnOnce(RequestId) -> Request) -> (Place, Waiting) {
         let id = RequestId(self.next_request.fetch_add(1, Ordering::Relaxed));
-        let (sender, receiver) = oneshot::channel();
-        let request = make(id);
         let place = Place { driver: Arc::clone(self), id, end: None };
-        self.turn(|core, now, actions| core.handle(now, Event::Arrived(request), actions), Some((id, sender)));
-        (place, Waiting(receiver))
+        let waiting = self.ask(id, Event::Arrived(make(id)));
+        (place, waiting)
     }
 
-    fn turn(
+    /// Tells the core what happened to a request that waits for its word from now on.
+    fn ask(&self, request: RequestId, event: Event) -> Waiting {
+        self.turn(
+            Some(request),
+            |core, now, actions| core.handle(now, event, actions),
+            |waiters, said| {
+                said.map_or_else(
+                    || {
+                        let (waiter, word) = oneshot::channel();
+                        waiters.insert(request, waiter);
+                        Waiting::Later(word)
+                    },
+                    Waiting::Said,
+                )
+            },
+        )
+    }
+
+    /// One call of the core. What it says to `asker` goes to `settle`, under the same lock; what it says to others
+    /// wakes them.
+    fn turn<T>(
         &self,
+        asker: Option<RequestId>,
         run: impl FnOnce(&mut Core, Tick, &mut Vec<Action>),
-        waiter: Option<(RequestId, oneshot::Sender<Verdict>)>,
-    ) {
-        let started = std::time::Instant::now();
+        settle: impl FnOnce(&mut Waiters, Option<Verdict>) -> T,
+    ) -> T {
         let mut outside = smallvec::SmallVec::<[Action; 4]>::new();
-        let nearer = {
-            let mut state = self.state.lock();
-            let State { core, waiting, actions, armed } = &mut *state;
-            waiting.extend(waiter);
-            run(core, self.tick(Instant::now()), actions);
-            for action in actions.drain(..) {
-                match action {
-                    Action::Send { request, worker, matched_tokens, predicted_at_arrival, .. } => {
-                        let sent = Sent { worker, matched_tokens, predicted_wait: predicted_at_arrival };
-                        if let Some(waiter) = waiting.remove(&request) {
-                            let _ = waiter.send(Verdict::Sent(sent));
-                        }
-                    }
-                    Action::Refuse { request, reason, retry_after } => {
-                        if let Some(waiter) = waiting.remove(&request) {
-                            let _ = waiter.send(Verdict::Refused { reason, retry_after });
-                        }
-                    }
-                    other => outside.push(other),
+        let mut said = None;
+        let mut state = self.state.lock();
+        let now = Instant::now();
+        let State { core, waiters, actions, armed } = &mut *state;
+        run(core, self.tick(now), actions);
+        for action in actions.drain(..) {
+            let (request, verdict) = match action {
+                Action::Send { request, worker, matched_tokens, predicted_at_arrival, .. } => {
+                    (request, Verdict::Sent(Sent { worker, matched_tokens, predicted_wait: predicted_at_arrival }))
                 }
+                Action::Refuse { request, reason, retry_after } => (request, Verdict::Refused { reason, retry_after }),
+                other => {
+                    outside.push(other);
+                    continue;
+                }
+            };
+            if asker == Some(request) {
+                said.get_or_insert(verdict);
+            } else if let Some(waiter) = waiters.remove(&request) {
+                let _ = waiter.send(verdict);
             }
-            let next = core.next_deadline();
-            let nearer = next.is_some_and(|next| armed.is_none_or(|armed| next < armed));
-            if nearer {
-                *armed = next;
-            }
-            nearer
-        };
-        self.registry.decision_seconds.record(started.elapsed().as_secs_f64());
+        }
+        let settled = settle(waiters, said);
+        let next = core.next_deadline();
+        let nearer = next.is_some_and(|next| armed.is_none_or(|armed| next < armed));
+        if nearer {
+            *armed = next;
+        }
+        drop(state);
+        self.registry.decision_seconds.record(now.elapsed().as_secs_f64());
         if nearer {
             self.nearer.notify_one();
         }
         outside.into_iter().for_each(&self.on_action);
+        settled
     }
 
     /// Wakes the core at its deadlines. Runs until it is dropped.
@@ -153,7 +176,7 @@ impl Driver {
                         () = tokio::time::sleep_until(self.epoch + Duration::from_micros(at.0)) => {}
                     }
                     self.state.lock().armed = None;
-                    self.turn(|core, now, actions| core.tick(now, actions), None);
+                    self.turn(None, |core, now, actions| core.tick(now, actions), |_, _| ());
                 }
             }
         }
@@ -166,13 +189,20 @@ pub(super) fn takes_requests(view: &WorkerView) -> bool {
 }
 
 /// The core's next word on a request.
-pub(super) struct Waiting(oneshot::Receiver<Verdict>);
+pub(super) enum Waiting {
+    Said(Verdict),
+    Later(oneshot::Receiver<Verdict>),
+}
 
 impl Waiting {
     pub(super) async fn wait(self) -> Verdict {
-        // The sender is dropped unused only when the core forgets a request without a word, which it never does.
-        let lost = Verdict::Refused { reason: Refusal::NoWorker, retry_after: None };
-        self.0.await.unwrap_or(lost)
+        match self {
+            Self::Said(verdict) => verdict,
+            // The sender is dropped unused only when the core forgets a request without a word, which it never does.
+            Self::Later(word) => {
+                word.await.unwrap_or(Verdict::Refused { reason: Refusal::NoWorker, retry_after: None })
+            }
+        }
     }
 }
 
@@ -195,10 +225,7 @@ impl Place {
 
     /// The attempt brought nothing and the client has seen nothing; waits for the next word.
     pub(super) fn attempt_failed(&self, failure: Failure) -> Waiting {
-        let (sender, receiver) = oneshot::channel();
-        let event = Event::AttemptFailed { request: self.id, failure };
-        self.driver.turn(|core, now, actions| core.handle(now, event, actions), Some((self.id, sender)));
-        Waiting(receiver)
+        self.driver.ask(self.id, Event::AttemptFailed { request: self.id, failure })
     }
 
     /// The engine refused the request for what it is; the worker is well.
@@ -215,11 +242,15 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let request = self.id;
-        self.driver.tell(match self.end.take() {
+        let event = match self.end.take() {
             Some(end) => Event::Ended { request, end },
             None => Event::Cancelled { request },
-        });
-        // Withdrawn while it waited: nobody will ask for the verdict any more.
-        self.driver.state.lock().waiting.remove(&request);
+        };
+        self.driver.turn(
+            None,
+            |core, now, actions| core.handle(now, event, actions),
+            // Withdrawn while it waited: nobody will ask for the verdict any more.
+            |waiters, _| _ = waiters.remove(&request),
+        );
     }
 }

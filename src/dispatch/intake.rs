@@ -215,7 +215,8 @@ impl Intake {
     }
 
     fn member(&self, id: WorkerId, pool: &PoolSpec, spec: &WorkerSpec) -> Member {
-        let timeouts = Timeouts { first_byte: Some(spec.first_byte), idle: spec.idle, ..Timeouts::default() };
+        // Whoever asks bounds the wait for the first byte: attempts, probes and counts each as they need.
+        let timeouts = Timeouts { first_byte: None, idle: spec.idle, ..Timeouts::default() };
         let worker = Arc::new(Worker {
             id,
             pool: pool.pool,

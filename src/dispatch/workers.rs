@@ -1,9 +1,9 @@
 //! The workers as the shell knows them: name, connection, engine, and what it calls the model.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use foldhash::HashMap;
 use forebay_backends::signals::Traffic;
 use forebay_backends::transport::Channel;
 use forebay_scheduler::{HealthState, PoolId, WorkerId, WorkerSpec};

@@ -47,7 +47,7 @@ pub struct StreamRelay {
     completeness: Completeness,
     malformed: u32,
     after_finish: Option<Pin<Box<Sleep>>>,
-    closing: Pin<Box<WaitForCancellationFutureOwned>>,
+    closing: Closing,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,7 +84,7 @@ impl StreamRelay {
             completeness: Completeness::new(choices),
             malformed: 0,
             after_finish: None,
-            closing: Box::pin(closing.cancelled_owned()),
+            closing: Closing::new(closing),
         }
     }
 
@@ -221,7 +221,7 @@ impl StreamRelay {
 
     /// Nothing is there to send: the clocks that end a stream all the same.
     fn poll_limits(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
-        if self.state == State::Flowing && self.closing.as_mut().poll(context).is_ready() {
+        if self.state == State::Flowing && self.closing.poll(context).is_ready() {
             return Poll::Ready(Some(self.cut("the gateway is shutting down", Failure::Reset)));
         }
         if self.completeness.complete() {
@@ -255,6 +255,23 @@ impl http_body::Body for StreamRelay {
 
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         self.get_mut().poll(context).map(|bytes| bytes.map(|bytes| Ok(Frame::data(bytes))))
+    }
+}
+
+/// The end of the gateway's drain time, watched from when there is first nothing to send.
+struct Closing {
+    token: CancellationToken,
+    watch: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
+}
+
+impl Closing {
+    fn new(token: CancellationToken) -> Self {
+        Self { token, watch: None }
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let watch = self.watch.get_or_insert_with(|| Box::pin(self.token.clone().cancelled_owned()));
+        watch.as_mut().poll(context)
     }
 }
 
@@ -297,7 +314,7 @@ pub struct WholeRelay {
     tap: Tap,
     /// Bytes still to go, where known.
     left: Option<u64>,
-    closing: Pin<Box<WaitForCancellationFutureOwned>>,
+    closing: Closing,
 }
 
 /// Why a whole answer ends before its last byte.
@@ -314,15 +331,8 @@ impl WholeRelay {
     #[must_use]
     pub fn new(entry: Entry, place: Place, whole: Whole, closing: CancellationToken) -> Self {
         let Whole { head, rest, length, .. } = whole;
-        let mut relay = Self {
-            entry,
-            place,
-            head,
-            upstream: rest,
-            tap: Tap::new(),
-            left: length,
-            closing: Box::pin(closing.cancelled_owned()),
-        };
+        let mut relay =
+            Self { entry, place, head, upstream: rest, tap: Tap::new(), left: length, closing: Closing::new(closing) };
         if relay.is_all() {
             relay.complete();
         }
@@ -370,7 +380,7 @@ impl http_body::Body for WholeRelay {
         }
         let Some(upstream) = &mut this.upstream else { return Poll::Ready(None) };
         match upstream.poll_data(context) {
-            Poll::Pending if this.closing.as_mut().poll(context).is_ready() => {
+            Poll::Pending if this.closing.poll(context).is_ready() => {
                 this.cut(End::Cancelled);
                 Poll::Ready(Some(Err(Cut::Closing)))
             }

@@ -100,7 +100,8 @@ impl Channel {
                 Err(Failed { error, .. }) => return Err(error),
             }
         }
-        self.inner.send_fresh(request).await
+        // Connecting is rare and its future is large; every request would carry it along.
+        Box::pin(self.inner.send_fresh(request)).await
     }
 
     /// Asks for a small answer, bounded in time and size as a whole. Should a reused connection turn out to be closed it
@@ -122,7 +123,9 @@ impl Channel {
         };
         bounded(limit, async {
             let response = match self.send(question()).await {
-                Err(Error::Reset { reused: true, .. }) => self.inner.send_fresh(self.inner.encode(question())).await?,
+                Err(Error::Reset { reused: true, .. }) => {
+                    Box::pin(self.inner.send_fresh(self.inner.encode(question()))).await?
+                }
                 other => other?,
             };
             Ok((response.status, response.body.collect(bytes_max).await?))
@@ -209,7 +212,7 @@ impl Inner {
 }
 
 fn strip(headers: &mut HeaderMap) {
-    if headers.is_empty() {
+    if !headers.keys().any(|name| DROPPED.contains(name)) {
         return;
     }
     // The Connection header may name further headers that are meant for one hop.

@@ -1,6 +1,9 @@
 //! The `usage` object, and where it stands in a chunk.
 
-use serde_json::Value;
+use std::fmt;
+
+use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
+use serde_json::value::RawValue;
 
 use crate::peek::Span;
 
@@ -19,20 +22,92 @@ pub struct Usage {
 impl Usage {
     /// Reads a JSON object; None for any other value.
     pub(crate) fn read(json: &[u8]) -> Option<Self> {
-        let Value::Object(usage) = serde_json::from_slice(json).ok()? else { return None };
-        let detail = |group: &str, name: &str| count(usage.get(group)?.get(name)?);
+        let usage = Members::read(std::str::from_utf8(json).ok()?)?;
+        let count_in = |details: Option<&str>, of: fn(&Members<'_>) -> Option<u64>| of(&Members::read(details?)?);
         Some(Self {
-            prompt_tokens: usage.get("prompt_tokens").and_then(count).unwrap_or(0),
-            completion_tokens: usage.get("completion_tokens").and_then(count).unwrap_or(0),
-            cached_tokens: detail("prompt_tokens_details", "cached_tokens"),
-            reasoning_tokens: detail("completion_tokens_details", "reasoning_tokens"),
+            prompt_tokens: usage.prompt_tokens.and_then(count).unwrap_or(0),
+            completion_tokens: usage.completion_tokens.and_then(count).unwrap_or(0),
+            cached_tokens: count_in(usage.prompt_details, |details| count(details.cached_tokens?)),
+            reasoning_tokens: count_in(usage.completion_details, |details| count(details.reasoning_tokens?)),
         })
     }
 }
 
-fn count(value: &Value) -> Option<u64> {
+/// A JSON number as a count.
+fn count(json: &str) -> Option<u64> {
     // `as` saturates, negative counts become 0.
-    value.as_u64().or_else(|| value.as_f64().map(|value| value as u64))
+    json.parse().ok().or_else(|| json.parse().ok().map(|value: f64| value as u64))
+}
+
+/// The values of a `usage` object, or of one of the objects in it, as they are written. The last of equal keys counts.
+#[derive(Default)]
+struct Members<'a> {
+    prompt_tokens: Option<&'a str>,
+    completion_tokens: Option<&'a str>,
+    prompt_details: Option<&'a str>,
+    completion_details: Option<&'a str>,
+    cached_tokens: Option<&'a str>,
+    reasoning_tokens: Option<&'a str>,
+}
+
+impl<'a> Members<'a> {
+    fn read(json: &'a str) -> Option<Self> {
+        if !json.trim_ascii_start().starts_with('{') {
+            return None; // most often `null`, and an error takes long to make
+        }
+        let mut members = Self::default();
+        let mut json = serde_json::Deserializer::from_str(json);
+        json.deserialize_map(&mut members).ok()?;
+        json.end().ok()?;
+        Some(members)
+    }
+}
+
+impl<'a> Visitor<'a> for &mut Members<'a> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(Key(place)) = map.next_key()? {
+            let value = map.next_value::<&RawValue>()?.get();
+            if let Some(place) = place {
+                *place(self) = Some(value);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where the value of a key goes.
+struct Key(Option<for<'m, 'a> fn(&'m mut Members<'a>) -> &'m mut Option<&'a str>>);
+
+impl<'de> Deserialize<'de> for Key {
+    fn deserialize<D: Deserializer<'de>>(json: D) -> Result<Self, D::Error> {
+        struct Name;
+        impl Visitor<'_> for Name {
+            type Value = Key;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a key")
+            }
+
+            fn visit_str<E: Error>(self, key: &str) -> Result<Key, E> {
+                Ok(Key(match key {
+                    "prompt_tokens" => Some(|members| &mut members.prompt_tokens),
+                    "completion_tokens" => Some(|members| &mut members.completion_tokens),
+                    "prompt_tokens_details" => Some(|members| &mut members.prompt_details),
+                    "completion_tokens_details" => Some(|members| &mut members.completion_details),
+                    "cached_tokens" => Some(|members| &mut members.cached_tokens),
+                    "reasoning_tokens" => Some(|members| &mut members.reasoning_tokens),
+                    _ => None,
+                }))
+            }
+        }
+        json.deserialize_str(Name)
+    }
 }
 
 /// The span of the member whose value is `value`, a slice of `data`, together with one comma beside it.

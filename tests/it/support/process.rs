@@ -217,20 +217,22 @@ impl Gateway {
         metric(&client::get(self.ops, "/metrics").text(), start)
     }
 
-    /// All rows of the journal, oldest first.
-    pub(crate) fn rows(&self) -> Vec<serde_json::Value> {
+    /// The journal's files, oldest first.
+    pub(crate) fn journal(&self) -> Vec<String> {
         let mut files: Vec<PathBuf> = std::fs::read_dir(self.directory.path().join("data/journal"))
             .expect("the journal's directory")
             .map(|entry| entry.expect("an entry").path())
             .collect();
         files.sort();
-        let mut rows = Vec::new();
-        for file in files {
-            let mut text = String::new();
-            std::fs::File::open(file).and_then(|mut file| file.read_to_string(&mut text)).expect("a journal file");
-            rows.extend(text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("a row")));
-        }
-        rows
+        files.into_iter().map(|file| std::fs::read_to_string(file).expect("a journal file")).collect()
+    }
+
+    /// All rows of the journal, oldest first.
+    pub(crate) fn rows(&self) -> Vec<serde_json::Value> {
+        let read = |line: &str| serde_json::from_str::<serde_json::Value>(line).expect("a row");
+        // A reader may meet a batch of rows half-way.
+        let written = |file: &String| file[..file.rfind('\n').unwrap_or(0)].lines().map(read).collect::<Vec<_>>();
+        self.journal().iter().flat_map(written).collect()
     }
 
     /// The row of the request with this `x-request-id`, as soon as it is there.
