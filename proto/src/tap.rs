@@ -183,18 +183,9 @@ fn split(bytes: &[u8], at: Option<usize>) -> (&[u8], Option<u8>, &[u8]) {
     .unwrap_or((bytes, None, &[]))
 }
 
-/// Opens or closes something. By a table, since all that is outside of strings is looked at.
+/// Opens or closes something.
 fn nests(byte: u8) -> bool {
-    const NESTS: [bool; 256] = {
-        let mut nests = [false; 256];
-        let mut marks: &[u8] = b"\"{}[]";
-        while let [mark, rest @ ..] = marks {
-            nests[*mark as usize] = true;
-            marks = rest;
-        }
-        nests
-    };
-    NESTS.get(usize::from(byte)).is_some_and(|nests| *nests)
+    matches!(byte, b'"' | b'{' | b'}' | b'[' | b']')
 }
 
 #[cfg(test)]
