@@ -10,6 +10,7 @@ macro_rules! say {
 
 mod check;
 mod demo;
+mod figures;
 mod gateway;
 mod ops;
 mod replay;

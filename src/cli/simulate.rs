@@ -22,8 +22,6 @@ use forebay_scheduler::Config;
 use forebay_simulator::{EngineConfig, Fault, Offered, Outcome, Policy, Settings, Trace};
 use parking_lot::Mutex;
 
-pub(super) use report::Percentiles;
-
 use super::{WRONG_USE, WrongUse, positive, trace};
 
 /// Replay a trace through the scheduler, and through its rivals, in virtual time.

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use forebay_scheduler::Tick;
-use forebay_simulator::{Cell, Entry, Settings, Spread, Trace, What};
+use forebay_simulator::{Cell, Entry, Settings, Trace, What};
 use serde::Serialize;
 use tokio::time::Instant;
 
 use super::call::{End, Outcome};
-use crate::cli::simulate::Percentiles;
+use crate::cli::figures::{Figures, Percentiles};
 use crate::cli::table::Table;
 
 /// The worker of an answer that names none.
@@ -42,7 +42,8 @@ pub(super) struct Replayed {
 pub(super) struct Report {
     #[serde(flatten)]
     plan: Plan,
-    cells: [Figures; 1],
+    /// As those of `simulate`.
+    cells: [Measured; 1],
     /// Answers by worker, where a gateway names it.
     workers: BTreeMap<String, u32>,
     /// How much later than due a request was sent, at worst.
@@ -55,25 +56,10 @@ pub(super) struct Report {
     complaints: BTreeMap<&'static str, String>,
 }
 
-/// As the cells of `simulate` have them.
 #[derive(Serialize)]
-struct Figures {
-    rate: f64,
-    seed: u64,
-    requests: u32,
-    completed: u32,
-    shed: u32,
-    timed_out: u32,
-    refused: u32,
-    failed: u32,
-    ttft_ms: Option<Percentiles>,
-    tpot_ms: Option<Percentiles>,
-    e2e_ms: Option<Percentiles>,
-    within_slo: f64,
-    goodput_rps: f64,
-    hit_ratio_tokens: Option<f64>,
-    load_max_over_mean: Option<f64>,
-    jain_tenants: Option<f64>,
+struct Measured {
+    #[serde(flatten)]
+    figures: Figures,
     seconds: f64,
 }
 
@@ -99,7 +85,7 @@ impl Report {
         };
         Self {
             plan,
-            cells: [figures(&cell)],
+            cells: [Measured { figures: Figures::of(&cell), seconds: cell.virtual_seconds }],
             workers,
             late_ms_max: late.unwrap_or_default().as_secs_f64() * 1e3,
             held_back,
@@ -119,11 +105,11 @@ impl Report {
 
     /// The figures for a person.
     pub(super) fn text(&self) -> String {
-        let [cell] = &self.cells;
+        let [Measured { figures: cell, seconds }] = &self.cells;
         let Plan { trace, url, model, rate, slo_ttft_ms, .. } = &self.plan;
         let mut text = format!(
-            "{trace} at rate {rate}, against `{model}` of {url}: {} requests in {:.1} s\n\n",
-            cell.requests, cell.seconds
+            "{trace} at rate {rate}, against `{model}` of {url}: {} requests in {seconds:.1} s\n\n",
+            cell.requests
         );
         let mut table = Table::new().text("ms").number("mean").number("p50").number("p90").number("p99");
         for (name, spread) in [("ttft", cell.ttft_ms), ("tpot", cell.tpot_ms), ("e2e", cell.e2e_ms)] {
@@ -215,29 +201,6 @@ fn settings(plan: &Plan, workers: usize) -> Settings {
         jitter: Duration::from_millis(plan.jitter_ms),
         slo_ttft: Duration::from_millis(plan.slo_ttft_ms),
         ..Settings::default()
-    }
-}
-
-fn figures(cell: &Cell) -> Figures {
-    let percentiles = |spread: Option<Spread>| spread.map(Percentiles::from);
-    Figures {
-        rate: cell.rate,
-        seed: cell.seed,
-        requests: cell.requests,
-        completed: cell.completed,
-        shed: cell.shed,
-        timed_out: cell.timed_out,
-        refused: cell.refused,
-        failed: cell.failed,
-        ttft_ms: percentiles(cell.ttft_ms),
-        tpot_ms: percentiles(cell.tpot_ms),
-        e2e_ms: percentiles(cell.e2e_ms),
-        within_slo: cell.within_slo,
-        goodput_rps: cell.goodput_rps,
-        hit_ratio_tokens: cell.hit_ratio_tokens,
-        load_max_over_mean: cell.load_max_over_mean,
-        jain_tenants: cell.jain_tenants,
-        seconds: cell.virtual_seconds,
     }
 }
 

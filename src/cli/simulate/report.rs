@@ -1,7 +1,9 @@
 //! `report.json`. Times are in milliseconds but where the name says otherwise; what was not measured is null.
 
-use forebay_simulator::{Cell, EngineConfig, Offered, Settings, Spread};
+use forebay_simulator::{Cell, EngineConfig, Offered, Settings};
 use serde::Serialize;
+
+use crate::cli::figures::Figures;
 
 #[derive(Serialize)]
 struct Report<'a> {
@@ -41,40 +43,12 @@ struct Work {
 #[derive(Serialize)]
 struct Row<'a> {
     policy: &'a str,
-    rate: f64,
     load: Option<f64>,
-    seed: u64,
-    requests: u32,
-    completed: u32,
-    shed: u32,
-    timed_out: u32,
-    refused: u32,
-    failed: u32,
-    ttft_ms: Option<Percentiles>,
-    tpot_ms: Option<Percentiles>,
-    e2e_ms: Option<Percentiles>,
-    within_slo: f64,
-    goodput_rps: f64,
-    hit_ratio_tokens: Option<f64>,
+    #[serde(flatten)]
+    figures: Figures,
     preemptions: u32,
-    load_max_over_mean: Option<f64>,
-    jain_tenants: Option<f64>,
     decision_us: Option<Decision>,
     virtual_seconds: f64,
-}
-
-#[derive(Debug, Clone, Copy, Serialize)]
-pub(in crate::cli) struct Percentiles {
-    pub(in crate::cli) mean: f64,
-    pub(in crate::cli) p50: f64,
-    pub(in crate::cli) p90: f64,
-    pub(in crate::cli) p99: f64,
-}
-
-impl From<Spread> for Percentiles {
-    fn from(Spread { mean, p50, p90, p99 }: Spread) -> Self {
-        Self { mean, p50, p90, p99 }
-    }
 }
 
 #[derive(Serialize)]
@@ -125,27 +99,11 @@ fn engine(config: &EngineConfig) -> Engine {
 }
 
 fn row(cell: &Cell) -> Row<'_> {
-    let percentiles = |spread: Option<Spread>| spread.map(Percentiles::from);
     Row {
         policy: cell.policy,
-        rate: cell.rate,
         load: cell.load,
-        seed: cell.seed,
-        requests: cell.requests,
-        completed: cell.completed,
-        shed: cell.shed,
-        timed_out: cell.timed_out,
-        refused: cell.refused,
-        failed: cell.failed,
-        ttft_ms: percentiles(cell.ttft_ms),
-        tpot_ms: percentiles(cell.tpot_ms),
-        e2e_ms: percentiles(cell.e2e_ms),
-        within_slo: cell.within_slo,
-        goodput_rps: cell.goodput_rps,
-        hit_ratio_tokens: cell.hit_ratio_tokens,
+        figures: Figures::of(cell),
         preemptions: cell.preemptions,
-        load_max_over_mean: cell.load_max_over_mean,
-        jain_tenants: cell.jain_tenants,
         decision_us: cell.decision_us.map(|(p50, p99)| Decision { p50, p99 }),
         virtual_seconds: cell.virtual_seconds,
     }
