@@ -148,6 +148,8 @@ pub struct Worker {
     pub model: Option<Name>,
     /// Sent to the worker as a bearer token.
     pub api_key: Option<Secret>,
+    /// Whether it is spoken to in HTTP/2 although its address is `http`.
+    pub http2: bool,
     /// Where it publishes what its prefix cache holds; `None`: asked of the worker.
     pub kv_events: Option<KvSource>,
 }
