@@ -26,6 +26,7 @@ mod queue;
 mod refusals;
 mod reload;
 mod replay;
+mod rolling;
 mod simulate;
 mod simulated;
 mod stream_ends;
