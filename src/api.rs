@@ -49,6 +49,12 @@ pub fn router(api: Api) -> Router {
         .with_state(Arc::new(api))
 }
 
+/// What the HTTP library refuses by itself, in the shape of every refusal: header lines and a body for a status.
+#[must_use]
+pub fn unread(status: u16) -> (String, Vec<u8>) {
+    errors::unread(status, &RequestName::fresh())
+}
+
 async fn not_found(request: Request) -> Response {
     let name = RequestName::from_client(headers::request_id(request.headers()));
     Error::UnknownPath { method: request.method().clone(), path: request.uri().path().to_owned() }.respond(&name)

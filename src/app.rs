@@ -26,7 +26,7 @@ use crate::ledger::{Journal, Ledger};
 use crate::pipeline::Pipeline;
 use crate::prepare::Prepare;
 use crate::routing::Routing;
-use crate::server::Server;
+use crate::server::{Bounds, Server};
 use crate::telemetry::{ModelMetrics, Registry};
 use catalog::Catalog;
 
@@ -86,6 +86,8 @@ impl Gateway {
             .context("cannot start the thread for KV-cache events")?;
         let routing = Arc::new(Routing::default());
         let prepare = Arc::new(Prepare::start().context("cannot start the counting threads")?);
+        let stall_max = server.stall_max;
+        let bounds = |connections_max| Bounds { connections_max, stall_max };
         let (body_bytes_max, connections_max) = (server.body_bytes_max, server.max_connections.get() as usize);
         let catalog = Arc::new(Catalog::new(Arc::clone(&routing), Arc::clone(&dispatch)));
         catalog.apply(config).await?;
@@ -101,9 +103,9 @@ impl Gateway {
         }));
         let pipeline = Pipeline { routing, prepare, dispatch: Arc::clone(&dispatch) };
         let api = Api { pipeline, ledger, body_bytes_max, closing: closing.clone() };
-        let client = Server::new(listeners.client, api::router(api), connections_max)?;
+        let client = Server::new(listeners.client, api::router(api), bounds(connections_max), api::unread)?;
         let admin = Admin { registry, dispatch: Arc::clone(&dispatch), owner, stopping: stopping.clone() };
-        let ops = Server::new(listeners.ops, admin::router(admin), OPS_CONNECTIONS_MAX)?;
+        let ops = Server::new(listeners.ops, admin::router(admin), bounds(OPS_CONNECTIONS_MAX), api::unread)?;
         let addresses = (client.address(), ops.address());
         serving.spawn(client.run(serving.clone(), stopping.clone(), abort.clone()));
         // The ops listener answers until the very end, so that a drain can be watched.

@@ -70,6 +70,8 @@ pub struct Server {
     pub body_bytes_max: usize,
     /// Connections of the client listener open at once; one more waits in the listener's backlog.
     pub max_connections: NonZeroU32,
+    /// How long a client may take no byte of an answer that is there; after that its connection is closed.
+    pub stall_max: Duration,
     /// How long running requests may go on after SIGTERM.
     pub drain: Duration,
     /// Whether each finished request is logged as a line.
@@ -148,6 +150,8 @@ pub struct Worker {
     pub model: Option<Name>,
     /// Sent to the worker as a bearer token.
     pub api_key: Option<Secret>,
+    /// Whether it is spoken to in HTTP/2 although its address is `http`.
+    pub http2: bool,
     /// Where it publishes what its prefix cache holds; `None`: asked of the worker.
     pub kv_events: Option<KvSource>,
 }
@@ -172,6 +176,7 @@ impl Config {
             allow_unauthenticated,
             body_bytes_max,
             max_connections,
+            stall_max,
             drain: _,
             access_log,
         } = &mut self.server;
@@ -182,6 +187,7 @@ impl Config {
         keep("allow_unauthenticated", allow_unauthenticated, &old.allow_unauthenticated, &mut refused);
         keep("body_bytes_max", body_bytes_max, &old.body_bytes_max, &mut refused);
         keep("max_connections", max_connections, &old.max_connections, &mut refused);
+        keep("stall_seconds_max", stall_max, &old.stall_max, &mut refused);
         keep("access_log", access_log, &old.access_log, &mut refused);
         for model in &mut self.models {
             model.queue_bytes_max = model.queue_bytes_max.max(*body_bytes_max);

@@ -1,20 +1,31 @@
 //! Listeners: which connections we serve, with bounds, and how they end.
 //!
-//! On shutdown a listener stops accepting at once, answers under way are finished (idle connections close), and what
-//! is left when the drain time is over is closed hard.
+//! On shutdown a listener stops accepting at once, answers under way are finished, and what is left when the drain time
+//! is over is closed hard. Nobody who came in time is turned away: callers whose connection the kernel has made are
+//! served, and an idle connection is closed with an answer that says so, or when it stays idle, so that a client which
+//! asks just then is not cut off.
+
+mod socket;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
+use axum::response::Response;
+use http::HeaderValue;
+use http::header::CONNECTION;
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tower::Service;
+
+use socket::{Refuse, Socket};
 
 /// Time for a client to send its request line and headers.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -25,6 +36,20 @@ const PREFACE_PAUSE: Duration = Duration::from_millis(20);
 const HEADER_BYTES_MAX: usize = 64 << 10;
 const HEADERS_MAX: usize = 100;
 const HTTP2_STREAMS_MAX: u32 = 256;
+/// Streams that a client may reset before they were looked at: beyond that it only means to make work (CVE-2023-44487).
+const HTTP2_RESETS_MAX: usize = 64;
+/// On shutdown: how long handshakes that have begun may take to end.
+const LAST_HANDSHAKES: Duration = Duration::from_millis(50);
+/// On shutdown: how long a connection may stay idle before it is closed. A client that has more to ask does so sooner.
+const IDLE_AT_THE_END: Duration = Duration::from_secs(1);
+
+/// What a listener allows.
+pub struct Bounds {
+    /// Connections open at once; one more waits in the listener's backlog.
+    pub connections_max: usize,
+    /// How long a client may take no byte of its answer.
+    pub stall_max: Duration,
+}
 
 /// One listener with its router and bounds.
 pub struct Server {
@@ -32,15 +57,19 @@ pub struct Server {
     address: SocketAddr,
     router: Router,
     connections: Arc<Semaphore>,
+    bounds: Bounds,
+    refuse: Refuse,
 }
 
 impl Server {
+    /// `refuse` words what the HTTP library refuses by itself: further header lines and a body for a status.
+    ///
     /// # Errors
     /// When the socket has no local address.
-    pub fn new(listener: TcpListener, router: Router, connections_max: usize) -> std::io::Result<Self> {
+    pub fn new(listener: TcpListener, router: Router, bounds: Bounds, refuse: Refuse) -> std::io::Result<Self> {
         let address = listener.local_addr()?;
-        let connections = Arc::new(Semaphore::new(connections_max.min(Semaphore::MAX_PERMITS)));
-        Ok(Self { listener, address, router, connections })
+        let connections = Arc::new(Semaphore::new(bounds.connections_max.min(Semaphore::MAX_PERMITS)));
+        Ok(Self { listener, address, router, connections, bounds, refuse })
     }
 
     #[must_use]
@@ -50,22 +79,37 @@ impl Server {
 
     /// Serves until `stop`; then connections finish what they are at, until `abort`.
     pub async fn run(self, tracker: TaskTracker, stop: CancellationToken, abort: CancellationToken) {
-        let protocol = Arc::new(protocol());
+        let Self { listener, address, router, connections, bounds, refuse } = self;
+        let stopping = AtomicBool::new(false);
+        let serving =
+            Serving { protocol: protocol(), router, stall_max: bounds.stall_max, refuse, stop, abort, stopping };
+        let door = Door { listener, address, connections, serving: Arc::new(serving), tracker };
+        door.serving.stop.run_until_cancelled(door.accept()).await;
+        door.serving.stopping.store(true, Ordering::Relaxed);
+        turn_away(&door.listener);
+        let _ = tokio::time::timeout(LAST_HANDSHAKES, door.accept()).await;
+    }
+}
+
+/// A listener at work.
+struct Door {
+    listener: TcpListener,
+    address: SocketAddr,
+    connections: Arc<Semaphore>,
+    serving: Arc<Serving>,
+    tracker: TaskTracker,
+}
+
+impl Door {
+    async fn accept(&self) {
         loop {
-            let permit = tokio::select! {
-                () = stop.cancelled() => return,
-                permit = Arc::clone(&self.connections).acquire_owned() => permit,
-            };
-            let Ok(permit) = permit else { return };
-            let accepted = tokio::select! {
-                () = stop.cancelled() => return,
-                accepted = self.listener.accept() => accepted,
-            };
-            match accepted {
-                Ok((stream, _)) => {
-                    let connection = connection(Arc::clone(&protocol), stream, self.router.clone(), permit);
-                    tracker.spawn(connection(stop.clone(), abort.clone()));
+            let Ok(permit) = Arc::clone(&self.connections).acquire_owned().await else { return };
+            match self.listener.accept().await {
+                // A stream's events are small writes; waiting to fill a segment costs a client 40 ms each.
+                Ok((stream, _)) if stream.set_nodelay(true).is_ok() => {
+                    self.tracker.spawn(Arc::clone(&self.serving).connection(stream, permit));
                 }
+                Ok(_) => {} // the peer is gone already
                 Err(error) => {
                     tracing::warn!(%error, listener = %self.address, "cannot accept a connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -73,6 +117,27 @@ impl Server {
             }
         }
     }
+}
+
+/// From now on the kernel drops whoever knocks, and lets in who is at the door already. A listener that is simply closed
+/// resets those whom it has not accepted yet; who was dropped knocks again, and finds it closed.
+fn turn_away(listener: &TcpListener) {
+    #[cfg(target_os = "linux")]
+    {
+        use socket2::SockFilter;
+        // Classic BPF over the TCP header: its flags; is SYN among them? then nothing of it, else all.
+        const DROP_SYN: [SockFilter; 4] = [
+            SockFilter::new(0x30, 0, 0, 13),
+            SockFilter::new(0x45, 0, 1, 0x02),
+            SockFilter::new(0x06, 0, 0, 0),
+            SockFilter::new(0x06, 0, 0, u32::MAX),
+        ];
+        if let Err(error) = socket2::SockRef::from(listener).attach_filter(&DROP_SYN) {
+            tracing::debug!(%error, "the listener cannot be closed gently");
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = listener;
 }
 
 fn protocol() -> Builder<TokioExecutor> {
@@ -87,66 +152,106 @@ fn protocol() -> Builder<TokioExecutor> {
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(HTTP2_STREAMS_MAX)
+        .max_pending_accept_reset_streams(HTTP2_RESETS_MAX)
+        .max_send_buf_size(HEADER_BYTES_MAX)
         .max_header_list_size(u32::try_from(HEADER_BYTES_MAX).unwrap_or(u32::MAX))
         .keep_alive_interval(Some(Duration::from_secs(30)));
     builder
 }
 
-/// Whether the client has begun to say which protocol it speaks. The HTTP library's own clock starts only after that.
-async fn begins(stream: &TcpStream) -> bool {
+/// What the client has begun to speak, if anything. The HTTP library's own clock starts only after that.
+async fn begins(stream: &TcpStream) -> Option<Version> {
     const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
     let mut start = [0; PREFACE.len()];
     loop {
-        let Ok(length) = stream.peek(&mut start).await else { return false };
+        let Ok(length) = stream.peek(&mut start).await else { return None };
         let said = start.get(..length).unwrap_or_default();
         if said.is_empty() {
-            return false; // it closed
+            return None; // it closed
         }
-        if said.len() == PREFACE.len() || !PREFACE.starts_with(said) {
-            return true;
+        if !PREFACE.starts_with(said) {
+            return Some(Version::Http1);
+        }
+        if said.len() == PREFACE.len() {
+            return Some(Version::Http2);
         }
         // Bytes that are there already are peeked at again at once; HTTP/2 clients send all of it in one piece.
         tokio::time::sleep(PREFACE_PAUSE).await;
     }
 }
 
-/// A connection's task: returns the future maker so that the accept loop moves everything in at once.
-fn connection(
-    protocol: Arc<Builder<TokioExecutor>>,
-    stream: TcpStream,
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Version {
+    Http1,
+    Http2,
+}
+
+/// What the connections of a listener share.
+struct Serving {
+    protocol: Builder<TokioExecutor>,
     router: Router,
-    permit: OwnedSemaphorePermit,
-) -> impl FnOnce(CancellationToken, CancellationToken) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>> {
-    move |stop, abort| {
-        Box::pin(async move {
-            let _permit = permit;
-            // A stream's events are small writes; waiting to fill a segment costs a client 40 ms each.
-            if stream.set_nodelay(true).is_err() {
-                return; // the peer is gone already
+    stall_max: Duration,
+    refuse: Refuse,
+    stop: CancellationToken,
+    abort: CancellationToken,
+    /// As `stop`, for every answer to ask.
+    stopping: AtomicBool,
+}
+
+impl Serving {
+    /// Serves one connection to its end.
+    async fn connection(self: Arc<Self>, stream: TcpStream, permit: OwnedSemaphorePermit) {
+        let _permit = permit;
+        let begun = tokio::select! {
+            begun = tokio::time::timeout(HEADER_TIMEOUT, begins(&stream)) => begun.ok().flatten(),
+            () = self.idle_at_the_end() => None,
+        };
+        let Some(version) = begun else { return };
+        let serving = Arc::clone(&self);
+        let service = service_fn(move |request| {
+            let answering = serving.router.clone().call(request);
+            let serving = Arc::clone(&serving);
+            async move { answering.await.map(|answer| serving.say_whether_it_is_the_last(answer)) }
+        });
+        let socket = Socket::new(stream, self.stall_max, self.refuse);
+        let connection = self.protocol.serve_connection(TokioIo::new(socket), service);
+        tokio::pin!(connection);
+        let end = async {
+            match version {
+                Version::Http1 => self.idle_at_the_end().await,
+                // It has a word for it, behind which nothing that was asked is lost.
+                Version::Http2 => self.stop.cancelled().await,
             }
-            let begun = tokio::select! {
-                begun = tokio::time::timeout(HEADER_TIMEOUT, begins(&stream)) => begun.unwrap_or(false),
-                () = stop.cancelled() => false,
-            };
-            if !begun {
-                return;
-            }
-            let serving = protocol.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-            tokio::pin!(serving);
-            let ended = tokio::select! {
-                ended = serving.as_mut() => ended,
-                () = stop.cancelled() => {
-                    serving.as_mut().graceful_shutdown();
-                    tokio::select! {
-                        ended = serving.as_mut() => ended,
-                        () = abort.cancelled() => return,
-                    }
+        };
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = end => {
+                connection.as_mut().graceful_shutdown();
+                tokio::select! {
+                    ended = connection.as_mut() => ended,
+                    () = self.abort.cancelled() => return,
                 }
-            };
-            if let Err(error) = ended {
-                tracing::debug!(%error, "a client connection ended early");
             }
-        })
+        };
+        if let Err(error) = ended {
+            tracing::debug!(%error, "a client connection ended early");
+        }
+    }
+
+    fn say_whether_it_is_the_last(&self, mut answer: Response) -> Response {
+        if self.stopping.load(Ordering::Relaxed) {
+            answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        answer
+    }
+
+    /// When an idle connection must end because the process does.
+    async fn idle_at_the_end(&self) {
+        self.stop.cancelled().await;
+        tokio::select! {
+            () = tokio::time::sleep(IDLE_AT_THE_END) => {}
+            () = self.abort.cancelled() => {}
+        }
     }
 }
 
@@ -159,7 +264,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_client_that_does_not_say_what_it_wants_is_let_go() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let server = Server::new(listener, Router::new(), 2).unwrap();
+        let bounds = Bounds { connections_max: 2, stall_max: Duration::from_secs(60) };
+        let server = Server::new(listener, Router::new(), bounds, |_| Default::default()).unwrap();
         let address = server.address();
         let tracker = TaskTracker::new();
         let stop = CancellationToken::new();

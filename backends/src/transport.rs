@@ -1,19 +1,21 @@
-//! HTTP/1.1 toward workers: one pool of connections per worker, and answers that stream. [`zmtp`] is beside it.
+//! HTTP toward workers: one pool of connections per worker, and answers that stream. [`zmtp`] is beside it.
 //!
 //! A [`Channel`] sends a request over a pooled or a fresh connection and hands back a [`Response`] whose [`Body`] yields
-//! the bytes as they come. The most recently used connection is taken first, so that surplus ones age out.
+//! the bytes as they come. The most recently used connection is taken first, so that surplus ones age out. Engines speak
+//! HTTP/1.1; HTTP/2 is spoken where a worker behind TLS offers it, and in the clear where the endpoint says so.
 //!
 //! Invariants:
 //! - **Cancellation is dropping.** Each connection is driven by a task, and whoever holds the connection holds the right
 //!   to abort that task. A dropped [`Channel::send`] future or a [`Body`] dropped before its end closes the TCP
-//!   connection at once, also while the worker is silent, so that the engine frees the sequence.
+//!   connection at once, or resets the HTTP/2 stream, also while the worker is silent, so that the engine frees the
+//!   sequence.
 //! - **Never twice.** A request goes out on another connection only when hyper hands it back unwritten.
 //! - A connection returns to its pool only after a complete answer; an idle one is kept for less time than engines keep
-//!   theirs (uvicorn under vLLM 0.33: 5 s) and their number is bounded.
+//!   theirs (uvicorn under vLLM 0.33: 5 s) and their number is bounded. None is used for ever: names are looked up anew.
 //! - Three waits have limits, each its own: connecting, the first body byte, and the gap between two of them. Time in
 //!   which the caller did not ask for bytes is never counted against the worker.
 //!
-//! Not here: HTTP/2, redirects, cookies, proxies, compression, retries on another worker.
+//! Not here: redirects, cookies, proxies, compression, retries on another worker.
 
 mod body;
 mod channel;
@@ -49,6 +51,8 @@ pub struct Timeouts {
     pub idle: Duration,
     /// How long an unused connection is kept.
     pub keep_alive: Duration,
+    /// Age at which a connection takes no more requests.
+    pub lifetime: Duration,
 }
 
 impl Default for Timeouts {
@@ -61,6 +65,8 @@ impl Default for Timeouts {
             idle: Duration::from_secs(60),
             // uvicorn closes after 5 s (vLLM 0.33, `VLLM_HTTP_TIMEOUT_KEEP_ALIVE`); a second of distance.
             keep_alive: Duration::from_secs(4),
+            // About as long as resolvers keep what they know of a name that is meant to move.
+            lifetime: Duration::from_secs(60),
         }
     }
 }
@@ -98,7 +104,7 @@ impl Transport {
     /// A pool of connections to one worker.
     #[must_use]
     pub fn channel(&self, endpoint: Endpoint, timeouts: Timeouts) -> Channel {
-        let pool = Arc::new(Pool::new(timeouts.keep_alive));
+        let pool = Arc::new(Pool::new(timeouts.keep_alive, timeouts.lifetime));
         let mut pools = self.shared.pools.lock();
         pools.retain(|pool| pool.strong_count() > 0);
         pools.push(Arc::downgrade(&pool));

@@ -191,6 +191,21 @@ impl Error {
     }
 }
 
+/// The header lines and the body of a refusal by the HTTP library.
+pub(super) fn unread(status: u16, name: &RequestName) -> (String, Vec<u8>) {
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_REQUEST);
+    let message = match status {
+        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => "The request's headers are too large.",
+        StatusCode::URI_TOO_LONG => "The request's URL is too long.",
+        _ => "The request is not HTTP that can be read.",
+    };
+    let shown = bad_request(status, None, None, message.to_owned());
+    (
+        format!("content-type: application/json\r\n{}: {}\r\n", headers::REQUEST_ID, name.as_str()),
+        openai_body(&shown.error).into(),
+    )
+}
+
 fn shown_pipeline(error: &pipeline::Error) -> Shown {
     match error {
         pipeline::Error::Route(unknown) if unknown.name.is_empty() => {

@@ -12,7 +12,7 @@ use crate::dispatch::Opened;
 use crate::ids::RequestName;
 use crate::routing::Route;
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const PRIORITY: HeaderName = HeaderName::from_static("x-forebay-priority");
 const DEADLINE_MS: HeaderName = HeaderName::from_static("x-forebay-deadline-ms");
 const WORKER: HeaderName = HeaderName::from_static("x-forebay-worker");

@@ -211,6 +211,7 @@ impl State {
 
 fn endpoint(worker: &config::Worker) -> anyhow::Result<Endpoint> {
     Endpoint::new(&worker.url, worker.api_key.as_ref().map(config::Secret::inner))
+        .map(|endpoint| endpoint.with_http2(worker.http2))
         .with_context(|| format!("worker `{}` cannot be reached by its url", worker.name.as_str()))
 }
 

@@ -97,6 +97,7 @@ async fn demo(
             engine: None,
             model: None,
             api_key: None,
+            http2: false,
             kv_events: None,
         });
     }

@@ -109,6 +109,7 @@ fn models(found: &[Found], server: &Server) -> anyhow::Result<Vec<Model>> {
                 engine: Some(engine.detected.engine.name()),
                 model: Some(Name::new(&model.id)?),
                 api_key: None,
+                http2: false,
                 kv_events: None,
             };
             workers.entry(&model.id).or_default().push(worker);

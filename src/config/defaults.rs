@@ -25,6 +25,9 @@ const MAX_CONNECTIONS: NonZeroU32 = NonZeroU32::new(20_000).unwrap();
 /// Beyond this the kernel's limits on open files (`fs.nr_open`) refuse first.
 pub(super) const MAX_CONNECTIONS_LIMIT: u32 = 1_000_000;
 
+/// As long as engines may be silent: whoever reads nothing for so long has gone, or holds a worker's place for nothing.
+const STALL_MAX: Duration = IDLE_TIMEOUT;
+
 /// As long as Kubernetes waits by default between SIGTERM and SIGKILL (`terminationGracePeriodSeconds`).
 const DRAIN: Duration = Duration::from_secs(30);
 
@@ -73,6 +76,7 @@ impl Default for Server {
             allow_unauthenticated: false,
             body_bytes_max: BODY_BYTES_MAX,
             max_connections: MAX_CONNECTIONS,
+            stall_max: STALL_MAX,
             drain: DRAIN,
             access_log: true,
         }

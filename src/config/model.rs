@@ -137,6 +137,7 @@ fn worker(mut section: Section<'_>, reader: &Reader, names: &mut Taken) -> Optio
     let engine = section.read("engine", |raw| engine(raw, &reader.engines));
     let model = section.read("model", name);
     let api_key = section.read("api_key", |raw| secret::read(raw, &reader.environment));
+    let http2 = section.boolean("http2", false);
     let kv_events = section.read("kv_events", zmq_address);
     let kv_events_replay = section.read("kv_events_replay", zmq_address);
     if let (None, Some(replay)) = (&kv_events, &kv_events_replay) {
@@ -156,6 +157,7 @@ fn worker(mut section: Section<'_>, reader: &Reader, names: &mut Taken) -> Optio
         engine: engine.map(|found| found.value),
         model: model.map(|found| found.value),
         api_key: api_key.map(|found| found.value),
+        http2,
         kv_events: kv_events.map(|found| KvSource { events: found.value, replay }),
     };
     Some(Found { value: worker, at: url.at })

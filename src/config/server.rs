@@ -29,6 +29,7 @@ pub(super) fn read(mut section: Section<'_>) -> Server {
         allow_unauthenticated,
         body_bytes_max: section.bytes("body_bytes_max", BODY_BYTES, default.body_bytes_max),
         max_connections: section.count("max_connections", MAX_CONNECTIONS_LIMIT, default.max_connections),
+        stall_max: section.seconds("stall_seconds_max", 1, default.stall_max),
         drain: section.seconds("drain_seconds", 0, default.drain),
         access_log: section.boolean("access_log", default.access_log),
     };

@@ -105,6 +105,7 @@ worker = [{{ url = "http://[::1]:8000" }}]
             allow_unauthenticated: true,
             body_bytes_max: 1 << 20,
             max_connections: NonZeroU32::new(16).unwrap(),
+            stall_max: Duration::from_secs(60),
             drain: Duration::from_secs(5),
             access_log: false,
         }

@@ -74,7 +74,14 @@ pub(super) async fn attempt(worker: &Worker, job: &Job<'_>) -> Result<Reply, Fai
 }
 
 async fn open(worker: &Worker, job: &Job<'_>) -> Result<Reply, Failed> {
-    let response = worker.channel.send(outgoing(worker, job)).await?;
+    let response = match worker.channel.send(outgoing(worker, job)).await {
+        // An idle connection that the worker closed while the request was on its way there: no failure of the worker's,
+        // and no reason to leave its cache. What it may have begun ended with the connection, so nothing runs twice.
+        Err(forebay_backends::Error::Reset { reused: true, .. }) => {
+            Box::pin(worker.channel.send_fresh(outgoing(worker, job))).await?
+        }
+        sent => sent?,
+    };
     if !response.status.is_success() {
         return Err(Box::pin(refused(response)).await);
     }

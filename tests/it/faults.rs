@@ -144,7 +144,9 @@ fn recorded_oddities() {
             assert_eq!((&row["attempts"], &row["outcome"]), (&1.into(), &"cut".into()), "{name}: {row}");
         }
         let more = [0, 1].map(|index: usize| recorders[index].posts().len() - asked[index]);
-        assert_eq!((more[ill], more[1 - ill]), (1, usize::from(elsewhere)), "{name}");
+        // A connection that had served before may have been closed as idle: asked once more before it is left.
+        let asked = if matches!(name, "no byte" | "half a head") { 2 } else { 1 };
+        assert_eq!((more[ill], more[1 - ill]), (asked, usize::from(elsewhere)), "{name}");
     }
 }
 

@@ -1,6 +1,7 @@
 //! What the gateway refuses because of what HTTP alone tells: sizes, framing, types, paths, methods, headers.
 
 use std::net::Shutdown;
+use std::time::Duration;
 
 use super::refusals::{CHAT, COMPLETIONS, EMBEDDINGS, GOOD, Setting, refused};
 use super::support::client::{self, Answer, Connection};
@@ -242,5 +243,33 @@ fn a_client_that_asks_first_is_told_before_it_sends() {
     connection.send(b"[]");
     connection.send(" ".repeat(GOOD.len() - 2).as_bytes());
     refused(&connection.answer(), 400, "invalid_json", "", "after 100");
+    setting.nothing_was_sent();
+}
+
+/// The HTTP library refuses these before any of our code sees them.
+#[test]
+fn requests_that_cannot_be_read() {
+    let setting = Setting::new();
+    let many = format!("POST {COMPLETIONS} HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(200));
+    for (status, bytes) in [
+        (400, "hello there\r\n\r\n"),
+        (400, "\u{16}\u{3}\u{1} TLS?\r\n\r\n"),
+        (400, "POST /v1/completions HTTP/9.9\r\nhost: t\r\n\r\n"),
+        (400, "POST /v1/completions HTTP/1.1\r\nhost t\r\n\r\n"),
+        (400, "POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: many\r\n\r\n"),
+        (400, "POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n"),
+        (400, "POST /v1/completions HTTP/1.1\r\nhost: t\r\ntransfer-encoding: gzip\r\n\r\n"),
+        (431, &*many),
+    ] {
+        for address in [setting.gateway.client, setting.gateway.ops] {
+            let mut connection = Connection::to(address);
+            connection.send(bytes.as_bytes());
+            let answer = connection.answer();
+            refused(&answer, status, "", "", bytes);
+            assert_eq!(answer.header("connection"), Some("close"), "{bytes}");
+            assert!(answer.header("date").is_some(), "{bytes}");
+            assert!(connection.closes_within(Duration::from_secs(20)), "{bytes}");
+        }
+    }
     setting.nothing_was_sent();
 }

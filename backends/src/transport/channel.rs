@@ -104,6 +104,14 @@ impl Channel {
         Box::pin(self.inner.send_fresh(request)).await
     }
 
+    /// As [`Channel::send`], on a connection of its own: for a request that met a reused one which the worker just closed.
+    ///
+    /// # Errors
+    /// As [`Channel::send`].
+    pub async fn send_fresh(&self, request: Outgoing) -> Result<Response, Error> {
+        self.inner.send_fresh(self.inner.encode(request)).await
+    }
+
     /// Asks for a small answer, bounded in time and size as a whole. Should a reused connection turn out to be closed it
     /// asks once more on a fresh one, which a GET allows.
     ///
@@ -123,9 +131,7 @@ impl Channel {
         };
         bounded(limit, async {
             let response = match self.send(question()).await {
-                Err(Error::Reset { reused: true, .. }) => {
-                    Box::pin(self.inner.send_fresh(self.inner.encode(question()))).await?
-                }
+                Err(Error::Reset { reused: true, .. }) => Box::pin(self.send_fresh(question())).await?,
                 other => other?,
             };
             Ok((response.status, response.body.collect(bytes_max).await?))
@@ -175,16 +181,35 @@ impl Inner {
         request
     }
 
+    /// Says whom the request is for, in the way of the connection's protocol.
+    fn address(&self, request: &mut Request<Full<Bytes>>, connection: &Connection) {
+        if connection.is_http2() {
+            let path = request.uri().path_and_query().cloned();
+            request.headers_mut().remove(HOST);
+            *request.uri_mut() = self.endpoint.absolute(path.unwrap_or(const { PathAndQuery::from_static("/") }));
+        } else if let (Some(_), Some(path)) = (request.uri().authority(), request.uri().path_and_query().cloned()) {
+            // It comes back from an HTTP/2 connection that closed, and the worker speaks HTTP/1.1 now.
+            *request.uri_mut() = Uri::from(path);
+            request.headers_mut().insert(HOST, self.endpoint.host_header().clone());
+        }
+    }
+
     async fn send_fresh(&self, request: Request<Full<Bytes>>) -> Result<Response, Error> {
         let shared = &self.transport.shared;
         let connection = connect(&shared.tracker, &shared.tls, &self.endpoint, self.timeouts.connect).await?;
+        self.pool.offer(&connection);
         self.exchange(connection, request).await.map_err(|failed| failed.error)
     }
 
     /// One request on one connection, which travels into the answer's body or, on any failure, is closed.
-    async fn exchange(&self, mut connection: Connection, request: Request<Full<Bytes>>) -> Result<Response, Failed> {
+    async fn exchange(
+        &self,
+        mut connection: Connection,
+        mut request: Request<Full<Bytes>>,
+    ) -> Result<Response, Failed> {
         let first_byte = self.timeouts.first_byte.map(|limit| (Instant::now() + limit, limit));
-        let answer = connection.sender().try_send_request(request);
+        self.address(&mut request, &connection);
+        let answer = connection.send(request);
         let answer = match first_byte {
             Some((deadline, after)) => timeout_at(deadline, answer)
                 .await

@@ -1,11 +1,11 @@
-//! Opening a connection: name, TCP, TLS, HTTP/1.1.
+//! Opening a connection: name, TCP, TLS, HTTP/1.1 or HTTP/2. The name is looked up each time.
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::{ClientConfig, RootCertStore, crypto::ring};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -16,7 +16,10 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 use tokio_util::task::TaskTracker;
 
-use super::{Endpoint, pool::Connection};
+use super::{
+    Endpoint,
+    pool::{Connection, Sender},
+};
 use crate::{Error, Phase};
 
 /// Addresses of one name that are tried; more share the same fate.
@@ -25,6 +28,12 @@ const ADDRESSES_MAX: usize = 8;
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 /// What hyper reads ahead for a caller that is slow to take it, and thus the memory of one stalled stream.
 const BUFFER_BYTES_MAX: usize = 128 * 1024;
+/// What a worker may send ahead on one HTTP/2 connection: enough that streams whose callers are slow do not hold up the
+/// others.
+const WINDOW_BYTES: u32 = 16 << 20;
+/// How often a busy HTTP/2 connection is asked for a sign of life, and how long that may take.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+const HTTP2: &[u8] = b"h2";
 
 /// The TLS configuration, made when first asked for: reading the machine's authorities takes milliseconds of file reads.
 pub(super) struct Tls {
@@ -53,7 +62,7 @@ impl Tls {
                     .map_err(io::Error::other)?
                     .with_root_certificates(roots)
                     .with_no_client_auth();
-                config.alpn_protocols = vec![b"http/1.1".to_vec()];
+                config.alpn_protocols = vec![HTTP2.to_vec(), b"http/1.1".to_vec()];
                 Ok(TlsConnector::from(Arc::new(config)))
             })
             .await
@@ -88,11 +97,12 @@ pub(super) async fn connect(
                 }
             })?;
         let Some(name) = endpoint.server_name() else {
-            return start(tracker, tcp).await;
+            return start(tracker, tcp, endpoint.speaks_http2()).await;
         };
         let connector = tls.connector().await.map_err(|source| Error::Tls { source })?;
         let stream = connector.connect(name.clone(), tcp).await.map_err(|source| Error::Tls { source })?;
-        start(tracker, stream).await
+        let http2 = stream.get_ref().1.alpn_protocol() == Some(HTTP2);
+        start(tracker, stream, http2).await
     };
     timeout(limit, opening).await.unwrap_or_else(|_| Err(late()))
 }
@@ -117,20 +127,52 @@ pub(super) async fn dial(host_and_port: (&str, u16), deadline: Instant) -> io::R
     Err(failure)
 }
 
-async fn start<S>(tracker: &TaskTracker, stream: S) -> Result<Connection, Error>
+async fn start<S>(tracker: &TaskTracker, stream: S, speaks_http2: bool) -> Result<Connection, Error>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
+    let broken = |source| Error::Reset { reused: false, source };
+    let stream = TokioIo::new(stream);
+    if speaks_http2 {
+        let (sender, connection) = http2::Builder::new(Tracked(tracker.clone()))
+            .timer(TokioTimer::new())
+            .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX))
+            .initial_stream_window_size(u32::try_from(BUFFER_BYTES_MAX).unwrap_or(u32::MAX))
+            .initial_connection_window_size(WINDOW_BYTES)
+            .keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(PING_INTERVAL)
+            .handshake::<_, Full<Bytes>>(stream)
+            .await
+            .map_err(broken)?;
+        return Ok(Connection::new(Sender::Http2(sender), drive(tracker, connection)));
+    }
     let (sender, connection) = http1::Builder::new()
         .max_header_size(HEAD_BYTES_MAX)
         .max_buf_size(BUFFER_BYTES_MAX)
-        .handshake::<_, Full<Bytes>>(TokioIo::new(stream))
+        .handshake::<_, Full<Bytes>>(stream)
         .await
-        .map_err(|source| Error::Reset { reused: false, source })?;
+        .map_err(broken)?;
+    Ok(Connection::new(Sender::Http1(sender), drive(tracker, connection)))
+}
+
+fn drive(
+    tracker: &TaskTracker,
+    connection: impl Future<Output = hyper::Result<()>> + Send + 'static,
+) -> tokio::task::AbortHandle {
     let task = tracker.spawn(async move {
         if let Err(error) = connection.await {
             tracing::trace!(%error, "connection to a worker ended");
         }
     });
-    Ok(Connection::new(sender, task.abort_handle()))
+    task.abort_handle()
+}
+
+/// Where hyper's HTTP/2 spawns what it needs beside the connection's own task; all of it ends with that one.
+#[derive(Clone)]
+struct Tracked(TaskTracker);
+
+impl<F: Future<Output: Send> + Send + 'static> hyper::rt::Executor<F> for Tracked {
+    fn execute(&self, future: F) {
+        self.0.spawn(future);
+    }
 }

@@ -2,7 +2,10 @@
 
 use std::fmt;
 
-use http::{HeaderValue, uri::PathAndQuery};
+use http::{
+    HeaderValue, Uri,
+    uri::{Authority, Parts, PathAndQuery, Scheme},
+};
 use rustls::pki_types::ServerName;
 use secrecy::{ExposeSecret, SecretString};
 use url::{Host, Url};
@@ -32,8 +35,10 @@ pub struct Endpoint {
     prefix: String,
     /// Set for `https`.
     server_name: Option<ServerName<'static>>,
+    authority: Authority,
     host_header: HeaderValue,
     authorization: Option<HeaderValue>,
+    http2: bool,
 }
 
 impl Endpoint {
@@ -66,8 +71,15 @@ impl Endpoint {
         let path = url.path().trim_end_matches('/');
         let prefix = path.strip_suffix("/v1").unwrap_or(path).to_owned();
         let authorization = api_key.map(bearer).transpose()?;
-        let host_header = HeaderValue::try_from(authority).map_err(|_| EndpointError::Host)?;
-        Ok(Self { host, port, prefix, server_name, host_header, authorization })
+        let host_header = HeaderValue::try_from(&authority).map_err(|_| EndpointError::Host)?;
+        let authority = Authority::try_from(authority).map_err(|_| EndpointError::Host)?;
+        Ok(Self { host, port, prefix, server_name, authority, host_header, authorization, http2: false })
+    }
+
+    /// Spoken to in HTTP/2 from the first byte where it is not behind TLS. Behind TLS the worker chooses by itself (ALPN).
+    #[must_use]
+    pub fn with_http2(self, http2: bool) -> Self {
+        Self { http2, ..self }
     }
 
     /// Host name or address, without brackets.
@@ -83,6 +95,19 @@ impl Endpoint {
 
     pub(super) fn server_name(&self) -> Option<&ServerName<'static>> {
         self.server_name.as_ref()
+    }
+
+    pub(super) fn speaks_http2(&self) -> bool {
+        self.http2
+    }
+
+    /// The whole address of a path that [`Endpoint::join`] gave, as HTTP/2 wants it.
+    pub(super) fn absolute(&self, path: PathAndQuery) -> Uri {
+        let mut parts = Parts::default();
+        parts.scheme = Some(if self.server_name.is_some() { Scheme::HTTPS } else { Scheme::HTTP });
+        parts.authority = Some(self.authority.clone());
+        parts.path_and_query = Some(path);
+        Uri::from_parts(parts).unwrap_or_default()
     }
 
     pub(super) fn host_header(&self) -> &HeaderValue {

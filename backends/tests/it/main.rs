@@ -4,6 +4,7 @@
 
 mod adapters;
 mod faults;
+mod http2;
 mod kv_events;
 mod remote;
 mod support;

@@ -31,8 +31,8 @@ fn certificate() -> CertificateDer<'static> {
     IDENTITY.cert.der().clone()
 }
 
-/// Answers each request `ok`; gives back its port.
-async fn tls_server(tracker: &TaskTracker, address: &str) -> u16 {
+/// Speaks TLS as `localhost` and 127.0.0.1, and these protocols inside, the first one by preference.
+pub(crate) fn acceptor(protocols: &[&[u8]]) -> TlsAcceptor {
     let key = PrivateKeyDer::try_from(IDENTITY.signing_key.serialize_der()).expect("a key");
     let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
@@ -40,8 +40,13 @@ async fn tls_server(tracker: &TaskTracker, address: &str) -> u16 {
         .with_no_client_auth()
         .with_single_cert(vec![certificate()], key)
         .expect("a server configuration");
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    let acceptor = TlsAcceptor::from(Arc::new(config));
+    config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+    TlsAcceptor::from(Arc::new(config))
+}
+
+/// Answers each request `ok`; gives back its port.
+async fn tls_server(tracker: &TaskTracker, address: &str) -> u16 {
+    let acceptor = acceptor(&[b"http/1.1"]);
     let listener = TcpListener::bind((address, 0)).await.expect("a port");
     let port = listener.local_addr().expect("an address").port();
     let spawn = tracker.clone();
@@ -65,7 +70,7 @@ async fn tls_server(tracker: &TaskTracker, address: &str) -> u16 {
     port
 }
 
-fn channel(url: &str, trusted: bool) -> Channel {
+pub(crate) fn channel(url: &str, trusted: bool) -> Channel {
     let mut roots = RootCertStore::empty();
     if trusted {
         roots.add(certificate()).expect("an authority");

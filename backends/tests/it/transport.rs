@@ -123,6 +123,19 @@ async fn an_idle_connection_ages_out() {
     }
 }
 
+/// A name may lead elsewhere by then.
+#[tokio::test]
+async fn no_connection_is_used_for_ever() {
+    let server = echo().await;
+    let channel = server.channel(Timeouts { lifetime: millis(30), keep_alive: PATIENCE, ..Timeouts::default() });
+    let busy = async {
+        while server.seen.connections() < 3 {
+            read(channel.send(post("x")).await.expect("an answer").body).await.expect("a body");
+        }
+    };
+    timeout(PATIENCE, busy).await.expect("a new connection now and then");
+}
+
 #[tokio::test]
 async fn a_connection_the_worker_wants_closed_is_not_kept() {
     for head in ["HTTP/1.1 200 OK\r\nconnection: close", "HTTP/1.0 200 OK"] {

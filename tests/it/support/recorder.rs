@@ -56,6 +56,8 @@ impl Received {
 struct Shared {
     models: String,
     scripts: Mutex<VecDeque<Vec<Step>>>,
+    /// For requests for a stream, where there is one.
+    stream: Mutex<Option<Vec<Step>>>,
     posts: Mutex<Vec<Received>>,
     /// Answer probes and polls; without it they are refused with 503.
     healthy: Mutex<bool>,
@@ -83,6 +85,7 @@ impl Recorder {
         let shared = Arc::new(Shared {
             models,
             scripts: Mutex::new(scripts.into()),
+            stream: Mutex::default(),
             posts: Mutex::default(),
             healthy: Mutex::new(true),
             written: AtomicUsize::new(0),
@@ -117,6 +120,11 @@ impl Recorder {
         *self.shared.scripts.lock().unwrap() = scripts.into();
     }
 
+    /// Answers every request for a stream with this script from now on.
+    pub(crate) fn answer_streams(&self, script: Vec<Step>) {
+        *self.shared.stream.lock().unwrap() = Some(script);
+    }
+
     /// Bytes of scripts that the sockets have taken until now.
     pub(crate) fn written(&self) -> usize {
         self.shared.written.load(Ordering::SeqCst)
@@ -148,19 +156,21 @@ fn serve(shared: &Shared, mut socket: TcpStream) {
             }
             continue;
         }
+        let asks_for_a_stream = body.windows(13).any(|window| window == b"\"stream\":true");
         let index = {
             let mut posts = shared.posts.lock().unwrap();
             posts.push(Received { head, body, closed: None });
             posts.len() - 1
         };
-        let script = {
+        let stream = shared.stream.lock().unwrap().clone().filter(|_| asks_for_a_stream);
+        let script = stream.unwrap_or_else(|| {
             let mut scripts = shared.scripts.lock().unwrap();
             let script = scripts.pop_front().expect("a script");
             if scripts.is_empty() {
                 scripts.push_back(script.clone());
             }
             script
-        };
+        });
         if !play(shared, &mut socket, &script, index) {
             return;
         }
