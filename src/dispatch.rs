@@ -21,16 +21,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use forebay_backends::transport::Body;
+use forebay_backends::engines::{Answer, Api};
 use forebay_proto::error::ApiError;
 use forebay_proto::sse::{Event, Splitter};
-use forebay_scheduler::{Class, PoolId, Refusal, Request, RouteId, TenantId};
+use forebay_scheduler::{Class, Refusal, Request, RouteId, TenantId};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::Instant;
 use tracing::Instrument;
 
 use crate::ids::RequestName;
-use crate::prepare::{Asked, Prompt};
+use crate::prepare::{Asked, Prepare, Prompt};
+use crate::routing::Model;
 use crate::telemetry::Registry;
 use attempt::Failed;
 pub use driver::Place;
@@ -46,15 +47,23 @@ use workers::Workers;
 pub struct Job<'a> {
     /// What the client calls the request.
     pub name: RequestName,
-    pub pool: PoolId,
+    pub model: &'a Arc<Model>,
+    /// For engines that want a prompt written out.
+    pub prepare: &'a Prepare,
     pub class: Class,
     /// Latest first token.
     pub deadline: Option<Instant>,
     pub prompt: Prompt,
-    pub asked: &'a Asked,
+    pub asked: &'a Arc<Asked>,
     pub body: Bytes,
-    pub path: &'static str,
+    pub api: Api,
     pub headers: HeaderMap,
+}
+
+impl Job<'_> {
+    fn streamed(&self) -> bool {
+        self.asked.streaming().is_some_and(|streaming| streaming.stream)
+    }
 }
 
 /// An answer that has begun.
@@ -80,14 +89,14 @@ pub enum Reply {
 pub struct Streamed {
     pub first: VecDeque<Event>,
     pub splitter: Splitter,
-    pub body: Body,
+    pub body: Answer,
 }
 
 /// A document, whole or as much of it as is held back for a retry.
 pub struct Whole {
     pub content_type: HeaderValue,
     pub head: VecDeque<Bytes>,
-    pub rest: Option<Body>,
+    pub rest: Option<Answer>,
     /// Bytes of the whole document, where known.
     pub length: Option<u64>,
 }
@@ -225,7 +234,7 @@ fn request(id: forebay_scheduler::RequestId, job: &Job<'_>, driver: &Driver) -> 
     let max_output = job.asked.max_output();
     Request {
         id,
-        pool: job.pool,
+        pool: job.model.pool,
         tenant: TenantId(0),
         class: job.class,
         route: route(job.asked),
@@ -235,6 +244,6 @@ fn request(id: forebay_scheduler::RequestId, job: &Job<'_>, driver: &Driver) -> 
         max_output,
         sequences: job.asked.choices().max(1),
         body_bytes: u32::try_from(job.body.len()).unwrap_or(u32::MAX),
-        streamed: job.asked.streaming().is_some_and(|streaming| streaming.stream),
+        streamed: job.streamed(),
     }
 }

@@ -8,6 +8,7 @@ pub mod relay;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use forebay_backends::engines::Api;
 use forebay_scheduler::Class;
 use http::HeaderMap;
 use tokio::time::Instant;
@@ -24,8 +25,7 @@ pub struct Call {
     pub asked: Asked,
     /// The client's body, to the byte; the spans in `asked` lie in it.
     pub body: Bytes,
-    /// Where an engine takes this kind of request.
-    pub path: &'static str,
+    pub api: Api,
     pub class: Class,
     /// Latest first token.
     pub deadline: Option<Instant>,
@@ -60,7 +60,7 @@ impl Pipeline {
     /// # Errors
     /// Nothing has been said to the client yet, and nothing is held any more.
     pub async fn open(&self, entry: &mut Entry, call: Call) -> Result<(Route, Opened), Error> {
-        let Call { asked, body, path, class, deadline, headers } = call;
+        let Call { asked, body, api, class, deadline, headers } = call;
         let route = self.routing.route(&asked.model().name)?;
         let model = &route.model;
         entry.routed(&model.name, &model.metrics);
@@ -75,7 +75,8 @@ impl Pipeline {
         };
         entry.prompt(prompt.tokens, prompt.exact);
         let name = entry.name().clone();
-        let job = Job { name, pool: model.pool, class, deadline, prompt, asked: &asked, body, path, headers };
+        let prepare = &*self.prepare;
+        let job = Job { name, model, prepare, class, deadline, prompt, asked: &asked, body, api, headers };
         let opened = self.dispatch.open(job, |worker, queued| entry.sent(&worker.name, queued)).await?;
         entry.first_byte(opened.matched_tokens);
         Ok((route, opened))

@@ -232,6 +232,17 @@ impl Prepare {
         Ok(Prompt { tokens: counted.tokens, exact: counted.exact, blocks: counted.blocks })
     }
 
+    /// The conversation as the text that the model reads, for engines that know no messages. `None` where the model's
+    /// template is not at hand.
+    ///
+    /// # Errors
+    /// [`Error::Busy`]; what the template refuses it has refused before, when the prompt was counted.
+    pub async fn written(&self, model: &Model, asked: &Arc<Asked>, body: &Bytes) -> Result<Option<String>, Error> {
+        let Counting::Tokenizer(tokenizer) = &model.counting else { return Ok(None) };
+        let (tokenizer, asked, body) = (Arc::clone(tokenizer), Arc::clone(asked), body.clone());
+        self.pool.run(move || count::written(&tokenizer, &asked, &body)).await.ok_or(Error::Busy)?
+    }
+
     /// Token ids of what `/tokenize` was asked.
     ///
     /// # Errors

@@ -1,40 +1,56 @@
 //! What the engines have in common, and the table of those that are known.
 //!
-//! An engine is one file here and one line in [`ENGINES`]: a pure adapter that names the paths of its server and reads
-//! its answers. Recognition goes down the table; the last line, any server with OpenAI's API, takes what no other
-//! recognised.
+//! An engine is one file here and one line in [`ENGINES`]: a pure adapter that names the paths of its server, makes of a
+//! request what it takes, and reads its answers. Recognition goes down the table; the last line, any server with
+//! OpenAI's API, takes what no other recognised.
 //!
-//! Invariants: an adapter never opens a connection; whatever bytes it is given it answers, at worst with `None`.
+//! Invariants: an adapter never opens a connection; whatever bytes it is given it answers, at worst with `None`; what an
+//! engine would pass over although it changes the answer is refused by name.
 //!
-//! Not here: the OpenAI requests themselves, which travel as the client wrote them, and error bodies (`forebay-proto`).
+//! Not here: error bodies (`forebay-proto`).
 
+mod answer;
+mod chunks;
+mod fields;
 mod kv_sources;
 mod llamacpp;
+mod members;
 mod models;
+mod ollama;
 mod openai;
+mod sglang;
 mod tally;
+mod tgi;
+mod tidy;
+mod trtllm;
 mod vllm;
 
 use std::{fmt, time::Duration};
 
+use bytes::Bytes;
 use forebay_scheduler::LoadReport;
 use http::StatusCode;
 use serde_json::Value;
 
-pub use self::models::ServedModel;
+use self::members::Members;
+pub use self::{
+    answer::{Answer, Translation},
+    models::ServedModel,
+};
 use crate::{Error, signals::kv_events::KvSource, transport::Channel};
 
 /// All known engines, in the order in which they are asked whether a server is theirs.
-pub static ENGINES: [&dyn Engine; 3] = [&vllm::Vllm, &llamacpp::LlamaCpp, &openai::OpenAi];
+pub static ENGINES: [&dyn Engine; 7] =
+    [&vllm::Vllm, &sglang::SgLang, &trtllm::TrtLlm, &llamacpp::LlamaCpp, &tgi::Tgi, &ollama::Ollama, &openai::OpenAi];
 
-/// Time for one question to a server that is there.
-const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+/// Time for one question to a server that is there. trtllm-serve's `/metrics` waits 2 s for something to tell.
+const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 /// A list of models: some 500 bytes each.
 const MODELS_BYTES_MAX: usize = 4 << 20;
 /// vLLM 0.32 writes 67 KB of metrics for one rank.
 const METRICS_BYTES_MAX: usize = 8 << 20;
-/// Answers of which nothing or one short value is read.
-const SMALL_BYTES_MAX: usize = 64 << 10;
+/// Answers of which a few values are read. SGLang's `/model_info` is the longest.
+const SMALL_BYTES_MAX: usize = 256 << 10;
 
 /// An API that a client may ask for, in OpenAI's shape or, for the last two, in vLLM's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,25 +62,126 @@ pub enum Api {
     Detokenize,
 }
 
+impl Api {
+    /// Where OpenAI, or vLLM for the last two, has it.
+    #[must_use]
+    pub fn path(self) -> &'static str {
+        match self {
+            Self::ChatCompletions => "/v1/chat/completions",
+            Self::Completions => "/v1/completions",
+            Self::Embeddings => "/v1/embeddings",
+            Self::Tokenize => "/tokenize",
+            Self::Detokenize => "/detokenize",
+        }
+    }
+}
+
+/// What tells an engine's server from others.
+#[derive(Clone, Copy)]
+pub enum Mark {
+    /// Its own name as the owner of the models that it lists.
+    Owner(&'static str),
+    /// What a path of its own answers.
+    Path(&'static str, fn(&[u8]) -> bool),
+    /// A list of models is enough.
+    Any,
+}
+
+/// A request as the client wrote it, but for the model's name and the wish for usage.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    pub api: Api,
+    pub body: Bytes,
+    pub streamed: bool,
+    /// Whether the server has OpenAI's routes; if not, its own are used.
+    pub openai_routes: bool,
+    /// The conversation as the model reads it, where [`Engine::needs_text`] and a template is at hand.
+    pub text: Option<String>,
+}
+
+/// A request as the engine takes it.
+#[derive(Debug)]
+pub struct Prepared {
+    pub path: &'static str,
+    pub body: Bytes,
+    /// How the answer becomes OpenAI's; `None` where it is already.
+    pub translation: Option<Translation>,
+}
+
+impl Prepared {
+    fn untouched(asked: Asked) -> Self {
+        Self { path: asked.api.path(), body: asked.body, translation: None }
+    }
+}
+
+/// The engine cannot do what is asked, and would either refuse it in words of its own or pass over it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Unsupported {
+    pub message: String,
+    /// The field that asks for it.
+    pub param: Option<String>,
+}
+
+impl Unsupported {
+    fn field(engine: &str, field: &str) -> Self {
+        let message =
+            format!("Unsupported parameter: '{field}' is not supported by the engine of this model ({engine}).");
+        Self { message, param: Some(field.to_owned()) }
+    }
+
+    fn value(engine: &str, field: &str, what: &str) -> Self {
+        let message = format!("Unsupported value: '{field}': {what} (the engine of this model is {engine}).");
+        Self { message, param: Some(field.to_owned()) }
+    }
+
+    fn api(engine: &str, api: Api) -> Self {
+        let message = format!("The engine of this model ({engine}) does not serve {}.", api.path());
+        Self { message, param: None }
+    }
+}
+
 /// How one engine's server is asked and understood.
 pub trait Engine: Send + Sync {
     /// Its name in the configuration.
     fn name(&self) -> &'static str;
 
-    /// Whether a server that lists these models is this engine's.
-    fn recognises(&self, models: &[ServedModel]) -> bool;
+    fn mark(&self) -> Mark;
 
-    /// Path that answers 2xx while requests can be taken. It need not prove that a generation would succeed.
-    fn health_path(&self) -> &'static str;
+    /// Paths that answer 2xx while requests can be taken, the first that is there counts. It need not prove that a
+    /// generation would succeed.
+    fn health_paths(&self) -> &'static [&'static str];
 
     /// Path that answers `{"version": "…"}`, where there is one.
-    fn version_path(&self) -> Option<&'static str>;
+    fn version_path(&self) -> Option<&'static str> {
+        None
+    }
 
-    /// Path of the Prometheus text that [`Engine::read_load`] reads, where there is one.
-    fn metrics_path(&self) -> Option<&'static str>;
+    /// Path that tells more of the models than their list does, where there is one.
+    fn details_path(&self) -> Option<&'static str> {
+        None
+    }
 
-    /// Reads the engine's own view of its load. `None` when the text does not tell it.
-    fn read_load(&self, metrics: &[u8]) -> Option<Load>;
+    /// Adds what [`Engine::details_path`] tells to the models that are listed, or lists them where nothing else does.
+    fn read_details(&self, body: &[u8], models: &mut Vec<ServedModel>) {
+        let _ = (body, models);
+    }
+
+    /// Paths of what [`Engine::read_load`] reads, the first that is there counts; none: it says nothing of its load.
+    fn load_paths(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// Whether reading its load takes it away: then nobody reads it but the one poll.
+    fn load_drains(&self) -> bool {
+        false
+    }
+
+    /// Reads the engine's own view of its load. `None` when the answer does not tell it.
+    fn read_load(&self, answer: &[u8]) -> Option<Load> {
+        let _ = answer;
+        None
+    }
 
     /// Path that tells where the engine publishes its KV events, as vLLM's `/kv_event_sources` does, where there is one.
     fn kv_sources_path(&self) -> Option<&'static str> {
@@ -76,6 +193,25 @@ pub trait Engine: Send + Sync {
 
     /// Whether `prompt` of a completion and `input` of an embedding may be token ids.
     fn takes_token_ids(&self) -> bool;
+
+    /// Whether it takes a conversation only as the text that its model reads.
+    fn needs_text(&self, api: Api, openai_routes: bool) -> bool {
+        let _ = (api, openai_routes);
+        false
+    }
+
+    /// Whether [`Engine::adapt`] reads the body, which takes time where it is long.
+    fn rewrites(&self) -> bool {
+        false
+    }
+
+    /// Makes of a request what the engine takes. To be asked by way of [`prepare`].
+    ///
+    /// # Errors
+    /// When the engine cannot do what is asked.
+    fn adapt(&self, asked: Asked) -> Result<Prepared, Unsupported> {
+        Ok(Prepared::untouched(asked))
+    }
 }
 
 impl fmt::Debug for dyn Engine {
@@ -134,9 +270,11 @@ pub struct Totals {
 #[derive(Clone, Debug)]
 pub struct Detected {
     pub engine: &'static dyn Engine,
-    /// At least one.
+    /// At least one, unless the engine was known before and does not list them.
     pub models: Vec<ServedModel>,
     pub version: Option<String>,
+    /// Whether it has OpenAI's routes.
+    pub openai_routes: bool,
 }
 
 impl Detected {
@@ -148,28 +286,78 @@ impl Detected {
     }
 }
 
-/// The models that a server lists, at least one.
+/// Makes of a request what the engine takes.
 ///
 /// # Errors
-/// [`Error::Status`] when it refuses, [`Error::Unreadable`] when this is not OpenAI's list or it is empty.
-pub async fn models(channel: &Channel) -> Result<Vec<ServedModel>, Error> {
+/// When the engine cannot do what is asked.
+pub fn prepare(engine: &dyn Engine, asked: Asked) -> Result<Prepared, Unsupported> {
+    if !engine.serves(asked.api) {
+        return Err(Unsupported::api(engine.name(), asked.api));
+    }
+    if engine.needs_text(asked.api, asked.openai_routes) && asked.text.is_none() {
+        let what = "this server takes only text, and the model's chat template is not at hand to write it";
+        return Err(Unsupported::value(engine.name(), "messages", what));
+    }
+    engine.adapt(asked)
+}
+
+/// Refuses a prompt of token ids for an engine that takes only text.
+fn require_text(engine: &'static str, members: &Members<'_>) -> Result<(), Unsupported> {
+    for field in ["prompt", "input"] {
+        let Some(text) = members.get(field) else { continue };
+        let first = text.trim_start_matches(|c: char| c == '[' || c.is_ascii_whitespace());
+        if text.starts_with('[') && !first.starts_with(['"', ']']) {
+            return Err(Unsupported::value(engine, field, "token ids cannot be sent, only text"));
+        }
+    }
+    Ok(())
+}
+
+/// Finds out what a server serves, and which engine it is unless that is known.
+///
+/// # Errors
+/// [`Error::Status`] when it refuses, [`Error::Unreadable`] when it is no engine that requests could be sent to. Of an
+/// engine that is known only what keeps it from being asked at all.
+pub async fn detect(channel: &Channel, known: Option<&'static dyn Engine>) -> Result<Detected, Error> {
+    let listed = models(channel).await;
+    let openai_routes = !matches!(listed, Err(Error::Status { status: StatusCode::NOT_FOUND }));
+    let (engine, mut models) = match (known, listed) {
+        (Some(engine), listed) => (engine, listed.unwrap_or_default()),
+        (None, Ok(models)) => (recognise(channel, &models).await.ok_or(Error::Unreadable)?, models),
+        // Some have a list of their own, elsewhere.
+        (None, Err(error @ Error::Status { .. })) => (recognise(channel, &[]).await.ok_or(error)?, Vec::new()),
+        (None, Err(error)) => return Err(error),
+    };
+    if let Some(details) = page(channel, engine.details_path()).await {
+        engine.read_details(&details, &mut models);
+    }
+    if known.is_none() && models.is_empty() {
+        return Err(Error::Unreadable);
+    }
+    let version = page(channel, engine.version_path()).await.and_then(|answer| version(&answer));
+    Ok(Detected { engine, models, version, openai_routes })
+}
+
+/// The models that a server lists in OpenAI's way, at least one.
+async fn models(channel: &Channel) -> Result<Vec<ServedModel>, Error> {
     let (status, body) = channel.get("/v1/models", ANSWER_LIMIT, MODELS_BYTES_MAX).await?;
     require_success(status)?;
     models::read(&body).filter(|models| !models.is_empty()).ok_or(Error::Unreadable)
 }
 
-/// Finds out which engine listens and what it serves.
-///
-/// # Errors
-/// As [`models`]: a server without OpenAI's list of models is none that requests could be sent to.
-pub async fn detect(channel: &Channel) -> Result<Detected, Error> {
-    let models = models(channel).await?;
-    let engine = ENGINES.into_iter().find(|engine| engine.recognises(&models)).ok_or(Error::Unreadable)?;
-    let version = match engine.version_path() {
-        Some(path) => version(channel, path).await,
-        None => None,
-    };
-    Ok(Detected { engine, models, version })
+/// Whose server it is that lists these models.
+async fn recognise(channel: &Channel, models: &[ServedModel]) -> Option<&'static dyn Engine> {
+    for engine in ENGINES {
+        let its = match engine.mark() {
+            Mark::Owner(name) => models.iter().any(|model| model.owned_by.as_deref() == Some(name)),
+            Mark::Path(path, reads) => page(channel, Some(path)).await.is_some_and(|answer| reads(&answer)),
+            Mark::Any => !models.is_empty(),
+        };
+        if its {
+            return Some(engine);
+        }
+    }
+    None
 }
 
 /// Asks once whether the worker can take requests.
@@ -178,8 +366,7 @@ pub async fn detect(channel: &Channel) -> Result<Detected, Error> {
 /// The reason why not. Nothing is tried again.
 pub async fn probe(channel: &Channel, engine: &dyn Engine) -> Result<(), Error> {
     // The list of models of a server whose health path it is can be long; none of it is kept.
-    let (status, _) = channel.get(engine.health_path(), ANSWER_LIMIT, MODELS_BYTES_MAX).await?;
-    require_success(status)
+    first_of(channel, engine.health_paths(), MODELS_BYTES_MAX).await.map(drop)
 }
 
 /// What the engine says of its load now; `None` where it publishes none that can be read.
@@ -187,10 +374,24 @@ pub async fn probe(channel: &Channel, engine: &dyn Engine) -> Result<(), Error> 
 /// # Errors
 /// When it does not answer, or refuses.
 pub async fn load(channel: &Channel, engine: &dyn Engine) -> Result<Option<Load>, Error> {
-    let Some(path) = engine.metrics_path() else { return Ok(None) };
-    let (status, text) = channel.get(path, ANSWER_LIMIT, METRICS_BYTES_MAX).await?;
-    require_success(status)?;
-    Ok(engine.read_load(&text))
+    if engine.load_paths().is_empty() {
+        return Ok(None);
+    }
+    let answer = first_of(channel, engine.load_paths(), METRICS_BYTES_MAX).await?;
+    Ok(engine.read_load(&answer))
+}
+
+/// The answer of the first of these paths that the server has.
+async fn first_of(channel: &Channel, paths: &[&'static str], bytes_max: usize) -> Result<Bytes, Error> {
+    let mut last = Err(Error::Unreadable);
+    for path in paths {
+        let (status, answer) = channel.get(path, ANSWER_LIMIT, bytes_max).await?;
+        last = require_success(status).map(|()| answer);
+        if status != StatusCode::NOT_FOUND {
+            break;
+        }
+    }
+    last
 }
 
 /// Where the engine publishes what its prefix cache holds; `None` where it does not, or does not say.
@@ -203,10 +404,14 @@ pub async fn kv_source(channel: &Channel, engine: &dyn Engine) -> Result<Option<
     Ok(kv_sources::read(&body, channel.endpoint().host()).filter(|_| status.is_success()))
 }
 
-/// A version is for people to read: without one, all works.
-async fn version(channel: &Channel, path: &'static str) -> Option<String> {
-    let (status, body) = channel.get(path, ANSWER_LIMIT, SMALL_BYTES_MAX).await.ok()?;
-    let answer: Value = serde_json::from_slice(&body).ok().filter(|_| status.is_success())?;
+/// A small answer that all works without.
+async fn page(channel: &Channel, path: Option<&'static str>) -> Option<Bytes> {
+    let (status, body) = channel.get(path?, ANSWER_LIMIT, SMALL_BYTES_MAX).await.ok()?;
+    status.is_success().then_some(body)
+}
+
+fn version(answer: &[u8]) -> Option<String> {
+    let answer: Value = serde_json::from_slice(answer).ok()?;
     answer.get("version")?.as_str().map(str::to_owned)
 }
 

@@ -97,7 +97,9 @@ impl Signals {
     /// The signals of the engine behind `channel`; `None` for an engine that publishes no load.
     #[must_use]
     pub fn new(channel: Channel, engine: &'static dyn Engine, traffic: Traffic, pace: Pace) -> Option<Self> {
-        engine.metrics_path()?;
+        if engine.load_paths().is_empty() {
+            return None;
+        }
         let now = Instant::now();
         Some(Self { channel, engine, traffic, pace, next_look: now, poll_by: now, told: Told::Nothing })
     }

@@ -6,6 +6,7 @@ use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use bytes::Bytes;
+use forebay_backends::engines;
 use forebay_proto::peek::{self, Refusal};
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http::{HeaderValue, StatusCode};
@@ -21,35 +22,35 @@ use crate::pipeline::{self, Call};
 use crate::prepare::Asked;
 use crate::telemetry::metrics::Api as ApiName;
 
-/// One of the calls: its name in metrics, its path at engines, its fields.
+/// One of the calls: its name in metrics, what engines are asked for, its fields.
 struct Kind {
-    api: ApiName,
-    path: &'static str,
+    name: ApiName,
+    api: engines::Api,
     peek: fn(&[u8]) -> Result<Asked, Refusal>,
 }
 
 pub(super) async fn chat(State(api): State<Arc<Api>>, request: Request) -> Response {
     let peek = |body: &[u8]| peek::Chat::peek(body).map(Asked::Chat);
-    serve(&api, request, Kind { api: ApiName::Chat, path: "/v1/chat/completions", peek }).await
+    serve(&api, request, Kind { name: ApiName::Chat, api: engines::Api::ChatCompletions, peek }).await
 }
 
 pub(super) async fn completions(State(api): State<Arc<Api>>, request: Request) -> Response {
     let peek = |body: &[u8]| peek::Completion::peek(body).map(Asked::Completion);
-    serve(&api, request, Kind { api: ApiName::Completions, path: "/v1/completions", peek }).await
+    serve(&api, request, Kind { name: ApiName::Completions, api: engines::Api::Completions, peek }).await
 }
 
 pub(super) async fn embeddings(State(api): State<Arc<Api>>, request: Request) -> Response {
     let peek = |body: &[u8]| peek::Embedding::peek(body).map(Asked::Embedding);
-    serve(&api, request, Kind { api: ApiName::Embeddings, path: "/v1/embeddings", peek }).await
+    serve(&api, request, Kind { name: ApiName::Embeddings, api: engines::Api::Embeddings, peek }).await
 }
 
 async fn serve(api: &Api, request: Request, kind: Kind) -> Response {
     let name = RequestName::from_client(headers::request_id(request.headers()));
-    let mut entry = match api.ledger.open(name.clone(), kind.api) {
+    let mut entry = match api.ledger.open(name.clone(), kind.name) {
         Ok(entry) => entry,
         Err(full) => return Error::Ledger(full).respond(&name),
     };
-    let span = tracing::debug_span!("request", id = name.as_str(), api = kind.api.name());
+    let span = tracing::debug_span!("request", id = name.as_str(), api = kind.name.name());
     let answered = tokio::select! {
         answered = answer(api, &mut entry, request, &kind).instrument(span) => answered,
         () = api.closing.cancelled() => Err(Error::Stopping),
@@ -81,7 +82,7 @@ async fn answer(api: &Api, entry: &mut Entry, request: Request, kind: &Kind) -> 
     let streaming = asked.streaming();
     entry.streaming(streaming.is_some_and(|streaming| streaming.stream));
     let hide_usage = streaming.is_some_and(|streaming| streaming.stream && !streaming.include_usage);
-    let call = Call { asked, body, path: kind.path, class, deadline, headers: forwarded };
+    let call = Call { asked, body, api: kind.api, class, deadline, headers: forwarded };
     let (route, opened) = api.pipeline.open(entry, call).await?;
     Ok(Open { route, opened, choices, hide_usage })
 }

@@ -7,7 +7,8 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use forebay_backends::transport::{Body, Outgoing, Response};
+use forebay_backends::engines::{self, Answer, Prepared, Unsupported};
+use forebay_backends::transport::{Outgoing, Response};
 use forebay_proto::error::{ApiError, from_engine};
 use forebay_proto::splice::Edits;
 use forebay_proto::sse::{Event, Splitter};
@@ -17,12 +18,15 @@ use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, R
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 
+use super::workers::Identity;
 use super::{Error, Job, Reply, Streamed, Whole, Worker};
 use crate::ids::RequestName;
 use crate::telemetry::metrics::RETRY_REASONS;
 
 /// How much of a whole answer is held back, so that one that breaks off can be had elsewhere.
 const HELD_BYTES_MAX: usize = 1 << 20;
+/// Bodies up to this length are rewritten where they are: some 40 µs of JSON.
+const INLINE_BODY_BYTES_MAX: usize = 32 << 10;
 /// An engine's error answer is read up to here.
 const ERROR_BYTES_MAX: usize = 64 << 10;
 /// Longest stream event: a chunk with the log probabilities of many tokens is some 100 KiB.
@@ -74,24 +78,32 @@ pub(super) async fn attempt(worker: &Worker, job: &Job<'_>) -> Result<Reply, Fai
 }
 
 async fn open(worker: &Worker, job: &Job<'_>) -> Result<Reply, Failed> {
-    let response = match worker.channel.send(outgoing(worker, job)).await {
+    let Prepared { path, body, translation } = prepared(worker, job).await?;
+    let response = match worker.channel.send(outgoing(job, path, body.clone())).await {
         // An idle connection that the worker closed while the request was on its way there: no failure of the worker's,
         // and no reason to leave its cache. What it may have begun ended with the connection, so nothing runs twice.
         Err(forebay_backends::Error::Reset { reused: true, .. }) => {
-            Box::pin(worker.channel.send_fresh(outgoing(worker, job))).await?
+            Box::pin(worker.channel.send_fresh(outgoing(job, path, body))).await?
         }
         sent => sent?,
     };
     if !response.status.is_success() {
         return Err(Box::pin(refused(response)).await);
     }
-    let streamed = job.asked.streaming().is_some_and(|streaming| streaming.stream);
-    if streamed && is_event_stream(&response.headers) { stream(response.body).await } else { whole(response).await }
+    let Response { status, headers, body } = response;
+    let answer = Answer::new(body, translation);
+    if job.streamed() && (answer.is_lines() || is_event_stream(&headers)) {
+        stream(answer).await
+    } else {
+        whole(status, &headers, answer).await
+    }
 }
 
-fn outgoing(worker: &Worker, job: &Job<'_>) -> Outgoing {
+/// The request as the worker's engine takes it.
+async fn prepared(worker: &Worker, job: &Job<'_>) -> Result<Prepared, Failed> {
     let mut edits = Edits::new();
-    if let Some(identity) = &*worker.identity.load() {
+    let identity = worker.identity.load_full();
+    if let Some(identity) = &identity {
         edits.model(job.asked.model(), &identity.model);
     }
     if let Some(streaming) = job.asked.streaming()
@@ -99,14 +111,42 @@ fn outgoing(worker: &Worker, job: &Job<'_>) -> Outgoing {
     {
         edits.usage(streaming);
     }
+    let body = edits.apply(&job.body);
+    let Some(identity) = identity else {
+        return Ok(Prepared { path: job.api.path(), body, translation: None });
+    };
+    let Identity { engine, openai_routes, .. } = *identity;
+    let text = if engine.needs_text(job.api, openai_routes) { Box::pin(written(job)).await? } else { None };
+    let asked = engines::Asked { api: job.api, body, streamed: job.streamed(), openai_routes, text };
+    let prepared = if engine.rewrites() && asked.body.len() > INLINE_BODY_BYTES_MAX {
+        let preparing = tokio::task::spawn_blocking(move || engines::prepare(engine, asked));
+        preparing.await.map_err(|_| Failed::elsewhere(Failure::Malformed))?
+    } else {
+        engines::prepare(engine, asked)
+    };
+    prepared.map_err(|Unsupported { message, param }| {
+        let (kind, code) = ("invalid_request_error".to_owned(), Some("unsupported_parameter".to_owned()));
+        let error = ApiError { message, kind, param, code };
+        Failed::Final(Box::new(Error::Engine { status: StatusCode::BAD_REQUEST, error, retry_after: None }))
+    })
+}
+
+/// The conversation as the model reads it, where its template is at hand.
+async fn written(job: &Job<'_>) -> Result<Option<String>, Failed> {
+    job.prepare.written(job.model, job.asked, &job.body).await.map_err(|error| {
+        tracing::debug!(%error, "a conversation cannot be written out");
+        Failed::elsewhere(Failure::Overloaded { retry_after: None })
+    })
+}
+
+fn outgoing(job: &Job<'_>, path: &'static str, body: Bytes) -> Outgoing {
     let mut headers = job.headers.clone();
     // Engines name their own requests after it: a name used twice would meet itself in vLLM.
     if let Some(name) = RequestName::fresh_header() {
         headers.insert(REQUEST_ID, name);
     }
     headers.insert(CONTENT_TYPE, JSON);
-    let path = PathAndQuery::from_static(job.path);
-    Outgoing { method: Method::POST, path, headers, body: edits.apply(&job.body) }
+    Outgoing { method: Method::POST, path: PathAndQuery::from_static(path), headers, body }
 }
 
 fn is_event_stream(headers: &HeaderMap) -> bool {
@@ -115,7 +155,7 @@ fn is_event_stream(headers: &HeaderMap) -> bool {
 }
 
 /// Reads until the first event that carries data.
-async fn stream(mut body: Body) -> Result<Reply, Failed> {
+async fn stream(mut body: Answer) -> Result<Reply, Failed> {
     let mut splitter = Splitter::new(EVENT_BYTES_MAX);
     loop {
         while let Some(event) = splitter.next().map_err(|_| Failed::elsewhere(Failure::Malformed))? {
@@ -133,7 +173,7 @@ async fn stream(mut body: Body) -> Result<Reply, Failed> {
     }
 }
 
-fn begin(event: Event, splitter: Splitter, body: Body) -> Result<Reply, Failed> {
+fn begin(event: Event, splitter: Splitter, body: Answer) -> Result<Reply, Failed> {
     match event.data.as_deref().map(stream::read) {
         Some(Chunk::Delta(_)) => Ok(Reply::Stream(Streamed { first: VecDeque::from([event]), splitter, body })),
         Some(Chunk::Error { error, status }) => {
@@ -144,14 +184,20 @@ fn begin(event: Event, splitter: Splitter, body: Body) -> Result<Reply, Failed> 
     }
 }
 
-async fn whole(response: Response) -> Result<Reply, Failed> {
-    let Response { status, headers, mut body } = response;
+async fn whole(status: StatusCode, headers: &HeaderMap, body: Answer) -> Result<Reply, Failed> {
     // Whatever else an engine, or something that stands where one was, calls a success is no answer to a client.
     let encoded = headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity");
     let html = headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/html"));
     if status != StatusCode::OK || encoded || html {
         return Err(Failed::elsewhere(Failure::Malformed));
     }
+    let mut body = match body.translated().await? {
+        Ok(answer) => {
+            let length = Some(answer.len() as u64);
+            return Ok(Reply::Whole(Whole { content_type: JSON, head: VecDeque::from([answer]), rest: None, length }));
+        }
+        Err(plain) => plain,
+    };
     let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
     let content_type = headers.get(CONTENT_TYPE).cloned().unwrap_or(JSON);
     let mut head = VecDeque::new();

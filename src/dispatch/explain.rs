@@ -111,7 +111,7 @@ impl Dispatch {
             name: Arc::clone(&worker.name),
             model: Arc::clone(&worker.pool_model),
             url: worker.channel.endpoint().to_string(),
-            engine: identity.as_ref().map(|identity| identity.engine),
+            engine: identity.as_ref().map(|identity| identity.engine.name()),
             engine_model: identity.as_ref().map(|identity| identity.model.clone()),
             takes_requests: takes_requests(&view),
             view,

@@ -292,8 +292,8 @@ impl Intake {
             tokenizer: counts.then(|| EngineTokenizer { channel: worker.channel.clone(), model: served.clone() }),
         };
         let adapter = facts.is_some_and(|facts| facts.parent.is_some()).then(|| served.clone());
-        let engine = detected.engine.name();
-        worker.identity.store(Some(Arc::new(Identity { engine, model: served, adapter })));
+        let Detected { engine, openai_routes, .. } = *detected;
+        worker.identity.store(Some(Arc::new(Identity { engine, openai_routes, model: served, adapter })));
         self.tell(worker, fact).await;
     }
 
@@ -371,17 +371,13 @@ impl Intake {
 /// Asks a worker who it is and whether it can serve; `None` when it cannot.
 async fn identify(channel: &Channel, spec: &WorkerSpec) -> Option<Detected> {
     let asked = async {
-        let detected = match spec.engine.and_then(engines::by_name) {
-            // A server whose engine is configured need not list its models.
-            Some(engine) => {
-                let models = engines::models(channel).await.unwrap_or_default();
-                Detected { engine, models, version: None }
-            }
-            None => engines::detect(channel).await?,
-        };
-        engines::probe(channel, detected.engine).await?;
-        // vLLM's health path answers 200 while the model sleeps.
-        let asleep = engines::load(channel, detected.engine).await.is_ok_and(|load| load.is_some_and(|l| l.sleeping));
+        // A server whose engine is configured need not list its models.
+        let detected = engines::detect(channel, spec.engine.and_then(engines::by_name)).await?;
+        let engine = detected.engine;
+        engines::probe(channel, engine).await?;
+        // vLLM's health path answers 200 while the model sleeps. What only one may read is left to the poll.
+        let load = if engine.load_drains() { None } else { engines::load(channel, engine).await.ok().flatten() };
+        let asleep = load.is_some_and(|load| load.sleeping);
         Ok::<_, forebay_backends::Error>((!asleep).then_some(detected))
     };
     match asked.await {

@@ -44,7 +44,7 @@ impl Known {
         Self {
             name: job.name.clone(),
             request,
-            pool: job.pool,
+            pool: job.model.pool,
             class: job.class,
             prompt_tokens: job.prompt.tokens,
             arrived: Instant::now(),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use foldhash::HashMap;
+use forebay_backends::engines::Engine;
 use forebay_backends::signals::Traffic;
 use forebay_backends::transport::Channel;
 use forebay_scheduler::{HealthState, PoolId, WorkerId, WorkerSpec};
@@ -39,7 +40,9 @@ pub struct Worker {
 
 /// What is known once the worker has been asked.
 pub(super) struct Identity {
-    pub(super) engine: &'static str,
+    pub(super) engine: &'static dyn Engine,
+    /// Whether it has OpenAI's routes.
+    pub(super) openai_routes: bool,
     /// What it calls the model.
     pub(super) model: String,
     /// The same name, where that is a LoRA adapter's.

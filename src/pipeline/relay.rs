@@ -13,7 +13,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use forebay_backends::transport::Body;
+use forebay_backends::engines::Answer;
 use forebay_proto::error::{ApiError, openai_event};
 use forebay_proto::peek::Span;
 use forebay_proto::splice::Edits;
@@ -39,7 +39,7 @@ pub struct StreamRelay {
     entry: Entry,
     place: Place,
     state: State,
-    upstream: Option<Body>,
+    upstream: Option<Answer>,
     splitter: Splitter,
     first: VecDeque<Event>,
     /// The client did not ask for the usage we asked for.
@@ -310,7 +310,7 @@ pub struct WholeRelay {
     entry: Entry,
     place: Place,
     head: VecDeque<Bytes>,
-    upstream: Option<Body>,
+    upstream: Option<Answer>,
     tap: Tap,
     /// Bytes still to go, where known.
     left: Option<u64>,

@@ -123,6 +123,13 @@ pub(super) fn tokenized(tokenizer: &Tokenizer, asked: &Tokenize, body: &[u8]) ->
 }
 
 /// A conversation as its engine will render and count it.
+/// A conversation as the text that the model reads; `None` for what is no conversation.
+pub(super) fn written(tokenizer: &Tokenizer, asked: &Asked, body: &[u8]) -> Result<Option<String>, Error> {
+    let Asked::Chat(chat) = asked else { return Ok(None) };
+    let render = |chat: &Chat<'_>| tokenizer.render(chat);
+    conversation(body, &chat.messages, chat.tools.as_ref(), &chat.template, render).map(|rendered| Some(rendered.text))
+}
+
 fn rendered(
     tokenizer: &Tokenizer,
     body: &[u8],
@@ -130,6 +137,17 @@ fn rendered(
     tools: Option<&Span>,
     template: &TemplateFields,
 ) -> Result<Rendered, Error> {
+    conversation(body, messages, tools, template, |chat| tokenizer.chat(chat))
+}
+
+/// What `render` makes of these parts of a body.
+fn conversation<T>(
+    body: &[u8],
+    messages: &Span,
+    tools: Option<&Span>,
+    template: &TemplateFields,
+    render: impl FnOnce(&Chat<'_>) -> Result<T, forebay_tokens::Error>,
+) -> Result<T, Error> {
     let at = |span: Option<&Span>| span.and_then(|span| body.get(span.clone()));
     let text = |span: &Option<Span>| at(span.as_ref()).map_or(Ok(None), string);
     let reasoning_effort = text(&template.reasoning_effort)?;
@@ -143,7 +161,7 @@ fn rendered(
         add_special_tokens: template.add_special_tokens.unwrap_or(false),
         ..Chat::new(at(Some(messages)).unwrap_or_default(), SystemTime::now())
     };
-    Ok(tokenizer.chat(&chat)?)
+    Ok(render(&chat)?)
 }
 
 fn string(json: &[u8]) -> Result<Option<String>, Error> {

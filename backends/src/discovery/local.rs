@@ -1,7 +1,7 @@
 //! Engines on this machine, at the ports that they take by default.
 //!
-//! Only the loopback interface is asked, only with GET, and only what answers OpenAI's list of models with a model in
-//! it is an engine: other programs like these ports too.
+//! Only the loopback interface is asked, only with GET, and only what lists a model, in OpenAI's way or its engine's own,
+//! is an engine: other programs like these ports too.
 
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ async fn ask(transport: &Transport, port: u16) -> Option<Found> {
     let url = Url::parse(&format!("http://127.0.0.1:{port}")).ok()?;
     let endpoint = Endpoint::new(&url, None).ok()?;
     let channel = transport.channel(endpoint, Timeouts::default());
-    match timeout(LIMIT, detect(&channel)).await.ok()? {
+    match timeout(LIMIT, detect(&channel, None)).await.ok()? {
         Ok(detected) => Some(Found { url, detected }),
         Err(error) => {
             tracing::debug!(port, %error, "no engine at a usual port");

@@ -2,7 +2,7 @@
 
 use forebay_proto::metrics_text::samples;
 
-use super::{Api, Engine, Load, ServedModel, Totals, tally::Tally};
+use super::{Api, Asked, Engine, Load, Mark, Prepared, Totals, Translation, Unsupported, tally::Tally, tidy};
 
 pub(super) struct LlamaCpp;
 
@@ -11,22 +11,18 @@ impl Engine for LlamaCpp {
         "llamacpp"
     }
 
-    fn recognises(&self, models: &[ServedModel]) -> bool {
-        models.iter().any(|model| model.owned_by.as_deref() == Some("llamacpp"))
+    fn mark(&self) -> Mark {
+        Mark::Owner("llamacpp")
     }
 
     /// 503 while the model loads.
-    fn health_path(&self) -> &'static str {
-        "/health"
-    }
-
-    fn version_path(&self) -> Option<&'static str> {
-        None
+    fn health_paths(&self) -> &'static [&'static str] {
+        &["/health"]
     }
 
     /// There only with `--metrics`.
-    fn metrics_path(&self) -> Option<&'static str> {
-        Some("/metrics")
+    fn load_paths(&self) -> &'static [&'static str] {
+        &["/metrics"]
     }
 
     fn read_load(&self, metrics: &[u8]) -> Option<Load> {
@@ -70,5 +66,10 @@ impl Engine for LlamaCpp {
 
     fn takes_token_ids(&self) -> bool {
         true
+    }
+
+    fn adapt(&self, asked: Asked) -> Result<Prepared, Unsupported> {
+        let translation = (asked.api == Api::ChatCompletions).then(|| Translation::new(tidy::Tidy(&[tidy::THINKING])));
+        Ok(Prepared { translation, ..Prepared::untouched(asked) })
     }
 }

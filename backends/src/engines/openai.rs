@@ -1,8 +1,8 @@
-//! Any other server with OpenAI's API: SGLang, TGI, TensorRT-LLM, Ollama and what may come.
+//! Any other server with OpenAI's API.
 //!
 //! Only what that API itself promises is used, so of its load nothing is known but what was sent there.
 
-use super::{Api, Engine, Load, ServedModel};
+use super::{Api, Engine, Mark};
 
 pub(super) struct OpenAi;
 
@@ -11,26 +11,14 @@ impl Engine for OpenAi {
         "openai"
     }
 
-    fn recognises(&self, _: &[ServedModel]) -> bool {
-        true
+    fn mark(&self) -> Mark {
+        Mark::Any
     }
 
-    /// The one path that all of them have. A `/health` may be missing (Ollama) or may wait for a generation of its own
-    /// (SGLang, TGI), and then fails on a worker that is merely busy.
-    fn health_path(&self) -> &'static str {
-        "/v1/models"
-    }
-
-    fn version_path(&self) -> Option<&'static str> {
-        None
-    }
-
-    fn metrics_path(&self) -> Option<&'static str> {
-        None
-    }
-
-    fn read_load(&self, _: &[u8]) -> Option<Load> {
-        None
+    /// The one path that all of them have. A `/health` may be missing or may wait for a generation of its own, and then
+    /// fails on a worker that is merely busy.
+    fn health_paths(&self) -> &'static [&'static str] {
+        &["/v1/models"]
     }
 
     fn serves(&self, api: Api) -> bool {
@@ -40,7 +28,7 @@ impl Engine for OpenAi {
         }
     }
 
-    /// OpenAI's own API does; TGI and Ollama refuse them.
+    /// OpenAI's own API does; servers that are like it may not.
     fn takes_token_ids(&self) -> bool {
         false
     }

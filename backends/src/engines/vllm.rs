@@ -2,7 +2,7 @@
 
 use forebay_proto::metrics_text::{Sample, samples};
 
-use super::{Api, Engine, Load, ServedModel, Totals, tally::Tally};
+use super::{Api, Engine, Load, Mark, Totals, tally::Tally};
 
 pub(super) struct Vllm;
 
@@ -11,21 +11,21 @@ impl Engine for Vllm {
         "vllm"
     }
 
-    fn recognises(&self, models: &[ServedModel]) -> bool {
-        models.iter().any(|model| model.owned_by.as_deref() == Some("vllm"))
+    fn mark(&self) -> Mark {
+        Mark::Owner("vllm")
     }
 
     /// 503 once the engine process is dead, 200 also while it sleeps: [`Load::sleeping`] tells that.
-    fn health_path(&self) -> &'static str {
-        "/health"
+    fn health_paths(&self) -> &'static [&'static str] {
+        &["/health"]
     }
 
     fn version_path(&self) -> Option<&'static str> {
         Some("/version")
     }
 
-    fn metrics_path(&self) -> Option<&'static str> {
-        Some("/metrics")
+    fn load_paths(&self) -> &'static [&'static str] {
+        &["/metrics"]
     }
 
     fn read_load(&self, metrics: &[u8]) -> Option<Load> {

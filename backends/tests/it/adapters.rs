@@ -1,6 +1,6 @@
 //! Every engine's adapter over the whole table, and over the bytes of real engines.
 
-use forebay_backends::engines::{Api, ENGINES, Load, Totals, by_name};
+use forebay_backends::engines::{Api, ENGINES, Load, Mark, Totals, by_name};
 use proptest::prelude::*;
 
 use crate::support::recorded;
@@ -10,12 +10,15 @@ fn the_table_is_consistent() {
     for (place, engine) in ENGINES.into_iter().enumerate() {
         let name = engine.name();
         assert_eq!(by_name(name).map(|found| found.name()), Some(name), "found by its own name, which is unique");
+        let single = [engine.version_path(), engine.details_path(), engine.kv_sources_path()];
         let paths =
-            [Some(engine.health_path()), engine.version_path(), engine.metrics_path(), engine.kv_sources_path()];
-        assert!(paths.into_iter().flatten().all(|path| path.parse::<http::uri::PathAndQuery>().is_ok()), "{name}");
-        assert!(paths.into_iter().flatten().all(|path| path.starts_with('/')), "{name}");
+            engine.health_paths().iter().chain(engine.load_paths()).copied().chain(single.into_iter().flatten());
+        for path in paths {
+            assert!(path.starts_with('/') && path.parse::<http::uri::PathAndQuery>().is_ok(), "{name}: {path}");
+        }
+        assert!(!engine.health_paths().is_empty(), "{name}");
         assert_eq!(
-            engine.recognises(&[]),
+            matches!(engine.mark(), Mark::Any),
             place + 1 == ENGINES.len(),
             "{name}: only the last takes what it does not know"
         );

@@ -32,21 +32,48 @@ const BUSY_METRICS: &str = "vllm:num_requests_running 3\nvllm:num_requests_waiti
 #[tokio::test]
 async fn engines_are_recognised() {
     let llamacpp = r#"{"object":"list","data":[{"id":"x","owned_by":"llamacpp","meta":{"n_ctx":512}}]}"#;
-    let ollama = r#"{"object":"list","data":[{"id":"x","object":"model","owned_by":"library"}]}"#;
+    let other = r#"{"object":"list","data":[{"id":"x","object":"model","owned_by":"library"}]}"#;
     for (models, version, engine, expected_version, hint) in [
         (VLLM_MODELS, Some(r#"{"version":"0.33.0"}"#), "vllm", Some("0.33.0"), Some("/models/base")),
         (VLLM_MODELS, Some("<html>"), "vllm", None, Some("/models/base")),
         (VLLM_MODELS, None, "vllm", None, Some("/models/base")),
         (llamacpp, None, "llamacpp", None, None),
-        (ollama, Some(r#"{"version":"0.33.0"}"#), "openai", None, None),
+        (other, Some(r#"{"version":"0.33.0"}"#), "openai", None, None),
     ] {
         let version_status = if version.is_some() { 200 } else { 404 };
         let paths = [("/v1/models", 200, models), ("/version", version_status, version.unwrap_or("{}"))];
         let server = Server::of_paths(paths).await;
-        let detected = detect(&server.channel(Timeouts::default())).await.expect("an engine");
+        let detected = detect(&server.channel(Timeouts::default()), None).await.expect("an engine");
         assert_eq!(detected.engine.name(), engine);
         assert_eq!(detected.version.as_deref(), expected_version);
         assert_eq!(detected.tokenizer_hint(), hint);
+    }
+}
+
+/// Those that do not put their name into the list of models, or have no list.
+#[tokio::test]
+async fn engines_are_recognised_by_what_is_theirs_alone() {
+    let list = |owner: &str| format!(r#"{{"object":"list","data":[{{"id":"m","owned_by":"{owner}","root":"m"}}]}}"#);
+    let info = r#"{"model_id":"org/m","max_total_tokens":4096,"max_input_tokens":4095,"version":"3.3.7"}"#;
+    let ps = r#"{"models":[{"name":"m","context_length":2048}]}"#;
+    let version = r#"{"version":"0.33.0"}"#;
+    for (owner, paths, engine, length, hint, routes) in [
+        ("sglang", vec![("/model_info", r#"{"tokenizer_path":"/models/m"}"#)], "sglang", None, Some("/models/m"), true),
+        ("tensorrt_llm", vec![], "trtllm", None, Some("m"), true),
+        ("org/m", vec![("/info", info)], "tgi", Some(4096), Some("org/m"), true),
+        ("", vec![("/info", info)], "tgi", Some(4096), Some("org/m"), false),
+        ("library", vec![("/api/version", version), ("/api/ps", ps)], "ollama", Some(2048), Some("m"), true),
+        ("library", vec![("/info", "{}"), ("/api/version", "[]")], "openai", None, Some("m"), true),
+    ] {
+        let models = list(owner);
+        let at = |place: usize| paths.get(place).map_or(("/none", 404, ""), |(path, body)| (*path, 200, *body));
+        let listed = if owner.is_empty() { ("/none", 404, "") } else { ("/v1/models", 200, models.as_str()) };
+        let server = Server::of_paths([listed, at(0), at(1)]).await;
+        let detected = detect(&server.channel(Timeouts::default()), None).await.expect("an engine");
+        assert_eq!((detected.engine.name(), detected.openai_routes), (engine, routes));
+        assert_eq!((detected.models[0].max_model_len, detected.tokenizer_hint()), (length, hint), "{engine}");
+        let known = detect(&server.channel(Timeouts::default()), by_name(engine)).await.expect("an engine");
+        assert_eq!((known.models, known.openai_routes), (detected.models, routes), "{engine}");
     }
 }
 
@@ -55,14 +82,14 @@ async fn real_engines_are_recognised() {
     let Some(models) = recorded("vllm/models") else { return };
     let version = recorded("vllm/version").expect("a sample");
     let server = Server::of_paths([("/v1/models", 200, &models), ("/version", 200, &version)]).await;
-    let detected = detect(&server.channel(Timeouts::default())).await.expect("an engine");
+    let detected = detect(&server.channel(Timeouts::default()), None).await.expect("an engine");
     assert_eq!((detected.engine.name(), detected.version.as_deref()), ("vllm", Some("0.32.0")));
     assert_eq!((detected.models[0].id.as_str(), detected.models[0].max_model_len), ("smollm2", Some(2048)));
     assert_eq!(detected.tokenizer_hint(), Some("models/smollm2"));
 
     let models = recorded("llamacpp/models").expect("a sample");
     let server = Server::of_paths([("/v1/models", 200, &models)]).await;
-    let detected = detect(&server.channel(Timeouts::default())).await.expect("an engine");
+    let detected = detect(&server.channel(Timeouts::default()), None).await.expect("an engine");
     assert_eq!((detected.engine.name(), detected.tokenizer_hint()), ("llamacpp", None));
     assert_eq!((detected.models[0].id.as_str(), detected.models[0].max_model_len), ("smollm2", Some(2048)));
 }
@@ -79,7 +106,7 @@ async fn what_is_no_engine() {
         (503, VLLM_MODELS, Failure::Status5xx),
     ] {
         let server = Server::of_paths([("/v1/models", status, body)]).await;
-        let error = detect(&server.channel(Timeouts::default())).await.expect_err("no engine");
+        let error = detect(&server.channel(Timeouts::default()), None).await.expect_err("no engine");
         assert_eq!(error.failure(), expected, "{status} {body}: {error:?}");
     }
 }

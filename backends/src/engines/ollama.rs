@@ -1,0 +1,154 @@
+//! Ollama (0.33), over its OpenAI routes; a chat that asks for what they cannot, over `/api/chat`.
+//!
+//! It says nothing of its load, and a prompt longer than its context it shortens without a word: the gateway refuses
+//! such a prompt where it can count, and its own route does where it is used.
+
+mod native;
+
+use serde_json::{Value, json};
+
+use super::{
+    Api, Asked, Engine, Mark, Members, Prepared, ServedModel, Unsupported, fields::refuse_unheeded, require_text,
+};
+
+pub(super) struct Ollama;
+
+const NAME: &str = "ollama";
+
+const HEEDED: &[&str] = &["logprobs", "top_logprobs", "response_format", "stop", "suffix"];
+
+/// Sampling fields that only its own route has, and their names there.
+const OPTIONS: [(&str, &str); 4] =
+    [("top_k", "top_k"), ("min_p", "min_p"), ("typical_p", "typical_p"), ("repetition_penalty", "repeat_penalty")];
+
+impl Engine for Ollama {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    /// Its list of models names whose namespace each is from.
+    fn mark(&self) -> Mark {
+        Mark::Path("/api/version", |answer| {
+            serde_json::from_slice::<Value>(answer)
+                .is_ok_and(|answer| answer.get("version").is_some_and(Value::is_string))
+        })
+    }
+
+    fn health_paths(&self) -> &'static [&'static str] {
+        &["/api/version"]
+    }
+
+    fn version_path(&self) -> Option<&'static str> {
+        Some("/api/version")
+    }
+
+    /// What is loaded now; the context of the others is decided when they are.
+    fn details_path(&self) -> Option<&'static str> {
+        Some("/api/ps")
+    }
+
+    fn read_details(&self, body: &[u8], models: &mut Vec<ServedModel>) {
+        let Ok(answer) = serde_json::from_slice::<Value>(body) else { return };
+        for loaded in answer.get("models").and_then(Value::as_array).into_iter().flatten() {
+            let name = loaded.get("name").and_then(Value::as_str);
+            let length =
+                loaded.get("context_length").and_then(Value::as_u64).and_then(|length| u32::try_from(length).ok());
+            for model in models.iter_mut().filter(|model| Some(model.id.as_str()) == name) {
+                model.max_model_len = length.filter(|&length| length > 0).or(model.max_model_len);
+            }
+        }
+    }
+
+    fn serves(&self, api: Api) -> bool {
+        matches!(api, Api::ChatCompletions | Api::Completions | Api::Embeddings)
+    }
+
+    fn takes_token_ids(&self) -> bool {
+        false
+    }
+
+    fn rewrites(&self) -> bool {
+        true
+    }
+
+    fn adapt(&self, asked: Asked) -> Result<Prepared, Unsupported> {
+        let body = asked.body.clone();
+        let Some(mut members) = Members::read(&body) else { return Ok(Prepared::untouched(asked)) };
+        require_text(NAME, &members)?;
+        members.rename("max_completion_tokens", "max_tokens");
+        if let Some(choice) = members.remove("tool_choice") {
+            match choice.as_str() {
+                r#""auto""# => {}
+                r#""none""# => drop(members.remove("tools")),
+                _ => return Err(Unsupported::value(NAME, "tool_choice", "a tool cannot be forced")),
+            }
+        }
+        if let Some([only]) = members.get_as::<[String; 1]>("prompt") {
+            members.set("prompt", &json!(only));
+        }
+        if members.get("prompt").is_some_and(|prompt| prompt.starts_with('[')) {
+            return Err(Unsupported::value(NAME, "prompt", "one text is taken, no list"));
+        }
+        let heeded = if asked.api == Api::Completions { &["stop", "suffix"] } else { HEEDED };
+        let Err(unheeded) = refuse_unheeded(NAME, &members, heeded) else {
+            return Ok(Prepared { body: members.write(&body), ..Prepared::untouched(asked) });
+        };
+        if asked.api != Api::ChatCompletions {
+            return Err(unheeded);
+        }
+        let own = OPTIONS.map(|(name, _)| name);
+        refuse_unheeded(NAME, &members, &[HEEDED, &own].concat())?;
+        native::adapt(&asked, &members)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn adapted(api: Api, body: &str) -> Result<(&'static str, Value), Option<String>> {
+        let asked = Asked { api, body: body.to_owned().into(), streamed: false, openai_routes: true, text: None };
+        let prepared = Ollama.adapt(asked).map_err(|unsupported| unsupported.param)?;
+        Ok((prepared.path, serde_json::from_slice(&prepared.body).expect("JSON")))
+    }
+
+    #[test]
+    fn what_it_would_pass_over_is_mapped_or_refused() {
+        let chat = |rest: &str| adapted(Api::ChatCompletions, &format!(r#"{{"model":"m","messages":[]{rest}}}"#));
+        let expected = json!({"model": "m", "messages": [], "max_tokens": 5});
+        for same in [
+            r#","max_completion_tokens":5"#,
+            r#","max_tokens":5,"tool_choice":"auto""#,
+            r#","max_tokens":5,"tools":[{}],"tool_choice":"none""#,
+        ] {
+            assert_eq!(chat(same), Ok(("/v1/chat/completions", expected.clone())), "{same}");
+        }
+        for (rest, field) in [
+            (r#","n":2"#, "n"),
+            (r#","tool_choice":"required""#, "tool_choice"),
+            (r#","tool_choice":{"type":"function","function":{"name":"f"}}"#, "tool_choice"),
+            (r#","logit_bias":{"1":1}"#, "logit_bias"),
+        ] {
+            assert_eq!(chat(rest), Err(Some(field.to_owned())), "{rest}");
+        }
+        assert_eq!(chat(r#","top_k":3"#).expect("its own route").0, "/api/chat");
+        let completion = |rest: &str| adapted(Api::Completions, &format!(r#"{{"model":"m",{rest}}}"#));
+        assert_eq!(completion(r#""prompt":["a"]"#).expect("one text").1["prompt"], "a");
+        for (rest, field) in [
+            (r#""prompt":["a","b"]"#, "prompt"),
+            (r#""prompt":[1]"#, "prompt"),
+            (r#""prompt":"a","logprobs":2"#, "logprobs"),
+            (r#""prompt":"a","top_k":2"#, "top_k"),
+        ] {
+            assert_eq!(completion(rest), Err(Some(field.to_owned())), "{rest}");
+        }
+    }
+
+    #[test]
+    fn the_context_of_what_is_loaded() {
+        let model = |id: &str| ServedModel { id: id.to_owned(), ..ServedModel::default() };
+        let mut models = vec![model("a:latest"), model("b")];
+        Ollama.read_details(br#"{"models":[{"name":"a:latest","context_length":4096},{"name":7}]}"#, &mut models);
+        assert_eq!((models[0].max_model_len, models[1].max_model_len), (Some(4096), None));
+    }
+}
