@@ -93,6 +93,7 @@ pub(crate) struct Queue {
 impl Pool {
     pub(crate) fn new(limits: PoolLimits, config: &Config) -> Self {
         Self {
+            index: PrefixIndex::new(config.index_bytes_max, limits.block_tokens),
             limits,
             workers: BTreeSet::new(),
             by_ready: BTreeSet::new(),
@@ -102,7 +103,6 @@ impl Pool {
             shares: Shares::default(),
             fairness: Fairness::default(),
             mixed: Mixed::default(),
-            index: PrefixIndex::new(config.index_bytes_max),
             outputs: Outputs::default(),
             pace: Pace::default(),
             busy: 0.0,

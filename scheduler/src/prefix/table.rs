@@ -88,7 +88,7 @@ impl Table {
 
     /// Reads the buckets of blocks that are to be changed next. Alone that is of no use: reads that do not wait for one
     /// another miss the processor's caches together, where changes, block by block, would miss them in turn.
-    pub(super) fn fetch(&self, blocks: &[u64]) {
+    pub(super) fn fetch<'a>(&self, blocks: impl IntoIterator<Item = &'a u64>) {
         let read = |hash: &u64| {
             let from = self.bucket(*hash);
             let cells = self.cells.get(from..from + WAYS).unwrap_or_default();
@@ -96,7 +96,7 @@ impl Table {
             let words = [0, 3, 5, 7].map(|way| cells.get(way).map_or(0, |[who, ..]| *who));
             words.iter().fold(self.hashes.get(from).copied().unwrap_or(0), |all, word| all ^ word)
         };
-        black_box(blocks.iter().fold(0, |all, hash| all ^ read(hash)));
+        black_box(blocks.into_iter().fold(0, |all, hash| all ^ read(hash)));
     }
 
     /// Adds a holder to a block, or renews it.
