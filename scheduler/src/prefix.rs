@@ -24,7 +24,7 @@ use smallvec::SmallVec;
 
 use crate::Tick;
 use crate::worker::Slot;
-use table::{Holders, Table};
+use table::{Holders, Part, Table};
 
 /// Tokens from one milestone to the next.
 const MILESTONE_TOKENS: u32 = 128;
@@ -117,6 +117,8 @@ impl PrefixIndex {
     pub(crate) fn lookup(&self, now: Tick, blocks: &[u64]) -> Matches {
         let mut matches = Matches::new();
         let miles = blocks.len() / self.mile;
+        let step = if miles > BATCH { STRIDE } else { 1 };
+        self.table.fetch(blocks.chunks_exact(self.mile).step_by(step).filter_map(|mile| mile.last()), Part::Hashes);
         let mut at = 1.min(miles);
         let mut group = self.holders(now, blocks, at * self.mile);
         if group.is_empty() {
@@ -158,23 +160,27 @@ impl PrefixIndex {
         for (at, mile) in blocks.chunks(self.mile).rev().enumerate() {
             if at.is_multiple_of(BATCH) {
                 let next = blocks.chunks(self.mile).rev().skip(at).take(BATCH);
-                self.table.fetch(next.filter_map(|mile| mile.last()));
+                self.table.fetch(next.filter_map(|mile| mile.last()), Part::All);
             }
-            let Some(hash) = mile.last() else { return };
-            let known = self.table.get(*hash).iter().find(|holder| holder.slot == slot).copied();
-            let held = known.filter(|holder| holder.is_valid(now, &self.caches));
-            if held.is_some_and(|holder| holder.is_young(now, until, &cache)) {
+            let Some(hash) = mile.last() else { break };
+            let written = self.table.hold(*hash, slot, &self.caches, |known| {
+                let held = known.filter(|holder| holder.is_valid(now, &self.caches));
+                if held.is_some_and(|holder| holder.is_young(now, until, &cache)) {
+                    return None;
+                }
+                // the last block is the first of these to be evicted
+                let stamp = cache.sent.wrapping_add(u32::from(held.is_none()));
+                if held.is_none() {
+                    cache.sent = cache.sent.wrapping_add(count(mile.len()));
+                }
+                Some(Holder { slot, epoch: cache.epoch, until, stamp, confirmed: false })
+            });
+            if !written {
                 // so are all before it
-                return;
+                break;
             }
-            // the last block is the first of these to be evicted
-            let stamp = cache.sent.wrapping_add(u32::from(held.is_none()));
-            if held.is_none() {
-                cache = self.cache_mut(slot, |cache| cache.sent = cache.sent.wrapping_add(count(mile.len())));
-            }
-            let holder = Holder { slot, epoch: cache.epoch, until, stamp, confirmed: false };
-            self.table.hold(*hash, holder, &self.caches);
         }
+        self.cache_mut(slot, |known| known.sent = cache.sent);
     }
 
     /// The worker says that it holds these.
@@ -182,9 +188,9 @@ impl PrefixIndex {
         let cache = self.cache_mut(slot, |_| ());
         let holder = Holder { slot, epoch: cache.epoch, until: Tick::ZERO, stamp: cache.sent, confirmed: true };
         for batch in blocks.chunks(BATCH) {
-            self.table.fetch(batch);
+            self.table.fetch(batch, Part::All);
             for hash in batch {
-                self.table.hold(*hash, holder, &self.caches);
+                self.table.hold(*hash, slot, &self.caches, |_| Some(holder));
             }
         }
     }
@@ -246,6 +252,8 @@ impl PrefixIndex {
     /// Finds where each of `group` ends, who all hold milestone `from` and not the next.
     fn finish(&self, now: Tick, blocks: &[u64], from: usize, mut group: Group, matches: &mut Matches) {
         let from = from * self.mile;
+        let behind = blocks.get(from..).unwrap_or_default().iter().take(self.mile - 1);
+        self.table.fetch(behind, Part::Hashes);
         for held in (from + 1..=blocks.len().min(from + self.mile - 1)).rev() {
             if group.is_empty() {
                 return;
