@@ -70,6 +70,9 @@ pub(crate) struct Work {
     pub(crate) sequences: u64,
 }
 
+/// A tenant in whose turn not all others are before it, and the tokens of one request.
+pub(crate) type InTurn = (TenantId, u64);
+
 impl Work {
     fn of(at: Standing) -> Self {
         Self { tokens: u64::from(at.uncached), sequences: u64::from(at.sequences) }
@@ -154,7 +157,7 @@ impl Lane {
     /// What would go before a newcomer: the classes above its own, and of its own class all; or, for one in whose
     /// tenant's turn the others are not all before it, as much of each tenant as its own has there and one request of
     /// so many tokens more.
-    pub(crate) fn before(&self, class: Class, in_turn: Option<(TenantId, u64)>) -> Work {
+    pub(crate) fn before(&self, class: Class, in_turn: Option<InTurn>) -> Work {
         let mut before = Work::default();
         self.classes.iter().take(class as usize).for_each(|share| before.add(share.work));
         if let Some(share) = self.classes.get(class as usize) {

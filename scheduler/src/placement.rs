@@ -12,12 +12,13 @@ mod terms;
 use smallvec::SmallVec;
 
 use crate::config::Config;
+use crate::lane::{InTurn, Work};
 use crate::outputs::Plan;
 use crate::pool::Pool;
 use crate::prefix::Matches;
 use crate::rng::Rng;
 use crate::worker::{Slot, Worker, Workers};
-use crate::{Class, Policy, Request, TenantId, Tick, WorkerId};
+use crate::{Policy, Request, Tick, WorkerId};
 
 pub(crate) use terms::TERMS;
 
@@ -41,6 +42,19 @@ pub(crate) struct Scene<'a> {
     pub(crate) config: &'a Config,
     pub(crate) pool: &'a Pool,
     pub(crate) workers: &'a Workers,
+}
+
+/// A request, and what is the same of it at every worker.
+pub(crate) struct Asked<'a> {
+    pub(crate) request: &'a Request,
+    plan: &'a Plan,
+    /// How a newcomer of its kind stands to others in a lane.
+    in_turn: Option<InTurn>,
+    /// Prefill speed in tokens/s of a worker whose own is not known.
+    fleet_rate: f64,
+    overlap_gain: f64,
+    /// Seconds that each sequence adds to a token of every other, at the fleet's speed.
+    slowdown_seconds: f64,
 }
 
 /// One request at one worker: what the terms are computed from.
@@ -126,18 +140,19 @@ impl<'a> Scene<'a> {
             let picked = policy::pick(self, request, failed_on, self.pool.placed, rng);
             scored.extend(picked.and_then(|slot| {
                 let matched = self.matched_tokens(request, self.pool.index.held_by(self.now, slot, &request.blocks));
-                self.score((request, plan), slot, matched, Ahead::Lane)
+                self.score(&self.asked(request, plan), slot, matched, Ahead::Lane)
             }));
             return if scored.is_empty() { Choice::Nobody } else { Choice::Winner(0) };
         }
         let matches = self.pool.index.lookup(self.now, &request.blocks);
         let bound = at_head.map(|(slot, _)| slot);
+        let asked = self.asked(request, plan);
         for slot in candidates::gather(self, request, failed_on, bound, &matches, rng) {
             let (matched, ahead) = match at_head {
                 Some((bound, matched)) if bound == slot => (matched, Ahead::Sent),
                 _ => (self.matched_tokens(request, held(&matches, slot)), Ahead::Lane),
             };
-            scored.extend(self.score((request, plan), slot, matched, ahead));
+            scored.extend(self.score(&asked, slot, matched, ahead));
         }
         let left = request.deadline.map(|deadline| deadline.seconds_since(self.now));
         let in_time = |scored: &Scored| left.is_none_or(|left| scored.first_token_seconds <= left);
@@ -156,15 +171,22 @@ impl<'a> Scene<'a> {
         })
     }
 
+    /// What is the same of a request at every worker.
+    pub(crate) fn asked(&self, request: &'a Request, plan: &'a Plan) -> Asked<'a> {
+        let fleet_rate = self.pool.fleet_rate();
+        Asked {
+            request,
+            plan,
+            in_turn: self.pool.in_turn((request.class, request.tenant)),
+            fleet_rate,
+            overlap_gain: self.pool.overlap_gain(self.config),
+            slowdown_seconds: self.pool.pace.slowdown_seconds(),
+        }
+    }
+
     /// One request at one worker that holds so many of its tokens.
-    pub(crate) fn score(
-        &self,
-        (request, plan): (&Request, &Plan),
-        slot: Slot,
-        matched_tokens: u32,
-        ahead: Ahead,
-    ) -> Option<Scored> {
-        let prospect = self.prospect((request, plan), slot, matched_tokens, ahead)?;
+    pub(crate) fn score(&self, asked: &Asked<'_>, slot: Slot, matched_tokens: u32, ahead: Ahead) -> Option<Scored> {
+        let prospect = self.prospect(asked, slot, matched_tokens, ahead)?;
         let terms = TERMS.map(|(_, seconds)| seconds(&prospect));
         Some(Scored {
             slot,
@@ -186,47 +208,45 @@ impl<'a> Scene<'a> {
         held.min(request.prompt_tokens.saturating_sub(1) / block).saturating_mul(block)
     }
 
-    /// Prompt tokens at a worker before those of a newcomer: ours, and foreign ones that wait in the engine.
-    pub(crate) fn ahead_tokens(&self, worker: &Worker, who: (Class, TenantId), ahead: Ahead) -> f64 {
+    /// Prompt tokens at a worker of this speed before those of a newcomer: ours (of a lane so many), and foreign ones that
+    /// wait in the engine.
+    pub(crate) fn ahead_tokens(&self, worker: &Worker, speed: f64, lane_tokens: u64) -> f64 {
         let (now, ttl) = (self.now, self.config.report_ttl);
-        let speed = worker.speed(now, self.pool.fleet_rate(), self.config);
         let foreign = worker.reported.foreign(now, ttl).map_or(0.0, |foreign| {
             (f64::from(foreign.waiting) * self.pool.uncached_mean - foreign.age * speed).max(0.0)
         });
-        let lane = if ahead == Ahead::Lane { self.pool.before(&worker.lane, who).tokens } else { 0 };
-        let ours = worker.backlog_tokens(now, self.pool.fleet_rate(), self.config) + lane as f64;
+        let ours = worker.backlog_tokens(now, speed) + lane_tokens as f64;
         (ours + foreign) * worker.reported.margin(now, ttl)
     }
 
     fn prospect<'b>(
         &'b self,
-        (request, plan): (&'b Request, &'b Plan),
+        asked: &Asked<'b>,
         slot: Slot,
         matched_tokens: u32,
         ahead: Ahead,
     ) -> Option<Prospect<'b>> {
         let worker = self.workers.get(slot)?;
         let foreign = worker.reported.foreign(self.now, self.config.report_ttl);
-        let lane = if ahead == Ahead::Lane {
-            self.pool.before(&worker.lane, (request.class, request.tenant)).sequences
-        } else {
-            0
+        let lane = match ahead {
+            Ahead::Lane => worker.lane.before(asked.request.class, asked.in_turn),
+            Ahead::Sent => Work::default(),
         };
-        let speed = worker.speed(self.now, self.pool.fleet_rate(), self.config);
+        let speed = worker.speed(self.now, asked.fleet_rate, self.config);
         Some(Prospect {
             now: self.now,
             config: self.config,
-            request,
-            plan,
+            request: asked.request,
+            plan: asked.plan,
             worker,
             matched_tokens,
-            ahead_tokens: self.ahead_tokens(worker, (request.class, request.tenant), ahead),
+            ahead_tokens: self.ahead_tokens(worker, speed, lane.tokens),
             ahead_sequences: worker.held.sequences() as f64
                 + f64::from(foreign.map_or(0, |foreign| foreign.running))
-                + lane as f64,
+                + lane.sequences as f64,
             speed,
-            overlap_gain: self.pool.overlap_gain(self.config),
-            slowdown_seconds: self.pool.pace.slowdown_seconds() * self.pool.fleet_rate() / speed,
+            overlap_gain: asked.overlap_gain,
+            slowdown_seconds: asked.slowdown_seconds * asked.fleet_rate / speed,
         })
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::config::Config;
 use crate::fairness::Fairness;
-use crate::lane::{Lane, Work};
+use crate::lane::{InTurn, Lane};
 use crate::outputs::Outputs;
 use crate::prefix::PrefixIndex;
 use crate::shares::Shares;
@@ -93,6 +93,7 @@ pub(crate) struct Queue {
 impl Pool {
     pub(crate) fn new(limits: PoolLimits, config: &Config) -> Self {
         Self {
+            index: PrefixIndex::new(config.index_bytes_max, limits.block_tokens),
             limits,
             workers: BTreeSet::new(),
             by_ready: BTreeSet::new(),
@@ -102,7 +103,6 @@ impl Pool {
             shares: Shares::default(),
             fairness: Fairness::default(),
             mixed: Mixed::default(),
-            index: PrefixIndex::new(config.index_bytes_max),
             outputs: Outputs::default(),
             pace: Pace::default(),
             busy: 0.0,
@@ -129,12 +129,10 @@ impl Pool {
         self.mixed.is(now) && (request.class == Class::Batch || self.flooded_by(request.class) == Some(request.tenant))
     }
 
-    /// What a newcomer to a lane finds before it: in turn with a tenant that floods the pool, else all.
-    pub(crate) fn before(&self, lane: &Lane, (class, tenant): (Class, TenantId)) -> Work {
-        match self.flooded_by(class) {
-            Some(other) if other != tenant => lane.before(class, Some((tenant, self.uncached_mean as u64))),
-            _ => lane.before(class, None),
-        }
+    /// How a newcomer stands in lanes: in turn with a tenant that floods the pool, else behind all.
+    pub(crate) fn in_turn(&self, (class, tenant): (Class, TenantId)) -> Option<InTurn> {
+        let flooded = self.flooded_by(class).is_some_and(|other| other != tenant);
+        flooded.then_some((tenant, self.uncached_mean as u64))
     }
 
     /// Prefill speed in tokens/s for a worker whose own is not known: the median of those measured.

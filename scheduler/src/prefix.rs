@@ -1,13 +1,18 @@
 //! Which workers hold which prompt prefixes, for one pool and block size.
 //!
 //! The key is a block's rolling hash: each covers all blocks before it, so a hash stands for a position too, and a
-//! worker that holds a block holds, as engines evict from the end, all before it. That makes the match of a worker a
-//! monotone question: a lookup probes every 32nd block and searches only where a holder drops out.
+//! worker that holds a block holds, as engines evict from the end, all before it.
 //!
-//! Two layers. *Confirmed*: the engine's KV events say so. *Speculative*: we routed such a prompt there a short time
-//! ago; a lease, without which a burst of siblings would see an empty cache and scatter. What an engine that publishes
-//! no events has evicted is known by counting: a block is believed to be there only while fewer blocks than its cache
-//! holds were sent there since (the order of a least-recently-used cache, without a list).
+//! Two layers. *Confirmed*: the engine's KV events say so, block by block. *Speculative*: we routed such a prompt there
+//! a short time ago; a lease, without which a burst of siblings would see an empty cache and scatter. Guesses are made
+//! with every prompt, so they are written only at *milestones*, blocks some 128 tokens apart, and at the prompt's last
+//! block. What that costs: where two prompts part between milestones, fewer than 128 tokens of what they share are not
+//! seen at a worker that does not confirm them. What an engine that publishes no events has evicted is known by
+//! counting: a block is believed to be there only while fewer blocks than its cache holds were sent there since (the
+//! order of a least-recently-used cache, without a list).
+//!
+//! At milestones the match of a worker is a monotone question: a lookup probes every 32nd block or so, searches only
+//! where a holder drops out, and looks at single blocks only behind the last milestone that the holder has.
 //!
 //! Invariants: memory never exceeds the budget; a worker that was forgotten is never returned (its epoch moved on; what
 //! it left is overwritten when met); a block names a bounded number of holders.
@@ -19,10 +24,14 @@ use smallvec::SmallVec;
 
 use crate::Tick;
 use crate::worker::Slot;
-use table::{Holders, Table};
+use table::{Holders, Part, Table};
 
-/// Blocks between two probes of a lookup.
-const STRIDE: usize = 32;
+/// Tokens from one milestone to the next.
+const MILESTONE_TOKENS: u32 = 128;
+/// Milestones between two probes of a lookup.
+const STRIDE: usize = 4;
+/// Blocks that are fetched together before they are changed.
+const BATCH: usize = 32;
 /// Holders kept for one block. What everyone holds, like a common system prompt, decides nothing; what is longer has
 /// fewer holders.
 const HOLDERS_MAX: usize = 32;
@@ -67,11 +76,24 @@ pub(crate) struct PrefixIndex {
     table: Table,
     /// By slot.
     caches: Vec<Cache>,
+    /// Blocks from one milestone to the next.
+    mile: usize,
 }
 
+/// Who holds some block, sorted.
+type Group = SmallVec<[Slot; HOLDERS_MAX]>;
+
 impl PrefixIndex {
-    pub(crate) fn new(bytes_max: usize) -> Self {
-        Self { table: Table::new(bytes_max), caches: Vec::new() }
+    /// An index of blocks of so many tokens.
+    pub(crate) fn new(bytes_max: usize, block_tokens: u32) -> Self {
+        let mut index = Self { table: Table::new(bytes_max), caches: Vec::new(), mile: 1 };
+        index.set_block_tokens(block_tokens);
+        index
+    }
+
+    /// Blocks have so many tokens from now on, and other hashes.
+    pub(crate) fn set_block_tokens(&mut self, tokens: u32) {
+        self.mile = (MILESTONE_TOKENS / tokens.max(1)).max(1) as usize;
     }
 
     /// How many blocks a worker's cache holds; none where that is not known.
@@ -90,20 +112,27 @@ impl PrefixIndex {
         self.table.bytes()
     }
 
-    /// Everyone who holds the beginning of `blocks`, and how much of it.
+    /// Who holds the beginning of `blocks`, and how much of it. Who holds less than the first milestone is named only
+    /// where nobody holds more.
     pub(crate) fn lookup(&self, now: Tick, blocks: &[u64]) -> Matches {
         let mut matches = Matches::new();
-        let mut held = 0;
-        let mut group = self.holders(now, blocks, 0);
-        while !group.is_empty() && held + 1 < blocks.len() {
-            let next = (held + STRIDE).min(blocks.len() - 1);
-            // all who hold this block, also such as a block before it could not name, since it names but so many
-            let on = self.holders(now, blocks, next);
-            let (_, out) = split(&group, &on);
-            self.narrow(now, blocks, (held, next), out, &mut matches);
-            (held, group) = (next, on);
+        let miles = blocks.len() / self.mile;
+        let step = if miles > BATCH { STRIDE } else { 1 };
+        self.table.fetch(blocks.chunks_exact(self.mile).step_by(step).filter_map(|mile| mile.last()), Part::Hashes);
+        let mut at = 1.min(miles);
+        let mut group = self.holders(now, blocks, at * self.mile);
+        if group.is_empty() {
+            self.begin(now, blocks, &mut matches);
         }
-        matches.extend(group.into_iter().map(|slot| (slot, count(held))));
+        while !group.is_empty() && at < miles {
+            let next = (at + STRIDE).min(miles);
+            // all who hold this block, also such as a block before it could not name, since it names but so many
+            let on = self.holders(now, blocks, next * self.mile);
+            let (_, out) = split(&group, &on);
+            self.narrow(now, blocks, (at, next), out, &mut matches);
+            (at, group) = (next, on);
+        }
+        self.finish(now, blocks, at, group, &mut matches);
         matches.sort_unstable();
         matches
     }
@@ -113,39 +142,55 @@ impl PrefixIndex {
         let holds = |hash: &u64| {
             self.table.get(*hash).iter().any(|holder| holder.slot == slot && holder.is_valid(now, &self.caches))
         };
-        u32::try_from(blocks.partition_point(holds)).unwrap_or(u32::MAX)
+        let (mut from, mut to) = (0, blocks.len() / self.mile + 1);
+        while to - from > 1 {
+            let middle = from.midpoint(to);
+            let held = blocks.get(middle * self.mile - 1).is_some_and(holds);
+            *(if held { &mut from } else { &mut to }) = middle;
+        }
+        let held = from * self.mile;
+        let mut rest = blocks.get(held..).unwrap_or_default().iter().take(self.mile);
+        count(held + rest.rposition(holds).map_or(0, |last| last + 1))
     }
 
     /// We sent, or will send, a prompt with these blocks there.
     pub(crate) fn expect(&mut self, now: Tick, slot: Slot, blocks: &[u64], until: Tick) {
         let mut cache = self.cache_mut(slot, |_| ());
         // from the end, which an engine evicts first: no block is believed to be there longer than the one before it
-        for (at, hash) in blocks.iter().enumerate().rev() {
-            if (blocks.len() - 1 - at).is_multiple_of(STRIDE) {
-                self.table.fetch(blocks.get((at + 1).saturating_sub(STRIDE)..=at).unwrap_or_default());
+        for (at, mile) in blocks.chunks(self.mile).rev().enumerate() {
+            if at.is_multiple_of(BATCH) {
+                let next = blocks.chunks(self.mile).rev().skip(at).take(BATCH);
+                self.table.fetch(next.filter_map(|mile| mile.last()), Part::All);
             }
-            let known = self.table.get(*hash).iter().find(|holder| holder.slot == slot).copied();
-            let held = known.filter(|holder| holder.is_valid(now, &self.caches));
-            if held.is_some_and(|holder| holder.is_young(now, until, &cache)) {
+            let Some(hash) = mile.last() else { break };
+            let written = self.table.hold(*hash, slot, &self.caches, |known| {
+                let held = known.filter(|holder| holder.is_valid(now, &self.caches));
+                if held.is_some_and(|holder| holder.is_young(now, until, &cache)) {
+                    return None;
+                }
+                // the last block is the first of these to be evicted
+                let stamp = cache.sent.wrapping_add(u32::from(held.is_none()));
+                if held.is_none() {
+                    cache.sent = cache.sent.wrapping_add(count(mile.len()));
+                }
+                Some(Holder { slot, epoch: cache.epoch, until, stamp, confirmed: false })
+            });
+            if !written {
                 // so are all before it
                 break;
             }
-            if held.is_none() {
-                cache = self.cache_mut(slot, |cache| cache.sent = cache.sent.wrapping_add(1));
-            }
-            let holder = Holder { slot, epoch: cache.epoch, until, stamp: cache.sent, confirmed: false };
-            self.table.hold(*hash, holder, &self.caches);
         }
+        self.cache_mut(slot, |known| known.sent = cache.sent);
     }
 
     /// The worker says that it holds these.
     pub(crate) fn confirm(&mut self, slot: Slot, blocks: &[u64]) {
         let cache = self.cache_mut(slot, |_| ());
         let holder = Holder { slot, epoch: cache.epoch, until: Tick::ZERO, stamp: cache.sent, confirmed: true };
-        for stride in blocks.chunks(STRIDE) {
-            self.table.fetch(stride);
-            for hash in stride {
-                self.table.hold(*hash, holder, &self.caches);
+        for batch in blocks.chunks(BATCH) {
+            self.table.fetch(batch, Part::All);
+            for hash in batch {
+                self.table.hold(*hash, slot, &self.caches, |_| Some(holder));
             }
         }
     }
@@ -172,30 +217,52 @@ impl PrefixIndex {
         *cache
     }
 
-    fn holders(&self, now: Tick, blocks: &[u64], at: usize) -> SmallVec<[Slot; HOLDERS_MAX]> {
-        let holders = blocks.get(at).map_or(Holders::One(None), |hash| self.table.get(*hash));
+    /// Who holds the first `held` blocks; everyone holds none, and nobody is named for it.
+    fn holders(&self, now: Tick, blocks: &[u64], held: usize) -> Group {
+        let hash = held.checked_sub(1).and_then(|last| blocks.get(last));
+        let holders = hash.map_or(Holders::One(None), |hash| self.table.get(*hash));
         holders.iter().filter(|holder| holder.is_valid(now, &self.caches)).map(|holder| holder.slot).collect()
     }
 
-    /// Finds where each of `group` ends, who all hold block `from` and not block `to`.
-    fn narrow(
-        &self,
-        now: Tick,
-        blocks: &[u64],
-        (from, to): (usize, usize),
-        group: SmallVec<[Slot; HOLDERS_MAX]>,
-        matches: &mut Matches,
-    ) {
+    /// Who holds a beginning that has no milestone.
+    fn begin(&self, now: Tick, blocks: &[u64], matches: &mut Matches) {
+        for held in (1..=blocks.len().min(self.mile)).rev() {
+            for slot in self.holders(now, blocks, held) {
+                if !matches.iter().any(|(other, _)| *other == slot) {
+                    matches.push((slot, count(held)));
+                }
+            }
+        }
+    }
+
+    /// Finds where each of `group` ends, who all hold milestone `from` and not milestone `to`.
+    fn narrow(&self, now: Tick, blocks: &[u64], (from, to): (usize, usize), group: Group, matches: &mut Matches) {
         if group.is_empty() {
             return;
         }
         if to - from <= 1 {
-            return matches.extend(group.into_iter().map(|slot| (slot, count(from))));
+            return self.finish(now, blocks, from, group, matches);
         }
         let middle = from.midpoint(to);
-        let (on, out) = split(&group, &self.holders(now, blocks, middle));
+        let (on, out) = split(&group, &self.holders(now, blocks, middle * self.mile));
         self.narrow(now, blocks, (middle, to), on, matches);
         self.narrow(now, blocks, (from, middle), out, matches);
+    }
+
+    /// Finds where each of `group` ends, who all hold milestone `from` and not the next.
+    fn finish(&self, now: Tick, blocks: &[u64], from: usize, mut group: Group, matches: &mut Matches) {
+        let from = from * self.mile;
+        let behind = blocks.get(from..).unwrap_or_default().iter().take(self.mile - 1);
+        self.table.fetch(behind, Part::Hashes);
+        for held in (from + 1..=blocks.len().min(from + self.mile - 1)).rev() {
+            if group.is_empty() {
+                return;
+            }
+            let (on, out) = split(&group, &self.holders(now, blocks, held));
+            matches.extend(on.into_iter().map(|slot| (slot, count(held))));
+            group = out;
+        }
+        matches.extend(group.into_iter().map(|slot| (slot, count(from))));
     }
 }
 
@@ -229,13 +296,13 @@ impl Holder {
 }
 
 /// `group` into who is in `holders` and who is not; both are sorted.
-fn split(group: &[Slot], holders: &[Slot]) -> (SmallVec<[Slot; HOLDERS_MAX]>, SmallVec<[Slot; HOLDERS_MAX]>) {
+fn split(group: &[Slot], holders: &[Slot]) -> (Group, Group) {
     group.iter().copied().partition(|slot| holders.binary_search(slot).is_ok())
 }
 
-/// Blocks held by who holds the block at `last`.
-fn count(last: usize) -> u32 {
-    u32::try_from(last + 1).unwrap_or(u32::MAX)
+/// A number of blocks.
+fn count(blocks: usize) -> u32 {
+    u32::try_from(blocks).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use crate::core::Core;
-use crate::placement::{Ahead, Scene};
+use crate::placement::Scene;
 use crate::worker::Worker;
 use crate::worker::kv::Held;
 use crate::{Class, Decision, HealthState, LoadReport, PoolId, Request, RequestId, TenantId, Tick, WorkerId};
@@ -102,11 +102,13 @@ impl Core {
     pub fn predicted_wait(&self, now: Tick, pool: PoolId, class: Class, tenant: TenantId) -> Option<Duration> {
         let state = self.pools.get(&pool)?;
         let scene = Scene { now, config: &self.config, pool: state, workers: &self.workers };
+        let in_turn = state.in_turn((class, tenant));
         let waits =
             state.workers.iter().filter_map(|slot| self.workers.get(*slot)).filter(|worker| worker.is_eligible());
         let seconds = waits.map(|worker| {
             let speed = worker.speed(now, state.fleet_rate(), &self.config);
-            (scene.ahead_tokens(worker, (class, tenant), Ahead::Lane) / speed).max(worker.busy_until.seconds_since(now))
+            let ahead = scene.ahead_tokens(worker, speed, worker.lane.before(class, in_turn).tokens);
+            (ahead / speed).max(worker.busy_until.seconds_since(now))
         });
         seconds.min_by(f64::total_cmp).map(crate::time::duration)
     }
@@ -133,7 +135,7 @@ impl Core {
 
     fn view(&self, now: Tick, worker: &Worker) -> Option<WorkerView> {
         let pool = self.pools.get(&worker.pool)?;
-        let backlog = worker.backlog_tokens(now, pool.fleet_rate(), &self.config);
+        let speed = worker.speed(now, pool.fleet_rate(), &self.config);
         Some(WorkerView {
             worker: worker.id,
             pool: worker.pool,
@@ -144,11 +146,11 @@ impl Core {
             sent_requests: u32::try_from(worker.sent.len()).unwrap_or(u32::MAX),
             sent_sequences: worker.held.sequences(),
             lane_requests: worker.lane.requests(),
-            promised_tokens: backlog as u64 + worker.lane.work().tokens,
+            promised_tokens: worker.backlog_tokens(now, speed) as u64 + worker.lane.work().tokens,
             reserved_tokens: worker.held.tokens(),
             kv_tokens: worker.spec.kv_tokens,
             kv_usage: worker.kv_pressure(now, Held::default(), &self.config),
-            prefill_rate: worker.speed(now, pool.fleet_rate(), &self.config),
+            prefill_rate: speed,
             rate_measured: worker.measured_rate().is_some(),
             reported: worker.reported.fresh(now, self.config.report_ttl).map(|(at, load)| (now.since(at), load)),
         })

@@ -13,6 +13,7 @@ mod rate;
 pub(crate) mod step;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use crate::config::Config;
 use crate::lane::Lane;
@@ -150,6 +151,20 @@ impl Worker {
             && self.kv_pressure(now, self.need(plan), config).is_none_or(|pressure| pressure <= 1.0)
     }
 
+    /// Whether a request may have room at all: the cheap question, before many are asked about.
+    pub(crate) fn may_have_room(&self, now: Tick, fleet_rate: f64, config: &Config) -> bool {
+        let window = || {
+            let speed = self.speed(now, fleet_rate, config);
+            self.backlog_tokens(now, speed) <= self.full(speed, config.window.max(config.window_yielding))
+        };
+        self.may_send() && self.busy_until <= now && (self.sent.is_empty() || window())
+    }
+
+    /// Tokens to prefill that fill so long a window.
+    fn full(&self, speed: f64, window: Duration) -> f64 {
+        (window.as_secs_f64() * speed).min(f64::from(self.spec.window_tokens))
+    }
+
     /// Whether so many more tokens may be sent that are not yet prefilled: so few that what comes next is still ours to
     /// decide, and enough for the engine's steps.
     ///
@@ -160,9 +175,8 @@ impl Worker {
     fn prefill_has_room(&self, now: Tick, request: &Request, uncached: u32, pool: &Pool, config: &Config) -> bool {
         let speed = self.speed(now, pool.fleet_rate(), config);
         let yields = pool.yields(now, request);
-        let window = if yields { config.window_yielding } else { config.window };
-        let full = (window.as_secs_f64() * speed).min(f64::from(self.spec.window_tokens));
-        let backlog = self.backlog_tokens(now, pool.fleet_rate(), config);
+        let full = self.full(speed, if yields { config.window_yielding } else { config.window });
+        let backlog = self.backlog_tokens(now, speed);
         if yields {
             backlog <= full * EMPTY || (self.filling == now && backlog + f64::from(uncached) <= full)
         } else {
@@ -192,9 +206,9 @@ impl Worker {
         self.rate.value()
     }
 
-    /// Prompt tokens sent to it and not prefilled.
-    pub(crate) fn backlog_tokens(&self, now: Tick, fleet_rate: f64, config: &Config) -> f64 {
-        self.backlog.tokens(now, self.speed(now, fleet_rate, config))
+    /// Prompt tokens sent to it and not prefilled, at its speed.
+    pub(crate) fn backlog_tokens(&self, now: Tick, speed: f64) -> f64 {
+        self.backlog.tokens(now, speed)
     }
 
     /// Mean seconds that a request stays, once one has ended.
@@ -282,7 +296,8 @@ impl Worker {
 
     /// Its engine's metrics were read.
     pub(crate) fn observe(&mut self, now: Tick, report: LoadReport, fleet_rate: f64, config: &Config) {
-        let prefilled = self.held.now(now, self.pace.token_seconds()) - self.backlog_tokens(now, fleet_rate, config);
+        let backlog = self.backlog_tokens(now, self.speed(now, fleet_rate, config));
+        let prefilled = self.held.now(now, self.pace.token_seconds()) - backlog;
         self.reported.observe(now, report, self.held.sequences(), (prefilled, self.spec.kv_tokens));
     }
 

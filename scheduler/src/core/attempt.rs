@@ -5,7 +5,7 @@
 
 use super::{Core, Place, Sent};
 use crate::explain::Cause;
-use crate::placement::{Ahead, Scene};
+use crate::placement::Scene;
 use crate::time::duration;
 use crate::worker::Slot;
 use crate::{Action, End, Failure, HealthState, Refusal, RequestId};
@@ -19,10 +19,9 @@ impl Core {
         let scene = Scene { now, config, pool, workers: &self.workers };
         let Some(worker) = self.workers.get(slot) else { return };
         let uncached = entry.request.prompt_tokens.saturating_sub(matched_tokens);
-        let ahead =
-            scene.ahead_tokens(worker, (entry.request.class, entry.request.tenant), Ahead::Sent) + f64::from(uncached);
         let fleet_rate = pool.fleet_rate();
-        let predicted = ahead / worker.speed(now, fleet_rate, config);
+        let speed = worker.speed(now, fleet_rate, config);
+        let predicted = (scene.ahead_tokens(worker, speed, 0) + f64::from(uncached)) / speed;
 
         let Some(worker) = self.workers.get_mut(slot) else { return };
         let (held, number) = worker.hold(now, (&entry.request, &entry.plan), uncached, fleet_rate, config);

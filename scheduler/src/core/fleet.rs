@@ -13,6 +13,7 @@ impl Core {
     pub(super) fn pool_joined(&mut self, pool: PoolId, limits: PoolLimits, out: &mut Vec<Action>) {
         match self.pools.get_mut(&pool) {
             Some(known) => {
+                known.index.set_block_tokens(limits.block_tokens);
                 known.limits = limits;
                 self.shed(pool, out);
             }

@@ -83,16 +83,19 @@ impl Core {
     /// lane the first that gains.
     fn spoils(&self, slot: Slot) -> Option<(RequestId, Scored, Scored)> {
         let worker = self.workers.get(slot)?;
-        if !worker.lane.is_empty() || !worker.may_send() || worker.busy_until > self.now {
+        let pool = self.pools.get(&worker.pool)?;
+        let no_lane = pool.laden.is_empty() || !worker.lane.is_empty();
+        if no_lane || !worker.may_have_room(self.now, pool.fleet_rate(), &self.config) {
             return None;
         }
-        let pool = self.pools.get(&worker.pool)?;
         let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
         let others = pool.laden.range(slot..).chain(pool.laden.range(..slot));
         let mut best: Option<(f64, RequestId, Scored, Scored)> = None;
         for victim in others.take(LANES_SEEN) {
             let lane = &self.workers.get(*victim)?.lane;
-            let mut first = lane.head(&pool.shares, &pool.fairness).into_iter().chain(lane.ids().take(LANE_DEPTH));
+            let head = lane.head(&pool.shares, &pool.fairness);
+            let behind = lane.ids().take(LANE_DEPTH).filter(|id| head != Some(*id));
+            let mut first = head.into_iter().chain(behind);
             let spoil = first.find_map(|id| {
                 let entry = self.requests.get(&id)?;
                 let request = &entry.request;
@@ -102,8 +105,9 @@ impl Core {
                     return None;
                 }
                 let matched = scene.matched_tokens(request, pool.index.held_by(self.now, slot, &request.blocks));
-                let here = scene.score((request, &entry.plan), slot, matched, Ahead::Sent)?;
-                let there = scene.score((request, &entry.plan), *victim, entry.matched_tokens(), Ahead::Sent)?;
+                let asked = scene.asked(request, &entry.plan);
+                let here = scene.score(&asked, slot, matched, Ahead::Sent)?;
+                let there = scene.score(&asked, *victim, entry.matched_tokens(), Ahead::Sent)?;
                 let takes = pays(&self.config, there.seconds, here.seconds) && room(here.uncached_tokens);
                 takes.then_some((there.seconds - here.seconds, id, here, there))
             });
@@ -124,8 +128,9 @@ impl Core {
         let (now, fleet_rate) = (self.now, pool.fleet_rate());
         let eligible = worker.is_eligible();
         let ready = eligible.then(|| {
-            let tokens = worker.backlog_tokens(now, fleet_rate, &self.config) + worker.lane.work().tokens as f64;
-            now.after(duration(tokens / worker.speed(now, fleet_rate, &self.config))).max(worker.busy_until)
+            let speed = worker.speed(now, fleet_rate, &self.config);
+            let tokens = worker.backlog_tokens(now, speed) + worker.lane.work().tokens as f64;
+            now.after(duration(tokens / speed)).max(worker.busy_until)
         });
         if worker.ready_key != ready {
             if let Some(key) = worker.ready_key {

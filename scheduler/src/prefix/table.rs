@@ -11,8 +11,11 @@
 use std::hint::black_box;
 
 use super::{Cache, HOLDERS_MAX, Holder};
+use crate::worker::Slot;
 
 const WAYS: usize = 8;
+/// Bytes of a processor's cache line.
+const LINE: usize = 64;
 /// Bytes of one block: its hash and its cell.
 pub(super) const BLOCK_BYTES: usize = size_of::<u64>() + size_of::<Cell>();
 /// Part of the budget that is for the lists.
@@ -21,19 +24,28 @@ const LISTS_PART: usize = 4;
 const LIST_FIRST: usize = 2;
 
 /// A packed [`Holder`], a list's number instead, or neither. All zero when it was never written.
-type Cell = [u64; 3];
+type Cell = [u64; CELL];
+/// Words of a cell.
+const CELL: usize = 3;
+/// The hashes of its blocks, 0 where a cell is empty, then the cells. Together, so that what a block needs lies in
+/// neighbouring lines of memory; plain words, so that the system can give them zeroed when they are first written.
+type Bucket = [u64; WAYS + WAYS * CELL];
 
 #[derive(Debug)]
 pub(super) struct Table {
-    /// 0 where a cell is empty.
-    hashes: Vec<u64>,
-    cells: Vec<Cell>,
-    buckets: usize,
+    buckets: Vec<Bucket>,
     len: usize,
     lists: Vec<Vec<Holder>>,
     lists_free: Vec<u32>,
     lists_bytes: usize,
     lists_bytes_max: usize,
+}
+
+/// What is fetched of a bucket.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    Hashes,
+    All,
 }
 
 /// Who holds a block.
@@ -55,11 +67,11 @@ impl Holders<'_> {
 impl Table {
     pub(super) fn new(bytes_max: usize) -> Self {
         let lists_bytes_max = bytes_max / LISTS_PART;
-        let buckets = (bytes_max - lists_bytes_max) / (WAYS * BLOCK_BYTES);
         Self {
-            hashes: vec![0; buckets * WAYS],
-            cells: vec![[0; 3]; buckets * WAYS],
-            buckets,
+            buckets: vec![
+                [0; size_of::<Bucket>() / size_of::<u64>()];
+                (bytes_max - lists_bytes_max) / size_of::<Bucket>()
+            ],
             len: 0,
             // as many as there can be: it never grows, which would stop the world
             lists: Vec::with_capacity(lists_bytes_max / (LIST_FIRST * size_of::<Holder>())),
@@ -80,52 +92,65 @@ impl Table {
     }
 
     pub(super) fn get(&self, hash: u64) -> Holders<'_> {
-        match self.find(hash).and_then(|at| self.cells.get(at)) {
+        match self.buckets.get(self.bucket(hash)).and_then(|bucket| cells(bucket).get(find(bucket, hash)?)) {
             Some(cell) => self.holders(cell),
             None => Holders::One(None),
         }
     }
 
-    /// Reads the buckets of blocks that are to be changed next. Alone that is of no use: reads that do not wait for one
-    /// another miss the processor's caches together, where changes, block by block, would miss them in turn.
-    pub(super) fn fetch(&self, blocks: &[u64]) {
+    /// Reads `part` of the buckets of blocks that are to be looked at or changed next. Alone that is of no use: reads that
+    /// do not wait for one another miss the processor's caches together, where block by block they would in turn.
+    pub(super) fn fetch<'a>(&self, blocks: impl IntoIterator<Item = &'a u64>, part: Part) {
+        let lines = if part == Part::Hashes { 1 } else { size_of::<Bucket>() / LINE };
         let read = |hash: &u64| {
-            let from = self.bucket(*hash);
-            let cells = self.cells.get(from..from + WAYS).unwrap_or_default();
-            // a word of each cache line
-            let words = [0, 3, 5, 7].map(|way| cells.get(way).map_or(0, |[who, ..]| *who));
-            words.iter().fold(self.hashes.get(from).copied().unwrap_or(0), |all, word| all ^ word)
+            let bucket = self.buckets.get(self.bucket(*hash)).map_or(&[][..], |bucket| bucket);
+            bucket.iter().step_by(LINE / size_of::<u64>()).take(lines).fold(0, |all, word| all ^ word)
         };
-        black_box(blocks.iter().fold(0, |all, hash| all ^ read(hash)));
+        black_box(blocks.into_iter().fold(0, |all, hash| all ^ read(hash)));
     }
 
-    /// Adds a holder to a block, or renews it.
-    pub(super) fn hold(&mut self, hash: u64, new: Holder, caches: &[Cache]) {
-        let found = self.find(hash);
-        let Some(at) = found.or_else(|| self.vacate(hash, caches)) else { return };
-        let Some(cell) = self.cells.get(at).copied() else { return };
+    /// Adds a holder to a block or renews it, as `renew` says by what is known of it; whether it was to be changed.
+    pub(super) fn hold(
+        &mut self,
+        hash: u64,
+        slot: Slot,
+        caches: &[Cache],
+        renew: impl FnOnce(Option<Holder>) -> Option<Holder>,
+    ) -> bool {
+        let at = self.bucket(hash);
+        let found = self.buckets.get(at).and_then(|bucket| {
+            let way = find(bucket, hash)?;
+            Some((way, *cells(bucket).get(way)?))
+        });
+        let cell = found.map_or([0; CELL], |(_, cell)| cell);
+        let known = self.holders(&cell).iter().find(|holder| holder.slot == slot).copied();
+        let Some(new) = renew(known) else { return false };
+        let new = known.map_or(new, |known| known.renewed(new));
         let cell = match list_of(&cell) {
             Some(list) => {
                 self.hold_in(list, new, caches);
                 with_list(list)
             }
             None => match unpack(&cell) {
-                Some(old) if old.slot != new.slot && old.is_current(caches) => {
+                Some(old) if old.slot != slot && old.is_current(caches) => {
                     self.hold_both(old, new).unwrap_or_else(|| pack(new))
                 }
-                Some(old) if old.slot == new.slot => pack(old.renewed(new)),
                 _ => pack(new),
             },
         };
-        if let Some(place) = self.cells.get_mut(at) {
+        let Some(way) = found.map(|(way, _)| way).or_else(|| self.vacate(at, hash, caches)) else { return true };
+        if let Some(place) = self.buckets.get_mut(at).and_then(|bucket| cells_mut(bucket).get_mut(way)) {
             // what was added once and never seen again goes before what was
             *place = if found.is_some() { used(cell) } else { cell };
         }
+        true
     }
 
     /// Changes what is known of one holder of a block.
-    pub(super) fn change(&mut self, hash: u64, slot: crate::worker::Slot, change: impl FnOnce(&mut Holder)) {
-        let Some(cell) = self.find(hash).and_then(|at| self.cells.get_mut(at)) else { return };
+    pub(super) fn change(&mut self, hash: u64, slot: Slot, change: impl FnOnce(&mut Holder)) {
+        let at = self.bucket(hash);
+        let Some(bucket) = self.buckets.get_mut(at) else { return };
+        let Some(cell) = find(bucket, hash).and_then(|way| cells_mut(bucket).get_mut(way)) else { return };
         match list_of(cell) {
             Some(list) => {
                 let list = self.lists.get_mut(list as usize).into_iter().flatten();
@@ -145,22 +170,15 @@ impl Table {
     fn bucket(&self, hash: u64) -> usize {
         // the caller's hashes may be regular; the product's upper half is not
         let mixed = hash.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        ((u128::from(mixed) * self.buckets as u128) >> 64) as usize * WAYS
-    }
-
-    fn find(&self, hash: u64) -> Option<usize> {
-        let from = self.bucket(hash);
-        let ways = self.hashes.get(from..from + WAYS)?;
-        ways.iter().position(|other| *other == stored(hash)).map(|way| from + way)
+        ((u128::from(mixed) * self.buckets.len() as u128) >> 64) as usize
     }
 
     /// Makes room for a block in its bucket: an empty cell, else one whose holder is gone, else one that was not used
     /// since the last time all had been.
-    fn vacate(&mut self, hash: u64, caches: &[Cache]) -> Option<usize> {
-        let from = self.bucket(hash);
-        let to = from + WAYS;
-        let empty = self.hashes.get(from..to)?.iter().position(|other| *other == 0);
-        let cells = self.cells.get_mut(from..to)?;
+    fn vacate(&mut self, at: usize, hash: u64, caches: &[Cache]) -> Option<usize> {
+        let bucket = self.buckets.get_mut(at)?;
+        let empty = hashes(bucket).iter().position(|other| *other == 0);
+        let cells = cells_mut(bucket);
         let way = empty.unwrap_or_else(|| {
             let gone =
                 |cell: &Cell| list_of(cell).is_none() && unpack(cell).is_none_or(|holder| !holder.is_current(caches));
@@ -170,26 +188,20 @@ impl Table {
                 (hash >> 7) as usize % WAYS
             })
         });
-        let at = from + way;
-        if empty.is_none() {
-            self.free(at);
-        } else {
-            self.len += 1;
+        let list = list_of(&std::mem::take(cells.get_mut(way)?));
+        *bucket.get_mut(way)? = stored(hash);
+        self.len += usize::from(empty.is_some());
+        if let Some(list) = list {
+            self.free(list);
         }
-        *self.hashes.get_mut(at)? = stored(hash);
-        *self.cells.get_mut(at)? = [0; 3];
-        Some(at)
+        Some(way)
     }
 
-    fn free(&mut self, at: usize) {
-        let list = self.cells.get(at).and_then(list_of);
-        if let Some(list) = list
-            && let Some(holders) = self.lists.get_mut(list as usize)
-        {
-            self.lists_bytes -= holders.capacity() * size_of::<Holder>();
-            *holders = Vec::new();
-            self.lists_free.push(list);
-        }
+    fn free(&mut self, list: u32) {
+        let Some(holders) = self.lists.get_mut(list as usize) else { return };
+        self.lists_bytes -= holders.capacity() * size_of::<Holder>();
+        *holders = Vec::new();
+        self.lists_free.push(list);
     }
 
     fn holders(&self, cell: &Cell) -> Holders<'_> {
@@ -219,7 +231,7 @@ impl Table {
     fn hold_in(&mut self, list: u32, new: Holder, caches: &[Cache]) {
         let Some(holders) = self.lists.get_mut(list as usize) else { return };
         if let Some(old) = holders.iter_mut().find(|holder| holder.slot == new.slot) {
-            *old = old.renewed(new);
+            *old = new;
             return;
         }
         if holders.len() == holders.capacity() {
@@ -240,6 +252,23 @@ impl Table {
         let at = holders.partition_point(|holder| holder.slot < new.slot);
         holders.insert(at, new);
     }
+}
+
+fn hashes(bucket: &Bucket) -> &[u64] {
+    bucket.get(..WAYS).unwrap_or_default()
+}
+
+fn cells(bucket: &Bucket) -> &[Cell] {
+    bucket.get(WAYS..).unwrap_or_default().as_chunks().0
+}
+
+fn cells_mut(bucket: &mut Bucket) -> &mut [Cell] {
+    bucket.get_mut(WAYS..).unwrap_or_default().as_chunks_mut().0
+}
+
+/// The way of a bucket in which a block stands.
+fn find(bucket: &Bucket, hash: u64) -> Option<usize> {
+    hashes(bucket).iter().position(|other| *other == stored(hash))
 }
 
 /// A hash as it is stored, where 0 means empty.
@@ -264,7 +293,7 @@ fn pack(holder: Holder) -> Cell {
 
 fn unpack(&[who, until, stamp]: &Cell) -> Option<Holder> {
     (until & PRESENT != 0).then_some(Holder {
-        slot: crate::worker::Slot((who >> 32) as u32),
+        slot: Slot((who >> 32) as u32),
         epoch: who as u32,
         until: crate::Tick(until & UNTIL),
         stamp: (stamp >> 32) as u32,
@@ -297,7 +326,6 @@ fn unused([a, flags, b]: Cell) -> Cell {
 mod tests {
     use super::*;
     use crate::Tick;
-    use crate::worker::Slot;
 
     #[test]
     fn a_holder_survives_packing() {
@@ -319,7 +347,7 @@ mod tests {
         let mut table = Table::new(1 << 16);
         let holder = Holder { slot: Slot(1), epoch: 0, until: Tick(5), stamp: 0, confirmed: true };
         assert_eq!(table.get(0).iter().count(), 0);
-        table.hold(0, holder, &[]);
+        table.hold(0, Slot(1), &[], |_| Some(holder));
         assert_eq!((table.len(), table.get(0).iter().collect::<Vec<_>>()), (1, vec![&holder]));
     }
 }

@@ -23,7 +23,7 @@ fn matches(index: &PrefixIndex, now: Tick, blocks: &[u64]) -> Vec<(u32, u32)> {
 fn holders_of_every_length_are_found() {
     let blocks = chain(1, 500);
     for lengths in [[0_usize, 1, 2], [31, 32, 33], [64, 65, 500], [499, 500, 250], [500, 500, 500]] {
-        let mut index = PrefixIndex::new(1 << 20);
+        let mut index = PrefixIndex::new(1 << 20, 16);
         for (slot, held) in (0..).zip(lengths) {
             index.expect(Tick(0), Slot(slot), &blocks[..held], LATER);
         }
@@ -37,16 +37,35 @@ fn holders_of_every_length_are_found() {
 
 #[test]
 fn nothing_is_found_for_nothing_and_for_another_prompt() {
-    let mut index = PrefixIndex::new(1 << 20);
+    let mut index = PrefixIndex::new(1 << 20, 16);
     index.expect(Tick(0), Slot(0), &chain(1, 10), LATER);
     assert_eq!(matches(&index, NOW, &[]), []);
     assert_eq!(matches(&index, NOW, &chain(2, 10)), []);
 }
 
 #[test]
+fn what_is_shared_with_a_guess_is_found_to_the_milestone_and_with_the_engines_word_to_the_block() {
+    let a = chain(1, 100);
+    for shared in 0..=100_usize {
+        let b: Vec<u64> = a[..shared].iter().copied().chain(chain(2, 50)).collect();
+        let mut index = PrefixIndex::new(1 << 20, 16);
+        index.expect(Tick(0), Slot(0), &a, LATER);
+        // the end of a prompt is found wherever it is
+        let guessed = if shared == 100 { 100 } else { shared as u32 / 8 * 8 };
+        let expect: Vec<_> = [(0, guessed)].into_iter().filter(|(_, held)| *held > 0).collect();
+        assert_eq!(matches(&index, NOW, &b), expect, "{shared}");
+        assert_eq!(index.held_by(NOW, Slot(0), &b), guessed, "{shared}");
+        index.confirm(Slot(0), &a);
+        let expect: Vec<_> = [(0, shared as u32)].into_iter().filter(|(_, held)| *held > 0).collect();
+        assert_eq!(matches(&index, NOW, &b), expect, "{shared}");
+        assert_eq!(index.held_by(NOW, Slot(0), &b), shared as u32, "{shared}");
+    }
+}
+
+#[test]
 fn a_guess_is_a_lease_and_the_engines_word_is_none() {
     let blocks = chain(1, 40);
-    let mut index = PrefixIndex::new(1 << 20);
+    let mut index = PrefixIndex::new(1 << 20, 16);
     index.expect(Tick(0), Slot(0), &blocks, LATER);
     index.confirm(Slot(1), &blocks[..20]);
     index.expect(Tick(0), Slot(1), &blocks, LATER);
@@ -60,7 +79,7 @@ fn a_guess_is_a_lease_and_the_engines_word_is_none() {
 #[test]
 fn a_forgotten_worker_is_not_found_even_when_its_slot_is_used_again() {
     let blocks = chain(1, 40);
-    let mut index = PrefixIndex::new(1 << 20);
+    let mut index = PrefixIndex::new(1 << 20, 16);
     index.confirm(Slot(0), &blocks);
     index.forget(Slot(0));
     assert_eq!(matches(&index, NOW, &blocks), []);
@@ -72,7 +91,7 @@ fn a_forgotten_worker_is_not_found_even_when_its_slot_is_used_again() {
 #[test]
 fn a_block_that_all_hold_names_a_bounded_number() {
     let blocks = chain(1, 4);
-    let mut index = PrefixIndex::new(1 << 20);
+    let mut index = PrefixIndex::new(1 << 20, 16);
     for slot in 0..1000 {
         index.expect(Tick(0), Slot(slot), &blocks, Tick(100 + u64::from(slot)));
     }
@@ -84,7 +103,7 @@ fn a_block_that_all_hold_names_a_bounded_number() {
 #[test]
 fn who_holds_more_is_found_where_more_hold_the_beginning_than_it_can_name() {
     let (shared, long) = (chain(1, 40), chain(1, 200));
-    let mut index = PrefixIndex::new(1 << 20);
+    let mut index = PrefixIndex::new(1 << 20, 16);
     index.confirm(Slot(0), &long);
     for slot in 1..100 {
         index.confirm(Slot(slot), &shared);
@@ -96,7 +115,7 @@ fn who_holds_more_is_found_where_more_hold_the_beginning_than_it_can_name() {
 
 #[test]
 fn what_is_used_stays_and_the_budget_holds() {
-    let mut index = PrefixIndex::new(400 * BLOCK_BYTES);
+    let mut index = PrefixIndex::new(400 * BLOCK_BYTES, MILESTONE_TOKENS);
     let kept = chain(1, 50);
     for round in 0..100 {
         // later each time, so that it is written each time
@@ -105,14 +124,14 @@ fn what_is_used_stays_and_the_budget_holds() {
         assert!(index.bytes() <= 400 * BLOCK_BYTES);
     }
     // buckets fill unevenly, so that a few may be lost
-    let held = (0..50).filter(|at| !index.holders(NOW, &kept, *at).is_empty()).count();
+    let held = (1..=50).filter(|held| !index.holders(NOW, &kept, *held).is_empty()).count();
     assert!(held >= 45, "{held}");
     assert_eq!(matches(&index, NOW, &chain(100, 40)), []);
 }
 
 #[test]
 fn a_budget_for_nothing_keeps_nothing() {
-    let mut index = PrefixIndex::new(10);
+    let mut index = PrefixIndex::new(10, 16);
     index.confirm(Slot(0), &chain(1, 10));
     assert_eq!((index.len(), index.bytes()), (0, 0));
 }
@@ -145,7 +164,7 @@ proptest! {
     /// With room for all, lookups equal a plain model of who holds which length; engines drop from the end.
     #[test]
     fn lookups_equal_a_plain_model(changes in prop::collection::vec(change(), 0..60), now in 0..1200_u64) {
-        let mut index = PrefixIndex::new(1 << 24);
+        let mut index = PrefixIndex::new(1 << 24, 16);
         // (slot, chain) -> (confirmed length, [(length, until)])
         let mut model = std::collections::BTreeMap::<(u32, u64), (usize, Vec<(usize, u64)>)>::new();
         for change in changes {
@@ -185,6 +204,8 @@ proptest! {
                     expect.push((slot, held));
                 }
             }
+            let longest = expect.iter().map(|(_, held)| *held).max();
+            expect.retain(|(_, held)| *held >= 8 || longest < Some(8));
             prop_assert_eq!(matches(&index, Tick(now), &blocks), expect);
         }
     }
@@ -192,7 +213,7 @@ proptest! {
     /// Whatever happens, the budget holds and only current workers are named.
     #[test]
     fn a_small_budget_holds(changes in prop::collection::vec(change(), 0..60), entries in 1..300_usize) {
-        let mut index = PrefixIndex::new(entries * BLOCK_BYTES);
+        let mut index = PrefixIndex::new(entries * BLOCK_BYTES, 16);
         for change in changes {
             match change {
                 Change::Expect(slot, seed, len, until) => index.expect(Tick(0), Slot(slot), &chain(seed, len), Tick(until)),
@@ -212,7 +233,7 @@ proptest! {
 
 #[test]
 fn a_worker_without_events_is_believed_to_hold_no_more_than_its_cache() {
-    let mut index = PrefixIndex::new(1 << 20);
+    let mut index = PrefixIndex::new(1 << 20, 16);
     index.set_capacity(Slot(0), Some(100));
     let (old, shared) = (chain(1, 40), chain(2, 40));
     index.expect(Tick(0), Slot(0), &old, LATER);
@@ -221,7 +242,7 @@ fn a_worker_without_events_is_believed_to_hold_no_more_than_its_cache() {
     index.expect(Tick(0), Slot(0), &shared, LATER);
     assert_eq!(index.held_by(NOW, Slot(0), &old), 40, "what was there already takes no room");
     index.expect(Tick(0), Slot(0), &chain(3, 25), LATER);
-    assert_eq!(index.held_by(NOW, Slot(0), &old), 35, "the oldest is evicted first, from its end");
+    assert_eq!(index.held_by(NOW, Slot(0), &old), 32, "the oldest is evicted first, from its end");
     assert_eq!(index.held_by(NOW, Slot(0), &shared), 40, "what was used since stays");
     index.expect(Tick(0), Slot(0), &chain(4, 80), LATER);
     assert_eq!((index.held_by(NOW, Slot(0), &old), index.held_by(NOW, Slot(0), &shared)), (0, 0));

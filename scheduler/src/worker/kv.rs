@@ -38,9 +38,11 @@ pub(crate) struct Held {
     variance: u64,
     /// Sequences that generate.
     started: u64,
-    /// Sum over these of the milliseconds at which they began, and of their squares.
-    started_ms: u128,
-    started_ms_squares: u128,
+    /// Sum over these of the milliseconds at which they began, and of their squares. They wrap: what is read from them
+    /// are sums of ages and of their squares, which are exact as long as these are in range (as of thousands of
+    /// sequences that generate for a day).
+    started_ms: u64,
+    started_ms_squares: u64,
 }
 
 impl Held {
@@ -61,13 +63,9 @@ impl Held {
 
     /// The same request, generating since `now`.
     pub(crate) fn started(self, now: Tick) -> Self {
-        let (sequences, millis) = (u128::from(self.sequences), u128::from(now.0 / 1000));
-        Self {
-            started: self.sequences,
-            started_ms: sequences * millis,
-            started_ms_squares: sequences * millis * millis,
-            ..self
-        }
+        let millis = now.0 / 1000;
+        let started_ms = self.sequences.wrapping_mul(millis);
+        Self { started: self.sequences, started_ms, started_ms_squares: started_ms.wrapping_mul(millis), ..self }
     }
 
     pub(crate) fn plus(self, more: Self) -> Self {
@@ -77,8 +75,8 @@ impl Held {
             output_tokens: self.output_tokens + more.output_tokens,
             variance: self.variance + more.variance,
             started: self.started + more.started,
-            started_ms: self.started_ms + more.started_ms,
-            started_ms_squares: self.started_ms_squares + more.started_ms_squares,
+            started_ms: self.started_ms.wrapping_add(more.started_ms),
+            started_ms_squares: self.started_ms_squares.wrapping_add(more.started_ms_squares),
         }
     }
 
@@ -89,8 +87,8 @@ impl Held {
             output_tokens: self.output_tokens.saturating_sub(less.output_tokens),
             variance: self.variance.saturating_sub(less.variance),
             started: self.started.saturating_sub(less.started),
-            started_ms: self.started_ms.saturating_sub(less.started_ms),
-            started_ms_squares: self.started_ms_squares.saturating_sub(less.started_ms_squares),
+            started_ms: self.started_ms.wrapping_sub(less.started_ms),
+            started_ms_squares: self.started_ms_squares.wrapping_sub(less.started_ms_squares),
         }
     }
 
@@ -130,10 +128,12 @@ impl Held {
 
     /// Tokens generated until now, and the sum of their squares by sequence.
     fn generated(&self, now: Tick, token_seconds: f64) -> (f64, f64) {
-        let (n, now_ms) = (u128::from(self.started), u128::from(now.0 / 1000));
-        let passed = (n * now_ms).saturating_sub(self.started_ms);
+        let now_ms = now.0 / 1000;
+        let passed = self.started.wrapping_mul(now_ms).wrapping_sub(self.started_ms);
         // the sum of (now - begin)^2, from the sums of begin and of its square, in whole numbers
-        let squares = (n * now_ms * now_ms + self.started_ms_squares).saturating_sub(2 * now_ms * self.started_ms);
+        let squares = now_ms.wrapping_mul(passed.wrapping_sub(self.started_ms)).wrapping_add(self.started_ms_squares);
+        // below 0 only where the clock is behind
+        let [passed, squares] = [passed, squares].map(|sum| (sum as i64).max(0));
         let per_ms = 1.0 / (token_seconds.max(1e-6) * 1e3);
         // the pace is a mean; what cannot be expected to have been generated was not
         let most = self.output_tokens as f64 + 3.0 * (self.started as f64 * self.variance as f64).sqrt();
