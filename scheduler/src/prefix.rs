@@ -23,9 +23,11 @@ use table::{Holders, Table};
 
 /// Blocks between two probes of a lookup.
 const STRIDE: usize = 32;
-/// Holders kept for one block. What everyone holds, like a common system prompt, decides nothing; what is longer has
-/// fewer holders.
-const HOLDERS_MAX: usize = 32;
+/// Holders kept for one block. What everyone holds, like a common system prompt, decides nothing as long as all of them
+/// are known; in a pool much larger than this, those that are known get somewhat more.
+const HOLDERS_MAX: usize = 128;
+/// Holders that most blocks have at most.
+const HOLDERS_USUAL: usize = 32;
 /// A lease is renewed only when so small a part of it is left to gain: 1/8. Blocks that were renewed a short time ago
 /// are not written again, so that a prompt costs what is new of it.
 const RENEW_PART: u64 = 8;
@@ -60,7 +62,7 @@ impl Default for Cache {
 }
 
 /// How many blocks of a prompt each holder has, by slot.
-pub(crate) type Matches = SmallVec<[(Slot, u32); HOLDERS_MAX]>;
+pub(crate) type Matches = SmallVec<[(Slot, u32); HOLDERS_USUAL]>;
 
 #[derive(Debug)]
 pub(crate) struct PrefixIndex {
@@ -114,6 +116,12 @@ impl PrefixIndex {
             self.table.get(*hash).iter().any(|holder| holder.slot == slot && holder.is_valid(now, &self.caches))
         };
         u32::try_from(blocks.partition_point(holds)).unwrap_or(u32::MAX)
+    }
+
+    /// How many workers hold the first `held` of `blocks`.
+    pub(crate) fn copies(&self, now: Tick, blocks: &[u64], held: u32) -> usize {
+        let last = (held as usize).checked_sub(1);
+        last.map_or(0, |last| self.holders(now, blocks, last).len())
     }
 
     /// We sent, or will send, a prompt with these blocks there.
@@ -172,7 +180,7 @@ impl PrefixIndex {
         *cache
     }
 
-    fn holders(&self, now: Tick, blocks: &[u64], at: usize) -> SmallVec<[Slot; HOLDERS_MAX]> {
+    fn holders(&self, now: Tick, blocks: &[u64], at: usize) -> SmallVec<[Slot; HOLDERS_USUAL]> {
         let holders = blocks.get(at).map_or(Holders::One(None), |hash| self.table.get(*hash));
         holders.iter().filter(|holder| holder.is_valid(now, &self.caches)).map(|holder| holder.slot).collect()
     }
@@ -183,7 +191,7 @@ impl PrefixIndex {
         now: Tick,
         blocks: &[u64],
         (from, to): (usize, usize),
-        group: SmallVec<[Slot; HOLDERS_MAX]>,
+        group: SmallVec<[Slot; HOLDERS_USUAL]>,
         matches: &mut Matches,
     ) {
         if group.is_empty() {
@@ -229,7 +237,7 @@ impl Holder {
 }
 
 /// `group` into who is in `holders` and who is not; both are sorted.
-fn split(group: &[Slot], holders: &[Slot]) -> (SmallVec<[Slot; HOLDERS_MAX]>, SmallVec<[Slot; HOLDERS_MAX]>) {
+fn split(group: &[Slot], holders: &[Slot]) -> (SmallVec<[Slot; HOLDERS_USUAL]>, SmallVec<[Slot; HOLDERS_USUAL]>) {
     group.iter().copied().partition(|slot| holders.binary_search(slot).is_ok())
 }
 

@@ -240,12 +240,15 @@ fn assert_conserving(core: &mut Core) {
             let Place::Lane(at, standing) = entry.place else { panic!("{id} is in no lane") };
             let worker = core.workers.get(at).unwrap();
             assert!(!worker.has_room(core.now, (&entry.request, &entry.plan), standing.uncached, pool, &core.config));
-            let stay =
-                scene.score((&entry.request, &entry.plan), at, entry.matched_tokens(), Ahead::Sent).unwrap().seconds;
+            let matching = |tokens| scene.matching(&entry.request, tokens);
+            let stay = scene
+                .score((&entry.request, &entry.plan), at, matching(entry.matched_tokens()), Ahead::Sent)
+                .unwrap()
+                .seconds;
             for (_, slot) in &pool.by_ready {
                 let held = pool.index.held_by(core.now, *slot, &entry.request.blocks);
                 let matched = scene.matched_tokens(&entry.request, held);
-                let here = scene.score((&entry.request, &entry.plan), *slot, matched, Ahead::Sent).unwrap();
+                let here = scene.score((&entry.request, &entry.plan), *slot, matching(matched), Ahead::Sent).unwrap();
                 let worker = core.workers.get(*slot).unwrap();
                 if worker.lane.is_empty()
                     && worker.holds(entry.request.prompt_tokens)
