@@ -20,8 +20,8 @@ pub struct Config {
     pub decode_weight: f64,
     /// Standard deviations of the expected output that a KV cache keeps free beyond its mean (1).
     pub kv_deviations: f64,
-    /// What a cached token is worth against one to prefill, in a calm pool (1.5): above 1 pays for keeping
-    /// conversations together.
+    /// What a cached token that no other worker holds is worth against one to prefill, in a calm pool (1.2): above 1 pays
+    /// for keeping conversations together; with 1.5 they queue behind each other when many come at once.
     pub overlap_gain_calm: f64,
     /// The same in a pool near saturation, where a lost cache costs others too (6).
     pub overlap_gain_busy: f64,
@@ -41,7 +41,7 @@ pub struct Config {
     pub window_yielding: Duration,
     /// How often the head of a lane that does not move is compared with other lanes (500 ms).
     pub rescore_every: Duration,
-    /// How much worse its lane must be before it moves (0.5).
+    /// How much worse its lane must be before it moves (0.3).
     pub move_gain: f64,
     /// Age at which an engine's report is no longer used (15 s: three idle polls).
     pub report_ttl: Duration,
@@ -92,7 +92,7 @@ impl Default for Config {
             kv_pressure_seconds: 0.3,
             decode_weight: 0.05,
             kv_deviations: 1.0,
-            overlap_gain_calm: 1.5,
+            overlap_gain_calm: 1.2,
             overlap_gain_busy: 6.0,
             patience_share: 1.7,
             patience_half_life: Duration::from_secs(60),
@@ -101,7 +101,7 @@ impl Default for Config {
             window: Duration::from_millis(1200),
             window_yielding: Duration::from_millis(120),
             rescore_every: Duration::from_millis(500),
-            move_gain: 0.5,
+            move_gain: 0.3,
             report_ttl: Duration::from_secs(15),
             derate_lease: Duration::from_secs(15),
             busy_lease: Duration::from_secs(1),

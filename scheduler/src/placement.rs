@@ -66,6 +66,8 @@ pub(crate) struct Prospect<'a> {
     pub(crate) worker: &'a Worker,
     /// Prompt tokens the worker is believed to hold.
     pub(crate) matched_tokens: u32,
+    /// Workers that hold as many.
+    pub(crate) copies: usize,
     /// Prompt tokens to be computed before those of the request.
     pub(crate) ahead_tokens: f64,
     /// Sequences that stand before the request or run, foreign ones too.
@@ -96,6 +98,14 @@ pub(crate) enum Ahead {
     Lane,
     /// Only what was sent: it is the lane's head, or would be sent at once.
     Sent,
+}
+
+/// What a worker is believed to hold of a prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Match {
+    pub(crate) tokens: u32,
+    /// Workers that hold as many, itself included.
+    pub(crate) copies: usize,
 }
 
 /// One candidate, scored.
@@ -139,8 +149,8 @@ impl<'a> Scene<'a> {
         if self.pool.limits.policy != Policy::Forebay {
             let picked = policy::pick(self, request, failed_on, self.pool.placed, rng);
             scored.extend(picked.and_then(|slot| {
-                let matched = self.matched_tokens(request, self.pool.index.held_by(self.now, slot, &request.blocks));
-                self.score(&self.asked(request, plan), slot, matched, Ahead::Lane)
+                let tokens = self.matched_tokens(request, self.pool.index.held_by(self.now, slot, &request.blocks));
+                self.score(&self.asked(request, plan), slot, Match { tokens, copies: 1 }, Ahead::Lane)
             }));
             return if scored.is_empty() { Choice::Nobody } else { Choice::Winner(0) };
         }
@@ -148,11 +158,13 @@ impl<'a> Scene<'a> {
         let bound = at_head.map(|(slot, _)| slot);
         let asked = self.asked(request, plan);
         for slot in candidates::gather(self, request, failed_on, bound, &matches, rng) {
-            let (matched, ahead) = match at_head {
+            let (tokens, ahead) = match at_head {
                 Some((bound, matched)) if bound == slot => (matched, Ahead::Sent),
                 _ => (self.matched_tokens(request, held(&matches, slot)), Ahead::Lane),
             };
-            scored.extend(self.score(&asked, slot, matched, ahead));
+            let blocks = tokens / self.pool.limits.block_tokens.max(1);
+            let copies = if blocks > 0 { matches.iter().filter(|(_, held)| *held >= blocks).count() } else { 0 };
+            scored.extend(self.score(&asked, slot, Match { tokens, copies }, ahead));
         }
         let left = request.deadline.map(|deadline| deadline.seconds_since(self.now));
         let in_time = |scored: &Scored| left.is_none_or(|left| scored.first_token_seconds <= left);
@@ -184,9 +196,9 @@ impl<'a> Scene<'a> {
         }
     }
 
-    /// One request at one worker that holds so many of its tokens.
-    pub(crate) fn score(&self, asked: &Asked<'_>, slot: Slot, matched_tokens: u32, ahead: Ahead) -> Option<Scored> {
-        let prospect = self.prospect(asked, slot, matched_tokens, ahead)?;
+    /// One request at one worker that holds so much of it.
+    pub(crate) fn score(&self, asked: &Asked<'_>, slot: Slot, matched: Match, ahead: Ahead) -> Option<Scored> {
+        let prospect = self.prospect(asked, slot, matched, ahead)?;
         let terms = TERMS.map(|(_, seconds)| seconds(&prospect));
         Some(Scored {
             slot,
@@ -208,6 +220,12 @@ impl<'a> Scene<'a> {
         held.min(request.prompt_tokens.saturating_sub(1) / block).saturating_mul(block)
     }
 
+    /// So many prompt tokens at a worker that is believed to hold them.
+    pub(crate) fn matching(&self, request: &Request, tokens: u32) -> Match {
+        let blocks = tokens / self.pool.limits.block_tokens.max(1);
+        Match { tokens, copies: self.pool.index.copies(self.now, &request.blocks, blocks) }
+    }
+
     /// Prompt tokens at a worker of this speed before those of a newcomer: ours (of a lane so many), and foreign ones that
     /// wait in the engine.
     pub(crate) fn ahead_tokens(&self, worker: &Worker, speed: f64, lane_tokens: u64) -> f64 {
@@ -219,13 +237,7 @@ impl<'a> Scene<'a> {
         (ours + foreign) * worker.reported.margin(now, ttl)
     }
 
-    fn prospect<'b>(
-        &'b self,
-        asked: &Asked<'b>,
-        slot: Slot,
-        matched_tokens: u32,
-        ahead: Ahead,
-    ) -> Option<Prospect<'b>> {
+    fn prospect<'b>(&'b self, asked: &Asked<'b>, slot: Slot, matched: Match, ahead: Ahead) -> Option<Prospect<'b>> {
         let worker = self.workers.get(slot)?;
         let foreign = worker.reported.foreign(self.now, self.config.report_ttl);
         let lane = match ahead {
@@ -239,7 +251,8 @@ impl<'a> Scene<'a> {
             request: asked.request,
             plan: asked.plan,
             worker,
-            matched_tokens,
+            matched_tokens: matched.tokens,
+            copies: matched.copies,
             ahead_tokens: self.ahead_tokens(worker, speed, lane.tokens),
             ahead_sequences: worker.held.sequences() as f64
                 + f64::from(foreign.map_or(0, |foreign| foreign.running))

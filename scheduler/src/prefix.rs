@@ -32,9 +32,11 @@ const MILESTONE_TOKENS: u32 = 128;
 const STRIDE: usize = 4;
 /// Blocks that are fetched together before they are changed.
 const BATCH: usize = 32;
-/// Holders kept for one block. What everyone holds, like a common system prompt, decides nothing; what is longer has
-/// fewer holders.
-const HOLDERS_MAX: usize = 32;
+/// Holders kept for one block. What everyone holds, like a common system prompt, decides nothing as long as all of them
+/// are known; in a pool much larger than this, those that are known get somewhat more.
+const HOLDERS_MAX: usize = 128;
+/// Holders that most blocks have at most.
+const HOLDERS_USUAL: usize = 32;
 /// A lease is renewed only when so small a part of it is left to gain: 1/8. Blocks that were renewed a short time ago
 /// are not written again, so that a prompt costs what is new of it.
 const RENEW_PART: u64 = 8;
@@ -69,7 +71,7 @@ impl Default for Cache {
 }
 
 /// How many blocks of a prompt each holder has, by slot.
-pub(crate) type Matches = SmallVec<[(Slot, u32); HOLDERS_MAX]>;
+pub(crate) type Matches = SmallVec<[(Slot, u32); HOLDERS_USUAL]>;
 
 #[derive(Debug)]
 pub(crate) struct PrefixIndex {
@@ -81,7 +83,7 @@ pub(crate) struct PrefixIndex {
 }
 
 /// Who holds some block, sorted.
-type Group = SmallVec<[Slot; HOLDERS_MAX]>;
+type Group = SmallVec<[Slot; HOLDERS_USUAL]>;
 
 impl PrefixIndex {
     /// An index of blocks of so many tokens.
@@ -151,6 +153,13 @@ impl PrefixIndex {
         let held = from * self.mile;
         let mut rest = blocks.get(held..).unwrap_or_default().iter().take(self.mile);
         count(held + rest.rposition(holds).map_or(0, |last| last + 1))
+    }
+
+    /// How many workers hold the first `held` of `blocks`, up to the last milestone in them.
+    pub(crate) fn copies(&self, now: Tick, blocks: &[u64], held: u32) -> usize {
+        let held = held as usize;
+        let milestone = held / self.mile * self.mile;
+        self.holders(now, blocks, if milestone > 0 { milestone } else { held }).len()
     }
 
     /// We sent, or will send, a prompt with these blocks there.

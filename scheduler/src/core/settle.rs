@@ -104,10 +104,11 @@ impl Core {
                 if !worker.holds(request.prompt_tokens) || entry.failed_on.contains(&worker.id) || !room(0) {
                     return None;
                 }
-                let matched = scene.matched_tokens(request, pool.index.held_by(self.now, slot, &request.blocks));
+                let own = scene.matched_tokens(request, pool.index.held_by(self.now, slot, &request.blocks));
+                let [own, theirs] = [own, entry.matched_tokens()].map(|tokens| scene.matching(request, tokens));
                 let asked = scene.asked(request, &entry.plan);
-                let here = scene.score(&asked, slot, matched, Ahead::Sent)?;
-                let there = scene.score(&asked, *victim, entry.matched_tokens(), Ahead::Sent)?;
+                let here = scene.score(&asked, slot, own, Ahead::Sent)?;
+                let there = scene.score(&asked, *victim, theirs, Ahead::Sent)?;
                 let takes = pays(&self.config, there.seconds, here.seconds) && room(here.uncached_tokens);
                 takes.then_some((there.seconds - here.seconds, id, here, there))
             });

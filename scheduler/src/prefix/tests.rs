@@ -105,7 +105,7 @@ fn who_holds_more_is_found_where_more_hold_the_beginning_than_it_can_name() {
     let (shared, long) = (chain(1, 40), chain(1, 200));
     let mut index = PrefixIndex::new(1 << 20, 16);
     index.confirm(Slot(0), &long);
-    for slot in 1..100 {
+    for slot in 1..1 + 2 * HOLDERS_MAX as u32 {
         index.confirm(Slot(slot), &shared);
     }
     let found = matches(&index, NOW, &long);

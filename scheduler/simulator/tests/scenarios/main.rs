@@ -9,6 +9,7 @@
 )]
 
 mod backfill;
+mod conversations;
 mod fairness;
 mod faults;
 mod fleet;

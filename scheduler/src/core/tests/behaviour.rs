@@ -619,9 +619,29 @@ fn a_decision_can_be_explained() {
     };
     assert_eq!((of(1).matched_tokens, of(0).matched_tokens), (3200, 0));
     assert_eq!((term(1, "prefill"), term(0, "prefill")), (0.4, 2.0));
-    assert_eq!((term(1, "overlap_credit"), term(0, "overlap_credit")), (-0.8, 0.0));
+    let worth = (Config::default().overlap_gain_calm - 1.0) * 1.6;
+    assert_eq!((term(1, "overlap_credit"), term(0, "overlap_credit")), (-worth, 0.0));
     assert!(of(1).seconds() < of(2).seconds());
     assert_eq!(world.core.explain(RequestId(2)).count(), 0);
+}
+
+#[test]
+fn what_many_hold_is_worth_less_to_keep() {
+    for holders in [1, 2, 4] {
+        let mut world = World::with_workers(5, &WorkerSpec::default());
+        let blocks = chain(5, 200);
+        for worker in (0..holders).map(WorkerId) {
+            world.event(Event::Kv { worker, change: KvEvent::Stored { blocks: blocks.to_vec() } });
+        }
+        world.arrive(Request { blocks, ..request(1, 4000) });
+        let decision = world.core.explain(RequestId(1)).next().unwrap();
+        let at = term_names().iter().position(|term| *term == "overlap_credit").unwrap();
+        let worth = (Config::default().overlap_gain_calm - 1.0) * 1.6 / f64::from(holders);
+        for candidate in &decision.candidates {
+            let expect = if candidate.worker.0 < holders { -worth } else { 0.0 };
+            assert!((candidate.terms[at] - expect).abs() < 1e-9, "{holders} holders: {candidate:?}");
+        }
+    }
 }
 
 #[test]

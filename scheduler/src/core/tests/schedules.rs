@@ -241,11 +241,12 @@ fn assert_conserving(core: &mut Core) {
             let worker = core.workers.get(at).unwrap();
             assert!(!worker.has_room(core.now, (&entry.request, &entry.plan), standing.uncached, pool, &core.config));
             let asked = scene.asked(&entry.request, &entry.plan);
-            let stay = scene.score(&asked, at, entry.matched_tokens(), Ahead::Sent).unwrap().seconds;
+            let matching = |tokens| scene.matching(&entry.request, tokens);
+            let stay = scene.score(&asked, at, matching(entry.matched_tokens()), Ahead::Sent).unwrap().seconds;
             for (_, slot) in &pool.by_ready {
                 let held = pool.index.held_by(core.now, *slot, &entry.request.blocks);
                 let matched = scene.matched_tokens(&entry.request, held);
-                let here = scene.score(&asked, *slot, matched, Ahead::Sent).unwrap();
+                let here = scene.score(&asked, *slot, matching(matched), Ahead::Sent).unwrap();
                 let worker = core.workers.get(*slot).unwrap();
                 if worker.lane.is_empty()
                     && worker.holds(entry.request.prompt_tokens)
