@@ -8,6 +8,7 @@ macro_rules! say {
     }};
 }
 
+mod agent;
 mod check;
 mod demo;
 mod figures;
@@ -38,6 +39,7 @@ enum Verb {
     Serve(serve::Arguments),
     Demo(demo::Arguments),
     Check(check::Arguments),
+    Agent(agent::Arguments),
     Simulate(simulate::Arguments),
     Replay(replay::Arguments),
     SimulatedWorker(simulated_worker::Arguments),
@@ -58,7 +60,7 @@ pub fn run() -> ExitCode {
         }
     };
     // What people read on the terminal should not be cut up by what operators read in logs.
-    let quiet = !matches!(arguments.verb, Verb::Serve(_));
+    let quiet = !matches!(arguments.verb, Verb::Serve(_) | Verb::Agent(_));
     let filter = std::env::var("FOREBAY_LOG").unwrap_or_else(|_| if quiet { "warn" } else { "info" }.to_owned());
     crate::telemetry::logs::install(&filter);
     // A second installation (a test's) leaves the first in place, which is the same.
@@ -67,6 +69,7 @@ pub fn run() -> ExitCode {
         Verb::Check(check) => check::run(&check),
         Verb::Simulate(simulate) => simulate::run(&simulate),
         Verb::Replay(replay) => block_on(replay::run(replay)),
+        Verb::Agent(agent) => block_on(agent::run(agent)),
         Verb::Serve(serve) => block_on(serve::run(serve)),
         Verb::Demo(demo) => block_on(demo::run(demo)),
         Verb::SimulatedWorker(worker) => block_on(simulated_worker::run(worker)),

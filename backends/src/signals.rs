@@ -6,12 +6,14 @@
 //! Invariants: at most one poll of a worker at a time; [`Signal::Lost`] comes once when an engine stops to tell, and
 //! again only after it told something in between.
 //!
-//! What its prefix cache holds comes another way and at the engine's pace: [`kv_events`].
+//! What its prefix cache holds comes another way and at the engine's pace: [`kv_events`]. What the GPUs beneath say comes
+//! from their machine: [`gpu`].
 //!
 //! Not here: whether the worker can be reached ([`probe`](crate::engines::probe)): a poll that fails means that the load
 //! is unknown, not that the worker is down. Under 20 streams a llama.cpp server with its default number of threads left
 //! `/metrics` unanswered for 36 s while it worked well.
 
+pub mod gpu;
 pub mod kv_events;
 
 use std::{

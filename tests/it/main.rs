@@ -9,6 +9,7 @@
 )]
 
 mod admin;
+mod agent;
 mod architecture;
 mod bytes;
 mod cancel;

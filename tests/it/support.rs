@@ -3,6 +3,7 @@
 
 pub(crate) mod body;
 pub(crate) mod client;
+pub(crate) mod gpus;
 pub(crate) mod process;
 pub(crate) mod recorder;
 
