@@ -4,8 +4,6 @@
 
 use std::collections::VecDeque;
 
-use smallvec::SmallVec;
-
 use crate::placement::TERMS;
 use crate::{RequestId, Tick, WorkerId};
 
@@ -49,7 +47,7 @@ pub struct Decision {
     /// What for.
     pub cause: Cause,
     /// All who were weighed.
-    pub candidates: SmallVec<[Candidate; 8]>,
+    pub candidates: Vec<Candidate>,
     /// Who won; none when it was refused because nobody can answer before its deadline.
     pub winner: Option<WorkerId>,
 }
@@ -76,7 +74,7 @@ impl Decisions {
         }
         let mut list = match self.kept.len() >= self.kept_max {
             true => self.kept.pop_front().map(|old| old.candidates).unwrap_or_default(),
-            false => SmallVec::new(),
+            false => Vec::new(),
         };
         list.clear();
         list.extend(candidates);

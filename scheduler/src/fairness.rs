@@ -66,9 +66,8 @@ impl Fairness {
 
     /// A send came to nothing: the tenant got no service for it.
     pub(crate) fn refunded(&mut self, tenant: TenantId, tokens: u32) {
-        let Some(account) = self.accounts.get(&tenant) else { return };
-        let refund = (f64::from(tokens) * UNITS / account.weight) as u64;
-        self.recount(tenant, |counter| counter.saturating_sub(refund));
+        let refund = |weight| (f64::from(tokens) * UNITS / weight) as u64;
+        self.recount(tenant, |account| account.counter.saturating_sub(refund(account.weight)));
     }
 
     /// A request of the tenant generated `tokens` more.
@@ -82,7 +81,7 @@ impl Fairness {
     }
 
     fn lift(&mut self, tenant: TenantId, weight: f64) {
-        if !self.accounts.contains_key(&tenant) && self.accounts.len() >= IDLE_TENANTS_MAX + self.waiting.len() {
+        if self.accounts.len() >= IDLE_TENANTS_MAX + self.waiting.len() && !self.accounts.contains_key(&tenant) {
             self.forget_idle();
         }
         let least = self.waiting.first().map_or(self.floor, |(counter, _)| *counter);
@@ -94,15 +93,13 @@ impl Fairness {
     }
 
     fn charge(&mut self, tenant: TenantId, cost: f64) {
-        let Some(account) = self.accounts.get(&tenant) else { return };
-        let cost = (cost * UNITS / account.weight) as u64;
-        self.recount(tenant, |counter| counter.saturating_add(cost));
+        self.recount(tenant, |account| account.counter.saturating_add((cost * UNITS / account.weight) as u64));
     }
 
-    fn recount(&mut self, tenant: TenantId, change: impl FnOnce(u64) -> u64) {
+    fn recount(&mut self, tenant: TenantId, counter: impl FnOnce(&Account) -> u64) {
         let Some(account) = self.accounts.get_mut(&tenant) else { return };
         let before = account.counter;
-        account.counter = change(before);
+        account.counter = counter(account);
         if account.waiting > 0 {
             self.waiting.remove(&(before, tenant));
             self.waiting.insert((account.counter, tenant));

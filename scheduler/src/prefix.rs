@@ -11,8 +11,9 @@
 //! counting: a block is believed to be there only while fewer blocks than its cache holds were sent there since (the
 //! order of a least-recently-used cache, without a list).
 //!
-//! At milestones the match of a worker is a monotone question: a lookup probes every 32nd block or so, searches only
-//! where a holder drops out, and looks at single blocks only behind the last milestone that the holder has.
+//! At milestones the match of a worker is a monotone question: a lookup bisects for the last milestone that anyone knows,
+//! then for those of who holds the first and not that one, and looks at single blocks only behind a holder's last
+//! milestone.
 //!
 //! Invariants: memory never exceeds the budget; a worker that was forgotten is never returned (its epoch moved on; what
 //! it left is overwritten when met); a block names a bounded number of holders.
@@ -28,8 +29,6 @@ use table::{Holders, Part, Table};
 
 /// Tokens from one milestone to the next.
 const MILESTONE_TOKENS: u32 = 128;
-/// Milestones between two probes of a lookup.
-const STRIDE: usize = 4;
 /// Blocks that are fetched together before they are changed.
 const BATCH: usize = 32;
 /// Holders kept for one block. What everyone holds, like a common system prompt, decides nothing as long as all of them
@@ -119,22 +118,20 @@ impl PrefixIndex {
     pub(crate) fn lookup(&self, now: Tick, blocks: &[u64]) -> Matches {
         let mut matches = Matches::new();
         let miles = blocks.len() / self.mile;
-        let step = if miles > BATCH { STRIDE } else { 1 };
-        self.table.fetch(blocks.chunks_exact(self.mile).step_by(step).filter_map(|mile| mile.last()), Part::Hashes);
-        let mut at = 1.min(miles);
-        let mut group = self.holders(now, blocks, at * self.mile);
-        if group.is_empty() {
+        if miles <= BATCH {
+            self.table.fetch(blocks.chunks_exact(self.mile).filter_map(|mile| mile.last()), Part::Hashes);
+        }
+        // the last milestone that someone held, and often holds
+        let is_known = |mile| blocks.get(mile * self.mile - 1).is_some_and(|hash| self.table.has(*hash));
+        let last = last_in_row(miles, is_known);
+        let group = self.holders(now, blocks, last * self.mile);
+        let first = self.holders(now, blocks, last.min(1) * self.mile);
+        if group.is_empty() && first.is_empty() {
             self.begin(now, blocks, &mut matches);
         }
-        while !group.is_empty() && at < miles {
-            let next = (at + STRIDE).min(miles);
-            // all who hold this block, also such as a block before it could not name, since it names but so many
-            let on = self.holders(now, blocks, next * self.mile);
-            let (_, out) = split(&group, &on);
-            self.narrow(now, blocks, (at, next), out, &mut matches);
-            (at, group) = (next, on);
-        }
-        self.finish(now, blocks, at, group, &mut matches);
+        let (_, out) = split(&first, &group);
+        self.finish(now, blocks, last, group, &mut matches);
+        self.narrow(now, blocks, (1, last), out, &mut matches);
         matches.sort_unstable();
         matches
     }
@@ -144,13 +141,8 @@ impl PrefixIndex {
         let holds = |hash: &u64| {
             self.table.get(*hash).iter().any(|holder| holder.slot == slot && holder.is_valid(now, &self.caches))
         };
-        let (mut from, mut to) = (0, blocks.len() / self.mile + 1);
-        while to - from > 1 {
-            let middle = from.midpoint(to);
-            let held = blocks.get(middle * self.mile - 1).is_some_and(holds);
-            *(if held { &mut from } else { &mut to }) = middle;
-        }
-        let held = from * self.mile;
+        let miles = blocks.len() / self.mile;
+        let held = last_in_row(miles, |mile| blocks.get(mile * self.mile - 1).is_some_and(holds)) * self.mile;
         let mut rest = blocks.get(held..).unwrap_or_default().iter().take(self.mile);
         count(held + rest.rposition(holds).map_or(0, |last| last + 1))
     }
@@ -253,7 +245,10 @@ impl PrefixIndex {
             return self.finish(now, blocks, from, group, matches);
         }
         let middle = from.midpoint(to);
-        let (on, out) = split(&group, &self.holders(now, blocks, middle * self.mile));
+        let mut on = self.holders(now, blocks, middle * self.mile);
+        // all who hold this block, also such as a block before it could not name, since it names but so many
+        on.retain(|slot| !matches.iter().any(|(known, _)| known == slot));
+        let (_, out) = split(&group, &on);
         self.narrow(now, blocks, (middle, to), on, matches);
         self.narrow(now, blocks, (from, middle), out, matches);
     }
@@ -302,6 +297,16 @@ impl Holder {
             cache.epoch == self.epoch && (self.confirmed || there)
         })
     }
+}
+
+/// The last of 1 to `most` up to which `is` holds, where it holds for a beginning; 0 for none.
+fn last_in_row(most: usize, is: impl Fn(usize) -> bool) -> usize {
+    let (mut from, mut to) = (0, most + 1);
+    while to - from > 1 {
+        let middle = from.midpoint(to);
+        *(if is(middle) { &mut from } else { &mut to }) = middle;
+    }
+    from
 }
 
 /// `group` into who is in `holders` and who is not; both are sorted.

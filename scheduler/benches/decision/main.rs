@@ -116,9 +116,10 @@ fn decisions((workers, rate): (u32, f64), aim: f64, size: Size) {
     let p99 = shown.first().map_or(f64::NAN, |(_, _, [_, p99, ..])| p99.median());
     println!("decisions: median p99 {p99:.2} µs, to be below {aim} µs");
     println!(
-        "decisions/s: {:.0} / {:.0}; beside 5000 KV events and a poll of every worker each second {:.0} / {:.0}\n",
+        "decisions/s: {:.0} / {:.0} ({:.0} with each call at its least); beside 5000 KV events and a poll of every worker each second {:.0} / {:.0}\n",
         alone.most(),
         alone.median(),
+        size.arrivals as f64 / least.of_requests().as_secs_f64(),
         beside.most(),
         beside.median()
     );

@@ -1,6 +1,6 @@
 //! Where the prefix index keeps its blocks: a set-associative table of fixed size, like a processor's cache.
 //!
-//! A block's hash names a bucket of eight cells. Finding a block, adding one and dropping another for it touch that
+//! A block's hash names a bucket of four cells. Finding a block, adding one and dropping another for it touch that
 //! bucket and nothing else, so that a prompt of hundreds of blocks costs microseconds also when the budget is used up;
 //! there is no growth that would stop the world, and memory is taken from the system only as buckets are written.
 //! Most blocks have one holder, kept in the cell; more go to a list beside.
@@ -13,7 +13,7 @@ use std::hint::black_box;
 use super::{Cache, HOLDERS_MAX, Holder};
 use crate::worker::Slot;
 
-const WAYS: usize = 8;
+const WAYS: usize = 4;
 /// Bytes of a processor's cache line.
 const LINE: usize = 64;
 /// Bytes of one block: its hash and its cell.
@@ -96,6 +96,11 @@ impl Table {
             Some(cell) => self.holders(cell),
             None => Holders::One(None),
         }
+    }
+
+    /// Whether anything is known of a block.
+    pub(super) fn has(&self, hash: u64) -> bool {
+        self.buckets.get(self.bucket(hash)).is_some_and(|bucket| find(bucket, hash).is_some())
     }
 
     /// Reads `part` of the buckets of blocks that are to be looked at or changed next. Alone that is of no use: reads that
@@ -182,10 +187,14 @@ impl Table {
         let way = empty.unwrap_or_else(|| {
             let gone =
                 |cell: &Cell| list_of(cell).is_none() && unpack(cell).is_none_or(|holder| !holder.is_current(caches));
-            cells.iter().position(gone).or_else(|| cells.iter().position(|cell| !was_used(cell))).unwrap_or_else(|| {
+            // any of several, since the first would always be the newest; by the hash, so that equal events give equal
+            // tables
+            let any = (hash >> 7) as usize % WAYS;
+            let is_unused = |way: &usize| cells.get(*way).is_some_and(|cell| !was_used(cell));
+            let found = cells.iter().position(gone);
+            found.or_else(|| (any..WAYS).chain(0..any).find(is_unused)).unwrap_or_else(|| {
                 cells.iter_mut().for_each(|cell| *cell = unused(*cell));
-                // any; from the hash, so that equal events give equal tables
-                (hash >> 7) as usize % WAYS
+                any
             })
         });
         let list = list_of(&std::mem::take(cells.get_mut(way)?));

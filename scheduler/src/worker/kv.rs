@@ -135,9 +135,13 @@ impl Held {
         // below 0 only where the clock is behind
         let [passed, squares] = [passed, squares].map(|sum| (sum as i64).max(0));
         let per_ms = 1.0 / (token_seconds.max(1e-6) * 1e3);
-        // the pace is a mean; what cannot be expected to have been generated was not
-        let most = self.output_tokens as f64 + 3.0 * (self.started as f64 * self.variance as f64).sqrt();
-        ((passed as f64 * per_ms).min(most), squares as f64 * per_ms * per_ms)
+        let mut generated = passed as f64 * per_ms;
+        let expected = self.output_tokens as f64;
+        if generated > expected {
+            // the pace is a mean; what cannot be expected to have been generated was not
+            generated = generated.min(expected + 3.0 * (self.started as f64 * self.variance as f64).sqrt());
+        }
+        (generated, squares as f64 * per_ms * per_ms)
     }
 }
 
@@ -145,12 +149,12 @@ impl Held {
 /// of variation of when they end.
 fn peak_each(c: f64, r: f64, spread: f64) -> f64 {
     const EVEN: f64 = 1.0 / 3.0;
-    let together = c + r;
     let evenly = if c < 2.0 * r { (2.0 * r + c) * (2.0 * r + c) / (8.0 * r) } else { c };
-    let at_random = if c < r { r * (c / r - 1.0).exp() } else { c };
     if spread < EVEN {
+        let together = c + r;
         together + (evenly - together) * spread / EVEN
     } else {
+        let at_random = if c < r { r * (c / r - 1.0).exp() } else { c };
         evenly + (at_random - evenly) * (spread - EVEN) / (1.0 - EVEN)
     }
 }
