@@ -245,7 +245,7 @@ impl<'a> Scene<'a> {
                 + lane as f64,
             speed,
             overlap_gain: self.pool.overlap_gain(self.config),
-            slowdown_seconds: self.pool.pace.slowdown_seconds() * self.pool.fleet_rate() / speed,
+            slowdown_seconds: self.pool.slowdown_seconds(speed),
         })
     }
 }

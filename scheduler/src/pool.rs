@@ -142,6 +142,11 @@ impl Pool {
         self.median.map_or(self.rate_cold, |(_, rate)| rate)
     }
 
+    /// Seconds that one more sequence adds to every token of the others, at a worker that prefills so many tokens/s.
+    pub(crate) fn slowdown_seconds(&self, speed: f64) -> f64 {
+        self.pace.slowdown_seconds() * self.fleet_rate() / speed
+    }
+
     /// A worker measured its rate; computes the median again, if that was not done just now.
     pub(crate) fn observe_rates(&mut self, now: Tick, workers: &Workers) {
         if self.median.is_some_and(|(at, _)| now.since(at) < MEDIAN_EVERY) {
