@@ -24,6 +24,7 @@ use crate::rng::Rng;
 use crate::timers::Timers;
 use crate::worker::backlog::SendNumber;
 use crate::worker::kv::Held;
+use crate::worker::whole::Before;
 use crate::worker::{Slot, Workers};
 use crate::{Action, Event, Failure, PoolId, Request, RequestId, TenantId, Tick, WorkerId};
 
@@ -89,6 +90,8 @@ struct Sent {
     /// Seconds from then to the first token, as predicted.
     predicted: f64,
     uncached: u32,
+    /// What had been sent to the worker before.
+    before: Before,
     held: Held,
     number: SendNumber,
     /// When its first token came.

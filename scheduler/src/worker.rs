@@ -11,6 +11,7 @@ pub(crate) mod latency;
 mod load;
 mod rate;
 pub(crate) mod step;
+pub(crate) mod whole;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -27,6 +28,7 @@ use latency::Latency;
 use load::Reported;
 use rate::Rate;
 use step::Pace;
+use whole::{Answer, Before, Whole};
 
 /// Weight of one request in the mean time that requests stay at a worker.
 const STAY_WEIGHT: f64 = 0.05;
@@ -56,6 +58,9 @@ pub(crate) struct Worker {
     pub(crate) reported: Reported,
     backlog: Backlog,
     rate: Rate,
+    whole: Whole,
+    /// Prompt tokens to compute that were ever sent to it (wraps).
+    sent_tokens: u64,
     pub(crate) pace: Pace,
     derate: Option<(Tick, f64)>,
     /// Mean seconds that a request stays.
@@ -88,6 +93,8 @@ impl Worker {
             reported: Reported::default(),
             backlog: Backlog::default(),
             rate: Rate::default(),
+            whole: Whole::default(),
+            sent_tokens: 0,
             pace: Pace::default(),
             derate: None,
             stay_seconds: None,
@@ -196,14 +203,14 @@ impl Worker {
 
     /// Prefill speed in tokens/s; `fleet_rate` where its own was not measured yet.
     pub(crate) fn speed(&self, now: Tick, fleet_rate: f64, config: &Config) -> f64 {
-        let own = self.rate.value().or(self.spec.rate_hint).filter(|rate| *rate > 0.0).unwrap_or(fleet_rate);
+        let own = self.measured_rate().or(self.spec.rate_hint).filter(|rate| *rate > 0.0).unwrap_or(fleet_rate);
         let rate = if (own / fleet_rate - 1.0).abs() < ALIKE { fleet_rate } else { own };
         (rate * self.derate(now, config)).max(1.0)
     }
 
     /// Its own measured prefill speed in tokens/s, throttling apart.
     pub(crate) fn measured_rate(&self) -> Option<f64> {
-        self.rate.value()
+        self.rate.value().or_else(|| self.whole.value())
     }
 
     /// Prompt tokens sent to it and not prefilled, at its speed.
@@ -239,6 +246,7 @@ impl Worker {
         let need = self.need(plan);
         self.held = self.held.plus(need);
         self.sent.insert(request.id);
+        self.sent_tokens = self.sent_tokens.wrapping_add(u64::from(uncached));
         if self.health.state() == HealthState::HalfOpen {
             self.trial = Some(request.id);
         }
@@ -308,6 +316,33 @@ impl Worker {
         *mean += (seconds - *mean) * STAY_WEIGHT;
         if let Some(generating) = generating {
             self.pace.observe(output_each, generating, self.held.sequences() as f64);
+        }
+    }
+
+    /// What was sent to it until now.
+    pub(crate) fn before(&self) -> Before {
+        Before { tokens: self.sent_tokens, sequences: self.held.sequences() }
+    }
+
+    /// An answer came whole, with `output_tokens` a sequence, `seconds` after it was sent with `own_tokens` of its prompt
+    /// to compute. Each sequence beside it adds about `slowdown` seconds to a token.
+    pub(crate) fn answered(
+        &mut self,
+        now: Tick,
+        (before, own_tokens): (Before, u32),
+        (output_tokens, seconds): (u32, f64),
+        (slowdown, config): (f64, &Config),
+    ) {
+        let prompt_tokens = self.sent_tokens.wrapping_sub(before.tokens);
+        let others = before.sequences.midpoint(self.held.sequences());
+        let alone = self.reported.foreign(now, config.report_ttl).is_none_or(|foreign| foreign.waiting == 0);
+        if alone && others < u64::from(self.spec.sequences_max) {
+            let seconds = (seconds - slowdown * others as f64 * f64::from(output_tokens)) * self.derate(now, config);
+            self.whole.observe(Answer { own_tokens, prompt_tokens, output_tokens, seconds });
+        }
+        if let Some(rate) = self.measured_rate() {
+            let generating = (seconds - prompt_tokens as f64 / rate).max(0.0);
+            self.pace.observe(output_tokens, generating, others as f64);
         }
     }
 

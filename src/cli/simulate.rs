@@ -218,6 +218,7 @@ impl Arguments {
             shed: self.shed,
             scheduler: Config::default(),
             tenant_weights: Vec::new(),
+            whole_answers: false,
             faults: self.fault.clone(),
             stopwatch: self.time_decisions.then_some(stopwatch),
         }

@@ -44,6 +44,8 @@ pub struct Outcome {
     pub cell: Cell,
     /// All that happened, in order.
     pub log: Vec<Entry>,
+    /// Prefill speed of each engine in tokens/s as the scheduler measured it; of a rival nothing.
+    pub rates: Vec<Option<f64>>,
 }
 
 /// Lets `trace` arrive at `policy` under `settings`. Equal arguments give equal outcomes.
@@ -51,12 +53,12 @@ pub struct Outcome {
 pub fn run(trace: &Trace, settings: &Settings, policy: Policy, seed: u64) -> Outcome {
     let mut run = Run::new(trace, settings, policy, seed);
     run.go_on_to_the_end();
-    let decisions = match &mut run.gateway {
-        Gateway::Scheduler(scheduler) => std::mem::take(&mut scheduler.decisions),
-        Gateway::Rival(..) => Vec::new(),
+    let (decisions, rates) = match &mut run.gateway {
+        Gateway::Scheduler(scheduler) => (std::mem::take(&mut scheduler.decisions), scheduler.rates(run.now)),
+        Gateway::Rival(..) => (Vec::new(), Vec::new()),
     };
     let cell = Cell::of(&run.log, trace, settings, (policy.name(), seed), &decisions);
-    Outcome { cell, log: run.log }
+    Outcome { cell, log: run.log, rates }
 }
 
 /// What is due at some time; of what is due at one time, the first variant comes first.
@@ -302,7 +304,9 @@ impl<'a> Run<'a> {
         if let Some(cached_tokens) = cached_tokens {
             (held.started, held.cached_tokens) = (true, cached_tokens);
             self.note(number, What::FirstToken { worker, cached_tokens });
-            self.tell(Event::FirstToken { request });
+            if !self.settings.whole_answers {
+                self.tell(Event::FirstToken { request });
+            }
         }
         if emission.finished {
             self.finished(worker, number, output_tokens);
@@ -316,6 +320,9 @@ impl<'a> Run<'a> {
         node.forget(number, row);
         self.note(number, What::Finished { worker, cached_tokens, output_tokens });
         let (prompt_tokens, cached_tokens) = (row.prompt_tokens, Some(cached_tokens));
+        if self.settings.whole_answers {
+            self.tell(Event::FirstToken { request: RequestId(u64::from(number)) });
+        }
         let end = End::Finished { prompt_tokens, cached_tokens, output_tokens };
         self.tell(Event::Ended { request: RequestId(u64::from(number)), end });
     }

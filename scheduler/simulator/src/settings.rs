@@ -28,6 +28,8 @@ pub struct Settings {
     pub scheduler: Config,
     /// Weights of tenants against others; 1 for those who are not named. Only the scheduler knows tenants.
     pub tenant_weights: Vec<(u32, f64)>,
+    /// Whether answers come whole, so that the scheduler hears of a first token only at the end.
+    pub whole_answers: bool,
     /// What goes wrong.
     pub faults: Vec<Fault>,
     /// A monotonic clock to time the scheduler's decisions with. Without one they are not timed, and equal runs give
@@ -47,6 +49,7 @@ impl Default for Settings {
             shed: false,
             scheduler: Config::default(),
             tenant_weights: Vec::new(),
+            whole_answers: false,
             faults: Vec::new(),
             stopwatch: None,
         }

@@ -24,10 +24,20 @@ impl Core {
         let predicted = (scene.ahead_tokens(worker, speed, 0) + f64::from(uncached)) / speed;
 
         let Some(worker) = self.workers.get_mut(slot) else { return };
+        let before = worker.before();
         let (held, number) = worker.hold(now, (&entry.request, &entry.plan), uncached, fleet_rate, config);
         let worker = worker.id;
-        entry.place =
-            Place::Sent(Sent { worker, slot: Some(slot), at: now, predicted, uncached, held, number, started: None });
+        entry.place = Place::Sent(Sent {
+            worker,
+            slot: Some(slot),
+            at: now,
+            predicted,
+            uncached,
+            before,
+            held,
+            number,
+            started: None,
+        });
         entry.attempts += 1;
         let tenant = entry.request.tenant;
         let weight = self.weights.get(&tenant).copied().unwrap_or(1.0);
@@ -100,11 +110,23 @@ impl Core {
     pub(super) fn ended(&mut self, id: RequestId, end: End, out: &mut Vec<Action>) {
         let Some(sent) = self.release(id) else { return };
         match end {
-            End::Finished { output_tokens, .. } => {
+            End::Finished { prompt_tokens, output_tokens, .. } => {
+                let streamed = self.requests.get(&id).is_some_and(|entry| entry.request.streamed);
                 let output_each = self.settle_output(id, output_tokens);
                 if let Some((slot, worker)) = sent.slot.and_then(|slot| Some((slot, self.workers.get_mut(slot)?))) {
-                    let generating = sent.started.map(|started| self.now.seconds_since(started));
-                    worker.stayed(self.now.seconds_since(sent.at), output_each, generating);
+                    let seconds = self.now.seconds_since(sent.at);
+                    // of an answer that comes whole, the first token is the last
+                    let generating = sent.started.filter(|_| streamed).map(|started| self.now.seconds_since(started));
+                    worker.stayed(seconds, output_each, generating);
+                    if !streamed && prompt_tokens > 0 {
+                        let slowdown = self.pools.get(&worker.pool).map_or(0.0, |pool| pool.pace.slowdown_seconds());
+                        worker.answered(
+                            self.now,
+                            (sent.before, sent.uncached),
+                            (output_each, seconds),
+                            (slowdown, &self.config),
+                        );
+                    }
                     if let (Some(generating), Some(pool)) = (generating, self.pools.get_mut(&worker.pool)) {
                         pool.pace.observe(output_each, generating, worker.held.sequences() as f64);
                     }

@@ -15,14 +15,14 @@ use crate::Tick;
 /// Half-life of what was measured.
 const HALF_LIFE: Duration = Duration::from_secs(120);
 /// Measurements before a worker's own rate is used in place of its pool's.
-const TRUSTED_AFTER: u32 = 4;
+pub(super) const TRUSTED_AFTER: u32 = 4;
 /// Fewer tokens than this measure the network and one decode step.
 const PERIOD_TOKENS_MIN: f64 = 64.0;
 const PERIOD_MAX: Duration = Duration::from_secs(2);
 /// A measurement counts as at most this much faster or slower than the mean.
 const STEP_MAX: f64 = 4.0;
 /// What can be believed of one engine, tokens/s.
-const RATE_BOUNDS: (f64, f64) = (1.0, 1e7);
+pub(super) const RATE_BOUNDS: (f64, f64) = (1.0, 1e7);
 
 #[derive(Debug, Default)]
 pub(crate) struct Rate {

@@ -11,7 +11,7 @@ const KEEP: f64 = 0.98;
 /// Observations before the line is believed.
 const TRUSTED_AFTER: f64 = 8.0;
 /// Seconds per token until something ended: half to twice what current engines take.
-const ASSUMED_SECONDS: f64 = 0.02;
+pub(super) const ASSUMED_SECONDS: f64 = 0.02;
 /// Seconds that one more sequence adds to every token until that is known: an 8-billion-parameter model on one
 /// data-centre GPU. With 0 in its place, batches grow uneven until the first answers have ended.
 const ASSUMED_SLOWDOWN: f64 = 0.0004;

@@ -24,6 +24,7 @@ pub(super) struct Scheduler {
     fresh: Vec<Action>,
     actions: VecDeque<Action>,
     stopwatch: Option<fn() -> Duration>,
+    streamed: bool,
     /// Time of each decision about an arrival, when timed.
     pub(super) decisions: Vec<Duration>,
 }
@@ -36,6 +37,7 @@ impl Scheduler {
             fresh: Vec::new(),
             actions: VecDeque::new(),
             stopwatch: settings.stopwatch,
+            streamed: !settings.whole_answers,
             decisions: Vec::new(),
         };
         scheduler.tell(Tick::ZERO, Event::PoolJoined { pool: POOL, limits: limits(trace, settings) });
@@ -88,7 +90,7 @@ impl Scheduler {
             max_output: None,
             sequences: 1,
             body_bytes: row.prompt_tokens.saturating_mul(BYTES_PER_TOKEN),
-            streamed: true,
+            streamed: self.streamed,
         };
         let began = self.stopwatch.map(|stopwatch| stopwatch());
         self.tell(now, Event::Arrived(request));
@@ -101,6 +103,11 @@ impl Scheduler {
     pub(super) fn placed(&self, number: u32) -> Option<u32> {
         let decisions = self.core.explain(RequestId(u64::from(number)));
         decisions.last()?.winner.map(|worker| worker.0)
+    }
+
+    /// The prefill speed that it measured of each worker.
+    pub(super) fn rates(&self, now: Tick) -> Vec<Option<f64>> {
+        self.core.worker_views(now).map(|view| view.rate_measured.then_some(view.prefill_rate)).collect()
     }
 
     /// Passes an engine's own gauges on.

@@ -9,6 +9,7 @@
 )]
 
 mod backfill;
+mod calibration;
 mod conversations;
 mod fairness;
 mod faults;
