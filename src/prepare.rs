@@ -199,7 +199,15 @@ impl Prepare {
             return Ok(peek(body));
         }
         let body = body.clone();
-        self.pool.run(move || peek(&body)).await.ok_or(Error::Busy)
+        self.apart(move || peek(&body)).await
+    }
+
+    /// Does `work` on the counting threads.
+    ///
+    /// # Errors
+    /// [`Error::Busy`].
+    pub async fn apart<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
+        self.pool.run(work).await.ok_or(Error::Busy)
     }
 
     /// Counts `asked` (whose spans lie in `body`) for `model`.

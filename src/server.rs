@@ -6,6 +6,7 @@
 //! asks just then is not cut off.
 
 mod socket;
+mod stall;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Body;
 use axum::response::Response;
 use http::HeaderValue;
 use http::header::CONNECTION;
@@ -26,6 +28,7 @@ use tokio_util::task::TaskTracker;
 use tower::Service;
 
 use socket::{Refuse, Socket};
+use stall::Watched;
 
 /// Time for a client to send its request line and headers.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -36,6 +39,10 @@ const PREFACE_PAUSE: Duration = Duration::from_millis(20);
 const HEADER_BYTES_MAX: usize = 64 << 10;
 const HEADERS_MAX: usize = 100;
 const HTTP2_STREAMS_MAX: u32 = 256;
+/// What the kernel takes for a client that does not read it, beyond what is on its way. Else it is megabytes, and a slow
+/// client looks like one that reads nothing.
+#[cfg(target_os = "linux")]
+const UNSENT_BYTES_MAX: u32 = 128 << 10;
 /// Streams that a client may reset before they were looked at: beyond that it only means to make work (CVE-2023-44487).
 const HTTP2_RESETS_MAX: usize = 64;
 /// On shutdown: how long handshakes that have begun may take to end.
@@ -81,9 +88,17 @@ impl Server {
     pub async fn run(self, tracker: TaskTracker, stop: CancellationToken, abort: CancellationToken) {
         let Self { listener, address, router, connections, bounds, refuse } = self;
         let stopping = AtomicBool::new(false);
-        let serving =
-            Serving { protocol: protocol(), router, stall_max: bounds.stall_max, refuse, stop, abort, stopping };
-        let door = Door { listener, address, connections, serving: Arc::new(serving), tracker };
+        let serving = Serving {
+            protocol: protocol(),
+            router,
+            stall_max: bounds.stall_max,
+            refuse,
+            stop,
+            abort,
+            stopping,
+            tracker,
+        };
+        let door = Door { listener, address, connections, serving: Arc::new(serving) };
         door.serving.stop.run_until_cancelled(door.accept()).await;
         door.serving.stopping.store(true, Ordering::Relaxed);
         turn_away(&door.listener);
@@ -97,7 +112,6 @@ struct Door {
     address: SocketAddr,
     connections: Arc<Semaphore>,
     serving: Arc<Serving>,
-    tracker: TaskTracker,
 }
 
 impl Door {
@@ -105,9 +119,8 @@ impl Door {
         loop {
             let Ok(permit) = Arc::clone(&self.connections).acquire_owned().await else { return };
             match self.listener.accept().await {
-                // A stream's events are small writes; waiting to fill a segment costs a client 40 ms each.
-                Ok((stream, _)) if stream.set_nodelay(true).is_ok() => {
-                    self.tracker.spawn(Arc::clone(&self.serving).connection(stream, permit));
+                Ok((stream, _)) if tune(&stream).is_ok() => {
+                    self.serving.tracker.spawn(Arc::clone(&self.serving).connection(stream, permit));
                 }
                 Ok(_) => {} // the peer is gone already
                 Err(error) => {
@@ -117,6 +130,14 @@ impl Door {
             }
         }
     }
+}
+
+fn tune(stream: &TcpStream) -> std::io::Result<()> {
+    // A stream's events are small writes; waiting to fill a segment costs a client 40 ms each.
+    stream.set_nodelay(true)?;
+    #[cfg(target_os = "linux")]
+    socket2::SockRef::from(stream).set_tcp_notsent_lowat(UNSENT_BYTES_MAX)?;
+    Ok(())
 }
 
 /// From now on the kernel drops whoever knocks, and lets in who is at the door already. A listener that is simply closed
@@ -196,6 +217,7 @@ struct Serving {
     abort: CancellationToken,
     /// As `stop`, for every answer to ask.
     stopping: AtomicBool,
+    tracker: TaskTracker,
 }
 
 impl Serving {
@@ -211,7 +233,7 @@ impl Serving {
         let service = service_fn(move |request| {
             let answering = serving.router.clone().call(request);
             let serving = Arc::clone(&serving);
-            async move { answering.await.map(|answer| serving.say_whether_it_is_the_last(answer)) }
+            async move { answering.await.map(|answer| serving.finish(answer, version)) }
         });
         let socket = Socket::new(stream, self.stall_max, self.refuse);
         let connection = self.protocol.serve_connection(TokioIo::new(socket), service);
@@ -238,11 +260,16 @@ impl Serving {
         }
     }
 
-    fn say_whether_it_is_the_last(&self, mut answer: Response) -> Response {
-        if self.stopping.load(Ordering::Relaxed) {
-            answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    /// Says whether it is the connection's last answer; the HTTP/2 library says so by itself.
+    fn finish(&self, mut answer: Response, version: Version) -> Response {
+        match version {
+            Version::Http1 if self.stopping.load(Ordering::Relaxed) => {
+                answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+                answer
+            }
+            Version::Http1 => answer,
+            Version::Http2 => answer.map(|body| Body::new(Watched::new(body, self.stall_max, &self.tracker))),
         }
-        answer
     }
 
     /// When an idle connection must end because the process does.
@@ -270,7 +297,13 @@ mod tests {
         let tracker = TaskTracker::new();
         let stop = CancellationToken::new();
         tracker.spawn(server.run(tracker.clone(), stop.clone(), CancellationToken::new()));
-        for start in [&b""[..], b"PRI * HT", b"POST / HT"] {
+        for start in [
+            &b""[..],
+            b"PRI * HT",
+            b"POST / HT",
+            b"GET / HTTP/1.1\r\nhost: idle afterwards\r\n\r\n",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        ] {
             let mut client = TcpStream::connect(address).await.unwrap();
             client.write_all(start).await.unwrap();
             let began = tokio::time::Instant::now();

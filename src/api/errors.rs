@@ -7,9 +7,10 @@ use axum::response::Response;
 use forebay_proto::error::{ApiError, openai_body};
 use forebay_proto::peek::Refusal as Unreadable;
 use forebay_scheduler::{Failure, Refusal};
-use http::header::{CONNECTION, CONTENT_TYPE, HeaderName, RETRY_AFTER};
+use http::header::{ACCEPT_ENCODING, CONNECTION, CONTENT_TYPE, HeaderName, RETRY_AFTER};
 use http::{HeaderValue, Method, StatusCode};
 
+use super::body::coding::{ACCEPTED, Coding};
 use super::headers;
 use crate::ids::RequestName;
 use crate::ledger::{self, Outcome};
@@ -27,8 +28,10 @@ pub(super) enum Error {
     Method { method: Method, path: String },
     #[error("the body is not JSON by its content type")]
     ContentType,
-    #[error("the body is encoded")]
+    #[error("the body's encoding is not known")]
     ContentEncoding,
+    #[error("the body is not the {} it says it is", .0.name())]
+    Undecodable(Coding),
     #[error("the body is over {bytes_max} bytes")]
     BodyTooLarge { bytes_max: usize },
     #[error("the body took too long to come")]
@@ -97,8 +100,13 @@ impl Error {
                 bad_request(StatusCode::UNSUPPORTED_MEDIA_TYPE, None, None, message)
             }
             Self::ContentEncoding => {
-                let message = "Unsupported content encoding: send the body uncompressed.".to_owned();
+                let message =
+                    format!("Unsupported content encoding: send the body uncompressed, or as one of {ACCEPTED}.");
                 bad_request(StatusCode::UNSUPPORTED_MEDIA_TYPE, None, None, message)
+            }
+            Self::Undecodable(coding) => {
+                let message = format!("The request body is not valid {}.", coding.name());
+                bad_request(StatusCode::BAD_REQUEST, None, None, message)
             }
             Self::BodyTooLarge { bytes_max } => {
                 let message = format!("The request body is larger than the {bytes_max} bytes this server accepts.");
@@ -162,6 +170,9 @@ impl Error {
         fields.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(wait) = retry_after {
             fields.insert(RETRY_AFTER, HeaderValue::from(wait.as_secs_f64().ceil().max(1.0) as u64));
+        }
+        if matches!(self, Self::ContentEncoding) {
+            fields.insert(ACCEPT_ENCODING, HeaderValue::from_static(ACCEPTED));
         }
         if self.is_final() {
             fields.insert(SHOULD_RETRY, HeaderValue::from_static("false"));

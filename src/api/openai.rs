@@ -76,7 +76,7 @@ async fn answer(api: &Api, entry: &mut Entry, request: Request, kind: &Kind) -> 
     let class = headers::class(request.headers())?;
     let deadline = headers::deadline(request.headers(), entry.arrived())?;
     let forwarded = headers::forwarded(request.headers());
-    let body: Bytes = body::read(request, api.body_bytes_max).await?;
+    let body: Bytes = body::read(api, request).await?;
     let asked = api.pipeline.prepare.read(&body, kind.peek).await.map_err(pipeline::Error::from)??;
     let choices = asked.choices();
     let streaming = asked.streaming();

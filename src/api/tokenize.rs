@@ -34,7 +34,7 @@ struct Text {
 
 pub(super) async fn tokenize(State(api): State<Arc<Api>>, request: Request) -> Response {
     serve(&api, request, ApiName::Tokenize, async |entry, request| {
-        let body = body::read(request, api.body_bytes_max).await?;
+        let body = body::read(&api, request).await?;
         let asked = peek::Tokenize::peek(&body)?;
         let route = find(&api, asked.model.as_ref(), entry)?;
         let max_model_len = route.model.max_model_len;
@@ -51,7 +51,7 @@ pub(super) async fn tokenize(State(api): State<Arc<Api>>, request: Request) -> R
 
 pub(super) async fn detokenize(State(api): State<Arc<Api>>, request: Request) -> Response {
     serve(&api, request, ApiName::Detokenize, async |entry, request| {
-        let body = body::read(request, api.body_bytes_max).await?;
+        let body = body::read(&api, request).await?;
         let asked = peek::Detokenize::peek(&body)?;
         let route = find(&api, asked.model.as_ref(), entry)?;
         let answered =

@@ -1,7 +1,12 @@
 //! What the gateway refuses because of what HTTP alone tells: sizes, framing, types, paths, methods, headers.
 
+use std::io::Read;
 use std::net::Shutdown;
 use std::time::Duration;
+
+use flate2::Compression;
+use flate2::read::{GzEncoder, ZlibEncoder};
+use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 
 use super::refusals::{CHAT, COMPLETIONS, EMBEDDINGS, GOOD, Setting, refused};
 use super::support::client::{self, Answer, Connection};
@@ -49,8 +54,9 @@ fn content_types_and_encodings_that_are_not_read() {
         "content-type: multipart/form-data; boundary=x\r\n",
         "content-type: application/jsonx\r\n",
         "content-type: \r\n",
-        "content-type: application/json\r\ncontent-encoding: gzip\r\n",
-        "content-encoding: zstd\r\n",
+        "content-type: application/json\r\ncontent-encoding: br\r\n",
+        "content-encoding: \r\n",
+        "content-encoding: gzip, gzip\r\n",
         "content-encoding: identity, gzip\r\n",
     ] {
         refused(&send(headers), 415, "", "", headers);
@@ -272,4 +278,41 @@ fn requests_that_cannot_be_read() {
         }
     }
     setting.nothing_was_sent();
+}
+
+#[test]
+fn compressed_bodies_are_read_within_the_same_bounds() {
+    let setting = Setting::new();
+    let send = |coding: &str, body: &[u8]| {
+        let head = format!(
+            "POST {COMPLETIONS} HTTP/1.1\r\nhost: t\r\ncontent-type: application/json\r\ncontent-encoding: {coding}\r\n\
+             content-length: {}\r\n\r\n",
+            body.len()
+        );
+        client::request(setting.gateway.client, &[head.as_bytes(), body].concat())
+    };
+    let encode = |coding: &str, plain: &[u8]| {
+        let mut encoded = Vec::new();
+        match coding {
+            "gzip" => GzEncoder::new(plain, Compression::best()).read_to_end(&mut encoded).expect("a buffer"),
+            "deflate" => ZlibEncoder::new(plain, Compression::best()).read_to_end(&mut encoded).expect("a buffer"),
+            _ => return compress_to_vec(plain, CompressionLevel::Fastest),
+        };
+        encoded
+    };
+    for (count, coding) in ["gzip", "deflate", "zstd"].into_iter().enumerate() {
+        let bomb = encode(coding, &[b' '; 8 << 20]);
+        assert!(bomb.len() < 65_536, "{coding}: {}", bomb.len());
+        refused(&send(coding, &bomb), 413, "request_too_large", "", coding);
+        let whole = encode(coding, GOOD.as_bytes());
+        refused(&send(coding, &whole[..whole.len() - 1]), 400, "", "", coding);
+        refused(&send(coding, GOOD.as_bytes()), 400, "", "", coding);
+        assert_eq!(setting.recorder.posts().len(), count, "nothing of these was sent");
+        assert_eq!(send(coding, &whole).status, 200, "{coding}");
+        let post = setting.recorder.posts().pop().expect("a request");
+        assert_eq!((post.body.as_slice(), post.header("content-encoding")), (GOOD.as_bytes(), None), "{coding}");
+    }
+    let answer = send("br", b"?");
+    refused(&answer, 415, "", "", "br");
+    assert_eq!(answer.header("accept-encoding"), Some("gzip, deflate, zstd"));
 }

@@ -21,9 +21,7 @@ fn balancer(upstreams: [SocketAddr; 2]) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = listener.local_addr().expect("an address");
     std::thread::spawn(move || {
-        let mut turn = 0;
-        for client in listener.incoming().map_while(Result::ok) {
-            turn += 1;
+        for (turn, client) in listener.incoming().map_while(Result::ok).enumerate() {
             std::thread::spawn(move || {
                 let mut tries = (turn..turn + 20).map(|at| upstreams[at % 2]);
                 let connect = |address| TcpStream::connect_timeout(&address, Duration::from_millis(500)).ok();

@@ -4,6 +4,7 @@
 pub(crate) mod body;
 pub(crate) mod client;
 pub(crate) mod gpus;
+pub(crate) mod http2;
 pub(crate) mod process;
 pub(crate) mod recorder;
 

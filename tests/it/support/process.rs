@@ -68,6 +68,10 @@ impl Process {
         assert!(status.expect("kill runs").success());
     }
 
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(crate) fn exited(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().expect("waiting works")
     }
