@@ -13,6 +13,7 @@ mod architecture;
 mod bytes;
 mod cancel;
 mod cli;
+mod conformance;
 mod drain;
 mod engine_errors;
 mod faults;
