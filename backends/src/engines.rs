@@ -191,9 +191,6 @@ pub trait Engine: Send + Sync {
     /// Whether the engine speaks this API. A model may still refuse: embeddings of a chat model.
     fn serves(&self, api: Api) -> bool;
 
-    /// Whether `prompt` of a completion and `input` of an embedding may be token ids.
-    fn takes_token_ids(&self) -> bool;
-
     /// Whether it takes a conversation only as the text that its model reads.
     fn needs_text(&self, api: Api, openai_routes: bool) -> bool {
         let _ = (api, openai_routes);

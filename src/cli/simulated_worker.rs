@@ -94,6 +94,13 @@ pub(super) struct Arguments {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Wire {
     Vllm,
+    Sglang,
+    Tgi,
+    /// TGI before it had OpenAI's routes.
+    TgiNative,
+    Trtllm,
+    Llamacpp,
+    Ollama,
 }
 
 pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
@@ -121,6 +128,12 @@ fn options(arguments: Arguments) -> anyhow::Result<Options> {
     Ok(Options {
         engine: match arguments.engine {
             Wire::Vllm => EngineKind::Vllm,
+            Wire::Sglang => EngineKind::Sglang,
+            Wire::Tgi => EngineKind::Tgi,
+            Wire::TgiNative => EngineKind::TgiNative,
+            Wire::Trtllm => EngineKind::Trtllm,
+            Wire::Llamacpp => EngineKind::Llamacpp,
+            Wire::Ollama => EngineKind::Ollama,
         },
         model: arguments.model,
         tokenizer: arguments.tokenizer,

@@ -15,6 +15,7 @@ mod bytes;
 mod cancel;
 mod cli;
 mod connections;
+mod conformance;
 mod drain;
 mod engine_errors;
 mod faults;

@@ -37,9 +37,12 @@ const KEEP_ALIVE: Bytes = Bytes::from_static(b": keep-alive\n\n");
 /// Bytes that are neither an event nor UTF-8.
 const GARBAGE: Bytes = Bytes::from_static(b"data: {\"id\":\"\xff\xfe\x00, \"choices\": [[[}\n\n\x80\x81 no event\n\n");
 
-/// What the engine says when it dies while it answers: last event of a stream, or body of a whole answer.
-pub(crate) struct Death {
-    pub(crate) events: [Bytes; 2],
+/// How a stream ends when the engine dies under it.
+pub(crate) enum Death {
+    /// With these last events.
+    Events(Vec<Bytes>),
+    /// Without a word.
+    Cut,
 }
 
 /// How a body is sent.
@@ -86,14 +89,19 @@ fn whole_of(bytes: Bytes, mut open: Open) -> Body {
 
 /// A body of events.
 pub(crate) fn events(source: Events, death: Death, sending: Sending) -> Body {
-    let state = Sender { source, death: death.events.into_iter(), sent: 0, phase: Phase::Running, sending };
+    let (death, dies_cut) = match death {
+        Death::Events(events) => (events, false),
+        Death::Cut => (Vec::new(), true),
+    };
+    let state = Sender { source, death: death.into_iter(), dies_cut, sent: 0, phase: Phase::Running, sending };
     let frames = stream::unfold(state, |mut state| async move { Some((state.next().await?, state)) });
     BodyExt::boxed_unsync(StreamBody::new(frames))
 }
 
 struct Sender {
     source: Events,
-    death: std::array::IntoIter<Bytes, 2>,
+    death: std::vec::IntoIter<Bytes>,
+    dies_cut: bool,
     sent: u32,
     phase: Phase,
     sending: Sending,
@@ -118,6 +126,7 @@ impl Sender {
             }
         }
         let event = match self.phase {
+            Phase::Dying if self.dies_cut => return Some(Err(Cut)),
             Phase::Dying => self.death.next(),
             Phase::Stalled => {
                 silence(self.sending.keep_alive).await;

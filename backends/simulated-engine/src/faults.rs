@@ -12,6 +12,8 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
+use crate::wire::runs_model;
+
 /// What goes wrong.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -122,9 +124,6 @@ fn certain() -> f64 {
     1.0
 }
 
-/// Paths that run the model, hit by faults that name no path.
-const MODEL_PATHS: [&str; 3] = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"];
-
 /// The faults in force.
 #[derive(Debug)]
 pub(crate) struct Faults {
@@ -186,7 +185,7 @@ impl Faults {
         for (at, (fault, count)) in self.list.lock().iter_mut().enumerate() {
             let applies = match &fault.path {
                 Some(wanted) => wanted == path,
-                None => MODEL_PATHS.contains(&path),
+                None => runs_model(path),
             };
             if applies {
                 let number = *count;

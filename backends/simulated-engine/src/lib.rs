@@ -1,11 +1,13 @@
 //! A server that speaks an inference engine's HTTP wire without a model behind it.
 //!
 //! [`serve`] answers on a listener as the engine named in [`Options`] would: same routes, bodies, stream framing, error
-//! shapes and metric names, held against bytes recorded from vLLM 0.32.0. How long an answer takes is decided by
+//! shapes and metric names; vLLM's and llama.cpp's are held against recorded bytes, the others are written from what their
+//! sources say. How long an answer takes is decided by
 //! `forebay-simulator`'s engine model, run in real time; what it says is prose of its own, drawn from the prompt and a
 //! seed, in real tokens of a real tokenizer. Faults ([`Fault`]) make it fail in the ways that engines and networks do.
 //!
-//! The parts, in the order a request meets them: `server` (sockets, connections), `vllm` (routes, bodies), `model`
+//! The parts, in the order a request meets them: `server` (sockets, connections), `wire` and a module for each
+//! engine (routes, bodies), `model`
 //! (tokenizer, templates), `output` (what is said), `driver` (when), `faults` (how it goes wrong); and `kv_events`, which
 //! publishes what the prefix cache holds.
 //!
@@ -20,12 +22,18 @@ mod control;
 mod driver;
 mod faults;
 mod kv_events;
+mod llamacpp;
 mod model;
+mod ollama;
 mod options;
 mod output;
 mod schema;
 mod server;
+mod sglang;
+mod tgi;
+mod trtllm;
 mod vllm;
+mod wire;
 
 pub use forebay_simulator::EngineConfig;
 

@@ -12,6 +12,18 @@ pub enum EngineKind {
     /// vLLM 0.32.0's OpenAI-compatible server.
     #[default]
     Vllm,
+    /// SGLang 0.5.
+    Sglang,
+    /// TGI 3.3.
+    Tgi,
+    /// TGI before it had OpenAI's routes.
+    TgiNative,
+    /// TensorRT-LLM's `trtllm-serve`.
+    Trtllm,
+    /// llama.cpp's server.
+    Llamacpp,
+    /// Ollama 0.33.
+    Ollama,
 }
 
 /// Settings of one server.

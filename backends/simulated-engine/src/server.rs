@@ -1,6 +1,6 @@
 //! Sockets and connections: accepts, serves, refuses for a while, and ends.
 //!
-//! Not here: what is answered (`vllm`, `control`).
+//! Not here: what is answered (`wire`, `control`).
 
 use std::{
     convert::Infallible,
@@ -27,14 +27,14 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    EngineKind, Options,
+    Options,
     body::{self, Body, Sending},
     control,
     driver::Driver,
     faults::{Faults, MidKind, Plan},
     kv_events::Publisher,
     model::Model,
-    vllm,
+    wire::{self, Wire},
 };
 
 /// Time between an outage being asked for and its beginning, in which the answer to whoever asked gets out.
@@ -66,12 +66,20 @@ pub(crate) struct Log {
     pub(crate) aborted: AtomicU64,
     /// HTTP requests in flight, of any path.
     pub(crate) in_flight: AtomicU64,
+    /// Tokens, of prompts and answers, when the statistics were last read by someone who takes them away.
+    pub(crate) drained: AtomicU64,
 }
 
 /// An answer before it is put on the wire.
 pub(crate) enum Answer {
-    Whole { status: StatusCode, headers: Vec<(header::HeaderName, HeaderValue)>, body: Bytes },
+    Whole {
+        status: StatusCode,
+        headers: Vec<(header::HeaderName, HeaderValue)>,
+        body: Bytes,
+    },
     Events(body::Events),
+    /// Lines of JSON.
+    Lines(body::Events),
 }
 
 /// Serves until `shutdown` is cancelled; then all connections are closed at once.
@@ -149,22 +157,23 @@ impl Service {
             std::future::pending::<()>().await;
         }
         tokio::time::sleep(plan.delay).await;
-        let mut answer = match (&plan.status, self.options.engine) {
-            (Some(status), EngineKind::Vllm) => vllm::failure(status),
-            (None, _) if control::owns(path) => control::answer(self, request).await,
-            (None, EngineKind::Vllm) => vllm::answer(self, request).await,
+        let wire = self.options.engine.wire();
+        let mut answer = match &plan.status {
+            Some(status) => wire::failure(wire, status),
+            None if control::owns(path) => control::answer(self, request).await,
+            None => wire.answer(self, request).await,
         };
         if plan.mid.is_some_and(|mid| mid.kind == MidKind::Error)
             && matches!(&answer, Answer::Whole { status, .. } if status.is_success())
         {
-            answer = vllm::death();
+            answer = wire.death();
         }
         let keep_alive = self.options.stream_keep_alive;
-        into_response(answer, Sending { mid: plan.mid, keep_alive, reset, open })
+        into_response(wire, answer, Sending { mid: plan.mid, keep_alive, reset, open })
     }
 }
 
-fn into_response(answer: Answer, sending: Sending) -> Response<Body> {
+fn into_response(wire: &dyn Wire, answer: Answer, sending: Sending) -> Response<Body> {
     let mut response = match answer {
         Answer::Whole { status, headers, body } => {
             let length = HeaderValue::from(body.len());
@@ -178,15 +187,21 @@ fn into_response(answer: Answer, sending: Sending) -> Response<Body> {
             response
         }
         Answer::Events(source) => {
-            let mut response = Response::new(body::events(source, vllm::death_events(), sending));
-            let kind = HeaderValue::from_static("text/event-stream; charset=utf-8");
-            response.headers_mut().insert(header::CONTENT_TYPE, kind);
+            let mut response = Response::new(body::events(source, wire.death_events(), sending));
+            response
+                .headers_mut()
+                .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+            response
+        }
+        Answer::Lines(source) => {
+            let mut response = Response::new(body::events(source, wire.death_events(), sending));
+            response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-ndjson"));
             response
         }
     };
-    let headers = response.headers_mut();
-    headers.insert(header::SERVER, HeaderValue::from_static("uvicorn"));
-    headers.insert(header::VARY, HeaderValue::from_static("Origin"));
+    for (name, value) in wire.headers() {
+        response.headers_mut().insert(name, HeaderValue::from_static(value));
+    }
     response
 }
 
@@ -199,7 +214,7 @@ pub(crate) struct Open {
 
 impl Open {
     fn begin(service: &Arc<Service>, path: &str) -> Self {
-        let counted = vllm::runs_model(path);
+        let counted = wire::runs_model(path);
         service.log.in_flight.fetch_add(1, Ordering::Relaxed);
         if counted {
             service.log.begun.fetch_add(1, Ordering::Relaxed);

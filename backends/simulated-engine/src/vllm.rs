@@ -3,18 +3,18 @@
 //! Not here: what each endpoint says (`chat`, `completions`, `embeddings`, `tokenize`, `metrics`), the shape of errors
 //! (`error`), or the shape of streams (`stream`).
 
-mod chat;
-mod completions;
+pub(crate) mod chat;
+pub(crate) mod completions;
 mod embeddings;
-mod error;
-mod fields;
+pub(crate) mod error;
+pub(crate) mod fields;
 mod logprobs;
 mod metrics;
-mod request;
-mod stream;
-mod tokenize;
-mod tools;
-mod usage;
+pub(crate) mod request;
+pub(crate) mod stream;
+pub(crate) mod tokenize;
+pub(crate) mod tools;
+pub(crate) mod usage;
 
 use std::{
     sync::{
@@ -25,6 +25,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
@@ -34,8 +35,8 @@ use xxhash_rust::xxh3::xxh3_64;
 use self::error::Failure;
 use crate::{
     body::Death,
-    faults::Status,
     server::{Answer, Service},
+    wire::Wire,
 };
 
 const VERSION: &str = "0.32.0";
@@ -60,45 +61,49 @@ const ROUTES: [(&str, Method); 12] = [
     ("/kv_event_sources", Method::GET),
 ];
 
-/// Whether requests for `path` run the model.
-pub(crate) fn runs_model(path: &str) -> bool {
-    matches!(path, "/v1/chat/completions" | "/v1/completions" | "/v1/embeddings")
-}
+/// The wire, see the module.
+pub(crate) struct Vllm;
 
-pub(crate) async fn answer(service: &Arc<Service>, request: Request<Incoming>) -> Answer {
-    match route(service, request).await {
-        Ok(answer) => answer,
-        Err(failure) => failure.into_answer(),
+impl Wire for Vllm {
+    fn answer<'a>(&'a self, service: &'a Arc<Service>, request: Request<Incoming>) -> BoxFuture<'a, Answer> {
+        Box::pin(async move { route(service, request).await.unwrap_or_else(Failure::into_answer) })
+    }
+
+    fn refusal(&self, failure: Failure) -> Answer {
+        failure.into_answer()
+    }
+
+    /// An error event, spaced as Python's `json.dumps` does, and the usual end mark.
+    fn death_events(&self) -> Death {
+        let event = concat!(
+            r#"data: {"error": {"message": "EngineCore encountered an issue. See stack trace (above) for the root cause.","#,
+            r#" "type": "InternalServerError", "param": null, "code": 500}}"#,
+            "\n\n"
+        );
+        Death::Events(vec![Bytes::from_static(event.as_bytes()), stream::DONE])
     }
 }
 
-/// An answer in place of the real one, in the engine's error shape unless a body is given.
-pub(crate) fn failure(status: &Status) -> Answer {
-    let code = StatusCode::from_u16(status.code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    let mut answer = Failure::injected(code).into_answer();
-    if let Answer::Whole { headers, body, .. } = &mut answer {
-        if let Some(text) = &status.body {
-            *body = Bytes::from(text.clone());
-        }
-        headers.extend(status.retry_after.map(|seconds| (header::RETRY_AFTER, HeaderValue::from(seconds))));
+/// What runs the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Task {
+    Chat,
+    Completion,
+    Embedding,
+}
+
+/// Runs the model as vLLM would.
+pub(crate) async fn run(
+    service: &Arc<Service>,
+    task: Task,
+    body: &Map<String, Value>,
+    caller: &Caller,
+) -> Result<Answer, Failure> {
+    match task {
+        Task::Chat => chat::answer(service, body, caller).await,
+        Task::Completion => completions::answer(service, body, caller).await,
+        Task::Embedding => embeddings::answer(service, body, caller).await,
     }
-    answer
-}
-
-/// What a whole answer becomes when the engine process dies under it.
-pub(crate) fn death() -> Answer {
-    Failure::engine_death().into_answer()
-}
-
-/// How a stream ends when the engine process dies under it: an error event, spaced as Python's `json.dumps` does, and
-/// the usual end mark.
-pub(crate) fn death_events() -> Death {
-    let event = concat!(
-        r#"data: {"error": {"message": "EngineCore encountered an issue. See stack trace (above) for the root cause.","#,
-        r#" "type": "InternalServerError", "param": null, "code": 500}}"#,
-        "\n\n"
-    );
-    Death { events: [Bytes::from_static(event.as_bytes()), stream::DONE] }
 }
 
 async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Answer, Failure> {
@@ -130,16 +135,17 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
     let body = read(&parts.headers, body).await?;
     let caller = Caller { request_id: text_of(&parts.headers, "x-request-id").map(str::to_owned) };
     match path {
-        "/v1/chat/completions" => chat::answer(service, &body, &caller).await,
-        "/v1/completions" => completions::answer(service, &body, &caller).await,
-        "/v1/embeddings" => embeddings::answer(service, &body, &caller).await,
+        "/v1/chat/completions" => run(service, Task::Chat, &body, &caller).await,
+        "/v1/completions" => run(service, Task::Completion, &body, &caller).await,
+        "/v1/embeddings" => run(service, Task::Embedding, &body, &caller).await,
         "/tokenize" => tokenize::tokenize(service, &body),
         _ => tokenize::detokenize(service, &body),
     }
 }
 
 /// What the headers say beyond the body.
-struct Caller {
+#[derive(Default)]
+pub(crate) struct Caller {
     request_id: Option<String>,
 }
 
@@ -154,7 +160,7 @@ impl Caller {
 }
 
 /// Keys guard `/v1` only, as in vLLM.
-fn authorize(service: &Service, path: &str, headers: &HeaderMap) -> Result<(), Failure> {
+pub(crate) fn authorize(service: &Service, path: &str, headers: &HeaderMap) -> Result<(), Failure> {
     let keys = &service.options.api_keys;
     if keys.is_empty() || !path.starts_with("/v1") {
         return Ok(());
@@ -176,12 +182,12 @@ fn unknown(path: &str, headers: &HeaderMap) -> Failure {
     }
 }
 
-fn text_of<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+pub(crate) fn text_of<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
 }
 
 /// Reads a body as a JSON object.
-async fn read(headers: &HeaderMap, body: Incoming) -> Result<Map<String, Value>, Failure> {
+pub(crate) async fn read(headers: &HeaderMap, body: Incoming) -> Result<Map<String, Value>, Failure> {
     let kind = text_of(headers, "content-type").unwrap_or_default();
     let media = kind.split(';').next().unwrap_or_default().trim();
     let collected = Limited::new(body, BODY_BYTES_MAX).collect().await;
@@ -241,20 +247,20 @@ fn models(service: &Service) -> Value {
 }
 
 /// An object with its fields in this order.
-fn object<const N: usize>(fields: [(&str, Value); N]) -> Map<String, Value> {
+pub(crate) fn object<const N: usize>(fields: [(&str, Value); N]) -> Map<String, Value> {
     fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
-fn ok(value: &Value) -> Answer {
+pub(crate) fn ok(value: &Value) -> Answer {
     json_answer(StatusCode::OK, value)
 }
 
-fn json_answer(status: StatusCode, value: &Value) -> Answer {
+pub(crate) fn json_answer(status: StatusCode, value: &Value) -> Answer {
     let json = HeaderValue::from_static("application/json");
     Answer::Whole { status, headers: vec![(header::CONTENT_TYPE, json)], body: Bytes::from(value.to_string()) }
 }
 
-fn empty(status: StatusCode, headers: Vec<(header::HeaderName, HeaderValue)>) -> Answer {
+pub(crate) fn empty(status: StatusCode, headers: Vec<(header::HeaderName, HeaderValue)>) -> Answer {
     Answer::Whole { status, headers, body: Bytes::new() }
 }
 
@@ -262,12 +268,12 @@ fn since_epoch() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-fn now_seconds() -> u64 {
+pub(crate) fn now_seconds() -> u64 {
     since_epoch().as_secs()
 }
 
 /// Sixteen hexadecimal digits, unlike those of any other answer.
-fn new_id() -> String {
+pub(crate) fn new_id() -> String {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
     let mut seed = since_epoch().as_nanos().to_le_bytes().to_vec();

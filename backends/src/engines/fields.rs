@@ -5,7 +5,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Unsupported, members::Members};
+use super::{Api, Unsupported, members::Members};
 
 /// Fields, OpenAI's and those of other engines, that change the answer and that not every engine heeds.
 const MEANINGFUL: [&str; 37] = [
@@ -48,6 +48,9 @@ const MEANINGFUL: [&str; 37] = [
     "ebnf",
 ];
 
+/// `max_tokens` of a completion that names none.
+pub(super) const COMPLETION_TOKENS: u32 = 16;
+
 /// Fields that say who asks and how it is billed or kept: without them the answer is the same.
 pub(super) const HARMLESS: [&str; 9] = [
     "user",
@@ -60,6 +63,13 @@ pub(super) const HARMLESS: [&str; 9] = [
     "request_id",
     "session_id",
 ];
+
+/// Gives a completion that names no limit OpenAI's and vLLM's, for engines that have another.
+pub(super) fn limit_completion(api: Api, members: &mut Members<'_>) {
+    if api == Api::Completions && members.get("max_tokens").is_none() {
+        members.set("max_tokens", &COMPLETION_TOKENS.into());
+    }
+}
 
 /// Refuses a field that the engine would pass over although it changes the answer. `heeded` are those that it does not
 /// pass over.

@@ -2,7 +2,10 @@
 
 use forebay_proto::metrics_text::samples;
 
-use super::{Api, Asked, Engine, Load, Mark, Prepared, Totals, Translation, Unsupported, tally::Tally, tidy};
+use super::{
+    Api, Asked, Engine, Load, Mark, Members, Prepared, Totals, Translation, Unsupported, fields::limit_completion,
+    tally::Tally, tidy,
+};
 
 pub(super) struct LlamaCpp;
 
@@ -64,12 +67,23 @@ impl Engine for LlamaCpp {
         }
     }
 
-    fn takes_token_ids(&self) -> bool {
-        true
+    fn adapt(&self, asked: Asked) -> Result<Prepared, Unsupported> {
+        match asked.api {
+            Api::ChatCompletions => {
+                let translation = Some(Translation::new(tidy::Tidy(&[tidy::THINKING])));
+                Ok(Prepared { translation, ..Prepared::untouched(asked) })
+            }
+            Api::Completions => {
+                let body = asked.body.clone();
+                let Some(mut members) = Members::read(&body) else { return Ok(Prepared::untouched(asked)) };
+                limit_completion(asked.api, &mut members);
+                Ok(Prepared { body: members.write(&body), ..Prepared::untouched(asked) })
+            }
+            _ => Ok(Prepared::untouched(asked)),
+        }
     }
 
-    fn adapt(&self, asked: Asked) -> Result<Prepared, Unsupported> {
-        let translation = (asked.api == Api::ChatCompletions).then(|| Translation::new(tidy::Tidy(&[tidy::THINKING])));
-        Ok(Prepared { translation, ..Prepared::untouched(asked) })
+    fn rewrites(&self) -> bool {
+        true
     }
 }

@@ -8,7 +8,9 @@ mod native;
 use serde_json::{Value, json};
 
 use super::{
-    Api, Asked, Engine, Mark, Members, Prepared, ServedModel, Unsupported, fields::refuse_unheeded, require_text,
+    Api, Asked, Engine, Mark, Members, Prepared, ServedModel, Unsupported,
+    fields::{limit_completion, refuse_unheeded},
+    require_text,
 };
 
 pub(super) struct Ollama;
@@ -63,10 +65,6 @@ impl Engine for Ollama {
         matches!(api, Api::ChatCompletions | Api::Completions | Api::Embeddings)
     }
 
-    fn takes_token_ids(&self) -> bool {
-        false
-    }
-
     fn rewrites(&self) -> bool {
         true
     }
@@ -90,6 +88,7 @@ impl Engine for Ollama {
             return Err(Unsupported::value(NAME, "prompt", "one text is taken, no list"));
         }
         let heeded = if asked.api == Api::Completions { &["stop", "suffix"] } else { HEEDED };
+        limit_completion(asked.api, &mut members);
         let Err(unheeded) = refuse_unheeded(NAME, &members, heeded) else {
             return Ok(Prepared { body: members.write(&body), ..Prepared::untouched(asked) });
         };

@@ -27,9 +27,4 @@ impl Engine for OpenAi {
             Api::Tokenize | Api::Detokenize => false,
         }
     }
-
-    /// OpenAI's own API does; servers that are like it may not.
-    fn takes_token_ids(&self) -> bool {
-        false
-    }
 }

@@ -88,10 +88,6 @@ impl Engine for SgLang {
         }
     }
 
-    fn takes_token_ids(&self) -> bool {
-        true
-    }
-
     fn rewrites(&self) -> bool {
         true
     }

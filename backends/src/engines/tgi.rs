@@ -8,7 +8,9 @@ use serde_json::{Value, json};
 
 use super::{
     Api, Asked, Engine, Load, Mark, Members, Prepared, ServedModel, Totals, Translation, Unsupported,
-    fields::refuse_unheeded, require_text, tally::Tally,
+    fields::{limit_completion, refuse_unheeded},
+    require_text,
+    tally::Tally,
 };
 
 pub(super) struct Tgi;
@@ -84,10 +86,6 @@ impl Engine for Tgi {
         matches!(api, Api::ChatCompletions | Api::Completions)
     }
 
-    fn takes_token_ids(&self) -> bool {
-        false
-    }
-
     fn needs_text(&self, api: Api, openai_routes: bool) -> bool {
         !openai_routes && api == Api::ChatCompletions
     }
@@ -109,6 +107,7 @@ impl Engine for Tgi {
         // Before 3.0 only this name; both are refused as one field given twice.
         members.rename("max_completion_tokens", "max_tokens");
         settle(&mut members);
+        limit_completion(asked.api, &mut members);
         let translation = Some(Translation::new(openai::ToolCalls::default()));
         Ok(Prepared { body: members.write(&body), translation, ..Prepared::untouched(asked) })
     }

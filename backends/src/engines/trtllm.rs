@@ -68,10 +68,6 @@ impl Engine for TrtLlm {
         }
     }
 
-    fn takes_token_ids(&self) -> bool {
-        true
-    }
-
     fn rewrites(&self) -> bool {
         true
     }

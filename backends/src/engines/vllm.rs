@@ -43,10 +43,6 @@ impl Engine for Vllm {
     fn serves(&self, _: Api) -> bool {
         true
     }
-
-    fn takes_token_ids(&self) -> bool {
-        true
-    }
 }
 
 /// What is gathered from the text, over all ranks (label `engine`) of a data-parallel server.

@@ -1,6 +1,7 @@
 //! Every engine's adapter over the whole table, and over the bytes of real engines.
 
-use forebay_backends::engines::{Api, ENGINES, Load, Mark, Totals, by_name};
+use bytes::{Bytes, BytesMut};
+use forebay_backends::engines::{Api, Asked, ENGINES, Engine, Load, Mark, Totals, by_name, prepare};
 use proptest::prelude::*;
 
 use crate::support::recorded;
@@ -107,5 +108,82 @@ fn a_text_that_is_cut_short_is_never_misread() {
             assert!(load.kv_tokens.is_none_or(|tokens| tokens == 46_592));
         }
         let _ = vllm.read_load(&text.as_bytes()[..end]);
+    }
+}
+
+/// Engines of OpenAI's dialect leave a stream as it came, wherever it is cut, but for the words that they mend.
+#[test]
+fn recorded_streams_pass_the_adapters_cut_everywhere() {
+    for sample in [
+        "llamacpp/chat-stream",
+        "llamacpp/chat-unicode-stream",
+        "llamacpp/chat-tools-required-stream",
+        "vllm/chat-unicode-stream",
+    ] {
+        let Some(text) = recorded(sample) else { return };
+        let stream = Bytes::from(dechunked(text.as_bytes()));
+        assert!(stream.ends_with(b"data: [DONE]\n\n"), "{sample}");
+        // One recorded by a server whose parser for thoughts was off; here its answers are thoughts.
+        let thinking = Bytes::from(String::from_utf8_lossy(&stream).replace("\"content\":", "\"reasoning_content\":"));
+        let renamed = Bytes::from(String::from_utf8_lossy(&stream).replace("\"content\":", "\"reasoning\":"));
+        for engine in ["llamacpp", "sglang", "trtllm"].map(|name| by_name(name).expect("a known engine")) {
+            for cut in (0..=stream.len()).step_by(if stream.len() < 9000 { 1 } else { 7 }) {
+                assert_eq!(translated(engine, &stream, cut), stream, "{engine:?} {sample} cut at {cut}");
+            }
+            for cut in (0..=thinking.len()).step_by(101) {
+                assert_eq!(translated(engine, &thinking, cut), renamed, "{engine:?} {sample} cut at {cut}");
+            }
+        }
+        // TGI's words are not in it either.
+        assert_eq!(translated(by_name("tgi").expect("known"), &stream, 100), stream, "{sample}");
+    }
+}
+
+fn translated(engine: &dyn Engine, stream: &Bytes, cut: usize) -> Bytes {
+    let body = Bytes::from_static(br#"{"model":"m","messages":[],"stream":true}"#);
+    let asked = Asked { api: Api::ChatCompletions, body, streamed: true, openai_routes: true, text: None };
+    let mut translation = prepare(engine, asked).expect("it can").translation.expect("it translates");
+    let mut out = BytesMut::new();
+    for piece in [stream.slice(..cut), stream.slice(cut..)] {
+        out.extend_from_slice(&translation.push(piece).expect("short events"));
+    }
+    out.extend_from_slice(&translation.finish());
+    out.freeze()
+}
+
+/// A body with its HTTP chunks put together.
+fn dechunked(mut body: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    while let Some(end) = body.windows(2).position(|window| window == b"\r\n") {
+        let size = std::str::from_utf8(&body[..end]).expect("a size");
+        let size = usize::from_str_radix(size, 16).expect("a size");
+        out.extend_from_slice(&body[end + 2..end + 2 + size]);
+        body = &body[end + 4 + size..];
+    }
+    out
+}
+
+/// vLLM's requests travel as they are; those of the others are read without harm, whatever they hold.
+#[test]
+fn any_request_is_adapted_or_refused() {
+    let bodies = [
+        r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"n":2}"#,
+        r#"{"model":"m","prompt":[[1,2],[3]],"max_tokens":null,"stop":7,"response_format":[],"tool_choice":{}}"#,
+        r#"{"model":7,"messages":{},"tools":"x","top_p":"1","stop":{},"logit_bias":9,"top_k":3,"stream":1}"#,
+        "[]",
+        "",
+    ];
+    for (body, engine) in bodies.iter().flat_map(|body| ENGINES.map(|engine| (*body, engine))) {
+        for api in [Api::ChatCompletions, Api::Completions, Api::Embeddings] {
+            let body = Bytes::from_static(body.as_bytes());
+            for openai_routes in [true, false] {
+                let asked = Asked { api, body: body.clone(), streamed: true, openai_routes, text: None };
+                match prepare(engine, asked) {
+                    Ok(prepared) if engine.name() == "vllm" => assert_eq!(prepared.body.as_ptr(), body.as_ptr()),
+                    Ok(prepared) => assert!(prepared.path.starts_with('/'), "{engine:?}"),
+                    Err(refused) => assert!(!refused.message.is_empty(), "{engine:?}"),
+                }
+            }
+        }
     }
 }

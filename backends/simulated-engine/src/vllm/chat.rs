@@ -20,7 +20,7 @@ use crate::{
     server::{Answer, Service},
 };
 
-pub(super) async fn answer(
+pub(crate) async fn answer(
     service: &Arc<Service>,
     body: &Map<String, Value>,
     caller: &Caller,
@@ -62,7 +62,7 @@ pub(super) async fn answer(
 }
 
 /// Renders a conversation into the prompt's tokens. Also the chat form of `/tokenize`.
-pub(super) fn prompt(service: &Service, fields: &Fields<'_>) -> Result<Vec<u32>, Failure> {
+pub(crate) fn prompt(service: &Service, fields: &Fields<'_>) -> Result<Vec<u32>, Failure> {
     let list = fields.list("messages")?.map(Vec::as_slice).unwrap_or_default();
     if list.is_empty() {
         let message = "Cannot apply chat template to an empty conversation. Provide at least one message.";

@@ -22,7 +22,7 @@ use crate::{
 /// vLLM's (and OpenAI's) `max_tokens` for completions that name none.
 const TOKENS_DEFAULT: u32 = 16;
 
-pub(super) async fn answer(
+pub(crate) async fn answer(
     service: &Arc<Service>,
     body: &Map<String, Value>,
     caller: &Caller,
@@ -64,7 +64,7 @@ pub(super) async fn answer(
 }
 
 /// The token ids of a prompt or of several: text, ids, or a list of either. `None` when there is none.
-pub(super) fn prompts(service: &Service, value: Option<&Value>, special: bool) -> Option<Vec<Vec<u32>>> {
+pub(crate) fn prompts(service: &Service, value: Option<&Value>, special: bool) -> Option<Vec<Vec<u32>>> {
     let encode = |text: &str| service.model.encode(text, special);
     match value? {
         Value::String(text) => Some(vec![encode(text)]),
@@ -84,7 +84,7 @@ pub(super) fn prompts(service: &Service, value: Option<&Value>, special: bool) -
 }
 
 /// Refuses ids that the vocabulary does not have.
-pub(super) fn check_ids(service: &Service, prompts: &[Vec<u32>]) -> Result<(), Failure> {
+pub(crate) fn check_ids(service: &Service, prompts: &[Vec<u32>]) -> Result<(), Failure> {
     let size = service.model.vocabulary();
     match prompts.iter().flatten().find(|id| **id >= size) {
         Some(id) => Err(Failure::bad_request(&format!("Token id {id} is out of vocabulary"), None)),

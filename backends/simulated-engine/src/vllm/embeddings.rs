@@ -23,7 +23,7 @@ use crate::{
     server::{Answer, Service},
 };
 
-pub(super) async fn answer(
+pub(crate) async fn answer(
     service: &Arc<Service>,
     body: &Map<String, Value>,
     caller: &Caller,

@@ -11,7 +11,7 @@ use crate::server::Answer;
 
 /// A refused request, ready to be answered.
 #[derive(Debug)]
-pub(super) struct Failure {
+pub(crate) struct Failure {
     status: StatusCode,
     headers: Vec<(header::HeaderName, HeaderValue)>,
     /// Null for an empty body.
@@ -19,7 +19,22 @@ pub(super) struct Failure {
 }
 
 impl Failure {
-    pub(super) fn into_answer(self) -> Answer {
+    pub(crate) fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// What it says, for engines that say it in another shape.
+    pub(crate) fn message(&self) -> &str {
+        let said = [self.body.pointer("/error/message"), self.body.get("detail"), self.body.get("error")];
+        said.into_iter().flatten().find_map(Value::as_str).unwrap_or_default()
+    }
+
+    /// A refusal in these words, for engines that have no other.
+    pub(crate) fn plain(status: StatusCode, message: &str) -> Self {
+        Self::error(status, "BadRequestError", message, None)
+    }
+
+    pub(crate) fn into_answer(self) -> Answer {
         if self.body.is_null() {
             return empty(self.status, self.headers);
         }
@@ -40,24 +55,24 @@ impl Failure {
     }
 
     /// A request that reads well but cannot be done.
-    pub(super) fn bad_request(message: &str, param: Option<&str>) -> Self {
+    pub(crate) fn bad_request(message: &str, param: Option<&str>) -> Self {
         Self::error(StatusCode::BAD_REQUEST, "BadRequestError", message, param)
     }
 
     /// A value out of range, named in the message as vLLM does.
-    pub(super) fn out_of_range(message: &str, param: &str, value: &str) -> Self {
+    pub(crate) fn out_of_range(message: &str, param: &str, value: &str) -> Self {
         Self::bad_request(&format!("{message} (parameter={param}, value={value})"), Some(param))
     }
 
     /// A field of the wrong type or missing, in the words of vLLM's validation library.
-    pub(super) fn invalid(kind: &str, location: &str, message: &str, input: &str) -> Self {
+    pub(crate) fn invalid(kind: &str, location: &str, message: &str, input: &str) -> Self {
         let message = format!(
             "1 validation error:\n  {{'type': '{kind}', 'loc': '{location}', 'msg': '{message}', 'input': '{input}'}}"
         );
         Self::error(StatusCode::BAD_REQUEST, "Bad Request", &message, Some(location))
     }
 
-    pub(super) fn invalid_json(position: usize) -> Self {
+    pub(crate) fn invalid_json(position: usize) -> Self {
         let location = format!("body.{position}");
         let message = format!(
             "1 validation error:\n  {{'type': 'json_invalid', 'loc': '{location}', 'msg': 'JSON decode error', \
@@ -66,30 +81,30 @@ impl Failure {
         Self::error(StatusCode::BAD_REQUEST, "Bad Request", &message, Some(&location))
     }
 
-    pub(super) fn unsupported_media_type() -> Self {
+    pub(crate) fn unsupported_media_type() -> Self {
         let message = "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed";
         Self::error(StatusCode::BAD_REQUEST, "Bad Request", message, None)
     }
 
     /// `aliases` are named by the generating endpoints alone.
-    pub(super) fn unknown_model(model: &str, aliases: Option<&str>) -> Self {
+    pub(crate) fn unknown_model(model: &str, aliases: Option<&str>) -> Self {
         let message = format!("The model `{model}` does not exist.");
         let message = aliases.map_or_else(|| message.clone(), |names| format!("{message} Valid aliases: {names}."));
         Self::error(StatusCode::NOT_FOUND, "NotFoundError", &message, aliases.map(|_| "model"))
     }
 
-    pub(super) fn full() -> Self {
+    pub(crate) fn full() -> Self {
         let message = "The server is overloaded: the limit of queued requests is reached. Please retry later.";
         Self::error(StatusCode::SERVICE_UNAVAILABLE, "Service Unavailable", message, None)
     }
 
-    pub(super) fn engine_death() -> Self {
+    pub(crate) fn engine_death() -> Self {
         let message = "EngineCore encountered an issue. See stack trace (above) for the root cause.";
         Self::error(StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError", message, None)
     }
 
     /// The answer of a status fault.
-    pub(super) fn injected(status: StatusCode) -> Self {
+    pub(crate) fn injected(status: StatusCode) -> Self {
         let kind = match status {
             StatusCode::TOO_MANY_REQUESTS => "RateLimitError",
             StatusCode::SERVICE_UNAVAILABLE => "ServiceUnavailableError",
@@ -99,25 +114,25 @@ impl Failure {
         Self::error(status, kind, "This failure was asked for.", None)
     }
 
-    pub(super) fn not_found() -> Self {
+    pub(crate) fn not_found() -> Self {
         Self::new(StatusCode::NOT_FOUND, json!({"detail": "Not Found"}))
     }
 
-    pub(super) fn unreadable() -> Self {
+    pub(crate) fn unreadable() -> Self {
         Self::new(StatusCode::BAD_REQUEST, json!({"detail": "There was an error parsing the body"}))
     }
 
-    pub(super) fn method_not_allowed(allowed: &Method) -> Self {
+    pub(crate) fn method_not_allowed(allowed: &Method) -> Self {
         let mut failure = Self::new(StatusCode::METHOD_NOT_ALLOWED, json!({"detail": "Method Not Allowed"}));
         failure.headers.extend(HeaderValue::from_str(allowed.as_str()).map(|value| (header::ALLOW, value)));
         failure
     }
 
-    pub(super) fn unauthorized() -> Self {
+    pub(crate) fn unauthorized() -> Self {
         Self::new(StatusCode::UNAUTHORIZED, json!({"error": "Unauthorized"}))
     }
 
-    pub(super) fn redirect(location: &str) -> Self {
+    pub(crate) fn redirect(location: &str) -> Self {
         let mut failure = Self::new(StatusCode::TEMPORARY_REDIRECT, Value::Null);
         failure.headers.extend(HeaderValue::from_str(location).map(|value| (header::LOCATION, value)));
         failure

@@ -8,21 +8,21 @@ use super::error::Failure;
 
 /// A JSON object of a request and where in the body it stands.
 #[derive(Clone, Copy)]
-pub(super) struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     object: &'a Map<String, Value>,
     location: &'a str,
 }
 
 impl<'a> Fields<'a> {
-    pub(super) fn body(object: &'a Map<String, Value>) -> Self {
+    pub(crate) fn body(object: &'a Map<String, Value>) -> Self {
         Self { object, location: "body" }
     }
 
-    pub(super) fn at(object: &'a Map<String, Value>, location: &'a str) -> Self {
+    pub(crate) fn at(object: &'a Map<String, Value>, location: &'a str) -> Self {
         Self { object, location }
     }
 
-    pub(super) fn get(&self, name: &str) -> Option<&'a Value> {
+    pub(crate) fn get(&self, name: &str) -> Option<&'a Value> {
         self.object.get(name).filter(|value| !value.is_null())
     }
 
@@ -30,30 +30,30 @@ impl<'a> Fields<'a> {
         Failure::invalid(kind, &format!("{}.{name}", self.location), message, &shown(value))
     }
 
-    pub(super) fn missing(&self, name: &str) -> Failure {
+    pub(crate) fn missing(&self, name: &str) -> Failure {
         let location = format!("{}.{name}", self.location);
         Failure::invalid("missing", &location, "Field required", &format!("<dict of {} items>", self.object.len()))
     }
 
-    pub(super) fn text(&self, name: &str) -> Result<Option<&'a str>, Failure> {
+    pub(crate) fn text(&self, name: &str) -> Result<Option<&'a str>, Failure> {
         let Some(value) = self.get(name) else { return Ok(None) };
         let wrong = || self.wrong(name, "string_type", "Input should be a valid string", value);
         value.as_str().map(Some).ok_or_else(wrong)
     }
 
-    pub(super) fn list(&self, name: &str) -> Result<Option<&'a Vec<Value>>, Failure> {
+    pub(crate) fn list(&self, name: &str) -> Result<Option<&'a Vec<Value>>, Failure> {
         let Some(value) = self.get(name) else { return Ok(None) };
         let wrong = || self.wrong(name, "list_type", "Input should be a valid list", value);
         value.as_array().map(Some).ok_or_else(wrong)
     }
 
-    pub(super) fn object(&self, name: &str) -> Result<Option<&'a Map<String, Value>>, Failure> {
+    pub(crate) fn object(&self, name: &str) -> Result<Option<&'a Map<String, Value>>, Failure> {
         let Some(value) = self.get(name) else { return Ok(None) };
         let wrong = || self.wrong(name, "dict_type", "Input should be a valid dictionary", value);
         value.as_object().map(Some).ok_or_else(wrong)
     }
 
-    pub(super) fn boolean(&self, name: &str) -> Result<Option<bool>, Failure> {
+    pub(crate) fn boolean(&self, name: &str) -> Result<Option<bool>, Failure> {
         let Some(value) = self.get(name) else { return Ok(None) };
         match value {
             Value::Bool(value) => Ok(Some(*value)),
@@ -67,7 +67,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(super) fn number(&self, name: &str) -> Result<Option<f64>, Failure> {
+    pub(crate) fn number(&self, name: &str) -> Result<Option<f64>, Failure> {
         let Some(value) = self.get(name) else { return Ok(None) };
         match value {
             Value::Number(number) => Ok(number.as_f64()),
@@ -79,7 +79,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    pub(super) fn integer(&self, name: &str) -> Result<Option<i64>, Failure> {
+    pub(crate) fn integer(&self, name: &str) -> Result<Option<i64>, Failure> {
         let Some(value) = self.get(name) else { return Ok(None) };
         match value {
             Value::Number(number) => {
@@ -96,7 +96,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A list of token ids.
-    pub(super) fn ids(&self, name: &str) -> Result<Option<Vec<u32>>, Failure> {
+    pub(crate) fn ids(&self, name: &str) -> Result<Option<Vec<u32>>, Failure> {
         let Some(list) = self.list(name)? else { return Ok(None) };
         let wrong = |value| self.wrong(name, "int_type", "Input should be a valid integer", value);
         list.iter().map(|value| id(value).ok_or_else(|| wrong(value))).collect::<Result<_, _>>().map(Some)
@@ -104,12 +104,12 @@ impl<'a> Fields<'a> {
 }
 
 /// A token id.
-pub(super) fn id(value: &Value) -> Option<u32> {
+pub(crate) fn id(value: &Value) -> Option<u32> {
     u32::try_from(value.as_u64()?).ok()
 }
 
 /// A value as vLLM shows it in messages.
-pub(super) fn shown(value: &Value) -> String {
+pub(crate) fn shown(value: &Value) -> String {
     match value {
         Value::Null => "None".to_owned(),
         Value::Bool(value) => if *value { "True" } else { "False" }.to_owned(),

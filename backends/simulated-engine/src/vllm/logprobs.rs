@@ -36,7 +36,7 @@ fn chat_entry(scored: &Scored) -> Map<String, Value> {
 }
 
 /// `logprobs` of a chat choice: `{"content": […]}`.
-pub(super) fn chat(model: &Model, tokens: &[Token], top: u32) -> Value {
+pub(crate) fn chat(model: &Model, tokens: &[Token], top: u32) -> Value {
     let content = tokens.iter().map(|token| {
         let scored = alternatives(model, token.id, top);
         let mut entry = scored.first().map(chat_entry).unwrap_or_default();
@@ -49,7 +49,7 @@ pub(super) fn chat(model: &Model, tokens: &[Token], top: u32) -> Value {
 
 /// `logprobs` of a completion choice. `offset` is where in the choice's text the first token begins, in characters. Ids of
 /// an echoed prompt are given first; the very first of a text has no probability.
-pub(super) fn completion(model: &Model, echoed: &[u32], tokens: &[Token], top: u32, offset: usize) -> Value {
+pub(crate) fn completion(model: &Model, echoed: &[u32], tokens: &[Token], top: u32, offset: usize) -> Value {
     let mut offsets = Vec::new();
     let mut logprobs = Vec::new();
     let mut texts = Vec::new();
@@ -71,7 +71,7 @@ pub(super) fn completion(model: &Model, echoed: &[u32], tokens: &[Token], top: u
 }
 
 /// `prompt_logprobs` of a completion: by token id, null for the first token.
-pub(super) fn prompt(model: &Model, ids: &[u32], top: u32) -> Value {
+pub(crate) fn prompt(model: &Model, ids: &[u32], top: u32) -> Value {
     let entries = ids.iter().enumerate().map(|(position, id)| {
         if position == 0 {
             return Value::Null;

@@ -12,7 +12,7 @@ use crate::{
     server::{Answer, Service},
 };
 
-pub(super) fn answer(service: &Service) -> Answer {
+pub(crate) fn answer(service: &Service) -> Answer {
     let text = HeaderValue::from_static("text/plain; version=1.0.0; charset=utf-8");
     let body = Bytes::from(render(service));
     Answer::Whole { status: StatusCode::OK, headers: vec![(header::CONTENT_TYPE, text)], body }

@@ -10,6 +10,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::{error::Failure, fields::Fields};
 use crate::{
+    EngineKind,
     driver::{End, Job, Refused, Run},
     kv_events::Content,
     output::{Finish, Limits, Output},
@@ -27,12 +28,12 @@ const TOKENS_MAX: u64 = 4 << 20;
 
 /// The common fields, types checked.
 #[derive(Debug)]
-pub(super) struct Common {
-    pub(super) stream: bool,
-    pub(super) include_usage: bool,
-    pub(super) continuous_usage: bool,
-    pub(super) return_token_ids: bool,
-    pub(super) request_id: Option<String>,
+pub(crate) struct Common {
+    pub(crate) stream: bool,
+    pub(crate) include_usage: bool,
+    pub(crate) continuous_usage: bool,
+    pub(crate) return_token_ids: bool,
+    pub(crate) request_id: Option<String>,
     model: Option<String>,
     stream_options: bool,
     n: i64,
@@ -46,11 +47,13 @@ pub(super) struct Common {
     temperature: f64,
     top_p: f64,
     cache_salt: Option<String>,
+    /// Ollama's `truncate: false`; else a prompt that leaves no room there loses its beginning.
+    pub(crate) strict: bool,
 }
 
 impl Common {
     /// Reads the fields; `limits` names those that may hold the number of tokens, the stronger first.
-    pub(super) fn read(fields: &Fields<'_>, limits: &[&str]) -> Result<Self, Failure> {
+    pub(crate) fn read(fields: &Fields<'_>, limits: &[&str]) -> Result<Self, Failure> {
         let mut tokens_max = None;
         for name in limits {
             tokens_max = tokens_max.or(fields.integer(name)?);
@@ -94,11 +97,12 @@ impl Common {
             temperature: fields.number("temperature")?.unwrap_or(1.0),
             top_p: fields.number("top_p")?.unwrap_or(1.0),
             cache_salt: fields.text("cache_salt")?.map(str::to_owned),
+            strict: false,
         })
     }
 
     /// Refuses what vLLM refuses for its value.
-    pub(super) fn check(&self, service: &Service) -> Result<(), Failure> {
+    pub(crate) fn check(&self, service: &Service) -> Result<(), Failure> {
         check_model(service, self.model.as_deref())?;
         if self.stream_options && !self.stream {
             let message = "Stream options can only be defined when `stream=True`. (parameter=stream_options)";
@@ -161,16 +165,20 @@ impl Common {
     }
 
     /// Decides all answers and starts them. `say` gives the answer to a prompt under a seed.
-    pub(super) fn start(
+    pub(crate) fn start(
         &self,
         service: &Arc<Service>,
-        prompts: Vec<Vec<u32>>,
+        mut prompts: Vec<Vec<u32>>,
         default_max: u32,
         say: impl Fn(&[u32], u64, &Limits) -> Output,
     ) -> Result<Started, Failure> {
         let mut outputs = Vec::new();
         let mut jobs = Vec::new();
         let mut tokens = 0;
+        if service.options.engine == EngineKind::Ollama && !self.strict {
+            let room = service.options.max_model_len as usize / 2;
+            prompts.iter_mut().for_each(|prompt| drop(prompt.drain(..prompt.len().saturating_sub(room))));
+        }
         for prompt in &prompts {
             let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
             let limits = self.limits(service, prompt_tokens, default_max)?;
@@ -196,22 +204,22 @@ impl Common {
 }
 
 /// Answers under way.
-pub(super) struct Started {
-    pub(super) prompts: Vec<Vec<u32>>,
+pub(crate) struct Started {
+    pub(crate) prompts: Vec<Vec<u32>>,
     /// Prompt by prompt, choice by choice.
-    pub(super) outputs: Vec<Output>,
+    pub(crate) outputs: Vec<Output>,
     /// Choices of each prompt.
-    pub(super) choices: usize,
-    pub(super) run: Run,
+    pub(crate) choices: usize,
+    pub(crate) run: Run,
 }
 
 impl Started {
-    pub(super) fn prompt_of(&self, choice: usize) -> &[u32] {
+    pub(crate) fn prompt_of(&self, choice: usize) -> &[u32] {
         self.prompts.get(choice / self.choices.max(1)).map_or(&[], Vec::as_slice)
     }
 }
 
-pub(super) fn check_model(service: &Service, model: Option<&str>) -> Result<(), Failure> {
+pub(crate) fn check_model(service: &Service, model: Option<&str>) -> Result<(), Failure> {
     match model {
         Some(model) if model != service.options.model => {
             Err(Failure::unknown_model(model, Some(&service.options.model)))
@@ -220,7 +228,7 @@ pub(super) fn check_model(service: &Service, model: Option<&str>) -> Result<(), 
     }
 }
 
-pub(super) fn check_logprobs(count: i64) -> Result<u32, Failure> {
+pub(crate) fn check_logprobs(count: i64) -> Result<u32, Failure> {
     if count > LOGPROBS_MAX {
         let message =
             format!("Requested sample logprobs of {count}, which is greater than max allowed: {LOGPROBS_MAX}");
@@ -232,7 +240,7 @@ pub(super) fn check_logprobs(count: i64) -> Result<u32, Failure> {
 }
 
 /// The refusal of a prompt that leaves no room for an answer. As in vLLM the number it tells is only a lower bound.
-pub(super) fn too_long(context: u32) -> Failure {
+pub(crate) fn too_long(context: u32) -> Failure {
     let least = u64::from(context) + 1;
     let message = format!(
         "This model's maximum context length is {context} tokens. However, your prompt contains at least {least} input \
@@ -241,7 +249,7 @@ pub(super) fn too_long(context: u32) -> Failure {
     Failure::out_of_range(&message, "input_tokens", &least.to_string())
 }
 
-pub(super) fn refusal(refused: Refused) -> Failure {
+pub(crate) fn refusal(refused: Refused) -> Failure {
     match refused {
         Refused::Full => Failure::full(),
         Refused::TooLarge => Failure::bad_request("The request is larger than the KV cache.", None),

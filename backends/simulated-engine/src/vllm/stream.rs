@@ -15,10 +15,10 @@ use super::{
 };
 use crate::{body::Events, driver::Progress, server::Service};
 
-pub(super) const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
+pub(crate) const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
 
 /// What an endpoint's events look like.
-pub(super) trait Shape: Send + 'static {
+pub(crate) trait Shape: Send + 'static {
     /// Events before the first token of any choice.
     fn opening(&self, started: &Started) -> Vec<Value>;
 
@@ -27,12 +27,22 @@ pub(super) trait Shape: Send + 'static {
 
     fn usage(&self, usage: Value) -> Value;
 
+    /// The end mark, where the wire has one.
+    fn end(&self) -> Option<Bytes> {
+        Some(DONE)
+    }
+
+    /// How one object is put on the wire.
+    fn frame(&self, value: &Value) -> Bytes {
+        event(value)
+    }
+
     /// Whether usage has the details of a chat.
     fn is_chat(&self) -> bool;
 }
 
 /// Gives the events of a request.
-pub(super) fn events<S: Shape>(service: &Arc<Service>, common: &Common, started: Started, shape: S) -> Events {
+pub(crate) fn events<S: Shape>(service: &Arc<Service>, common: &Common, started: Started, shape: S) -> Events {
     let shown = vec![0; started.outputs.len()];
     let service = Arc::clone(service);
     let writer = Writer {
@@ -77,12 +87,13 @@ impl<S: Shape> Writer<S> {
     fn advance(&mut self, progress: &[Progress]) {
         if !self.opened {
             self.opened = true;
-            self.queue.extend(self.shape.opening(&self.started).iter().map(event));
+            let opening = self.shape.opening(&self.started);
+            self.queue.extend(opening.iter().map(|value| self.shape.frame(value)));
         }
         for (choice, (shown, progress)) in self.shown.iter_mut().zip(progress).enumerate() {
             while *shown < progress.tokens as usize {
                 let token = self.shape.token(&self.started, choice, *shown);
-                self.queue.extend(token.as_ref().map(event));
+                self.queue.extend(token.as_ref().map(|token| self.shape.frame(token)));
                 *shown += 1;
             }
         }
@@ -91,9 +102,9 @@ impl<S: Shape> Writer<S> {
             if self.include_usage {
                 let usage = Usage::of(&self.service, &self.started, progress);
                 let usage = usage.last(&self.service, self.shape.is_chat());
-                self.queue.push_back(event(&self.shape.usage(usage)));
+                self.queue.push_back(self.shape.frame(&self.shape.usage(usage)));
             }
-            self.queue.push_back(DONE);
+            self.queue.extend(self.shape.end());
         }
     }
 }

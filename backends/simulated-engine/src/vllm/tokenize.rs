@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::{error::Failure, fields::Fields, ok, request::check_model};
 use crate::server::{Answer, Service};
 
-pub(super) fn tokenize(service: &Service, body: &Map<String, Value>) -> Result<Answer, Failure> {
+pub(crate) fn tokenize(service: &Service, body: &Map<String, Value>) -> Result<Answer, Failure> {
     let fields = Fields::body(body);
     check_model(service, fields.text("model")?)?;
     let strings = fields.boolean("return_token_strs")?.unwrap_or_default();
@@ -23,7 +23,7 @@ pub(super) fn tokenize(service: &Service, body: &Map<String, Value>) -> Result<A
     })))
 }
 
-pub(super) fn detokenize(service: &Service, body: &Map<String, Value>) -> Result<Answer, Failure> {
+pub(crate) fn detokenize(service: &Service, body: &Map<String, Value>) -> Result<Answer, Failure> {
     let fields = Fields::body(body);
     check_model(service, fields.text("model")?)?;
     let Some(ids) = fields.ids("tokens")? else { return Err(fields.missing("tokens")) };

@@ -9,11 +9,11 @@ use super::{error::Failure, fields::Fields, new_id};
 use crate::schema;
 
 /// In the last message, makes the model call its first tool though it is free not to.
-pub(super) const TRIGGER: &str = "call the tool";
+pub(crate) const TRIGGER: &str = "call the tool";
 
 /// What an answer has to be.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Say {
+pub(crate) enum Say {
     Prose,
     /// This text: an instance of a schema, or one of a list of choices.
     Text(String),
@@ -22,28 +22,28 @@ pub(super) enum Say {
 
 /// A tool call.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Call {
-    pub(super) name: String,
-    pub(super) arguments: String,
+pub(crate) struct Call {
+    pub(crate) name: String,
+    pub(crate) arguments: String,
     /// How an answer that ends by itself says that it ended.
-    pub(super) finish: &'static str,
+    pub(crate) finish: &'static str,
     /// Whether the message has no content at all, instead of an empty one.
-    pub(super) content_null: bool,
+    pub(crate) content_null: bool,
 }
 
 impl Call {
     /// What a model writes before the arguments.
-    pub(super) fn lead(&self) -> String {
+    pub(crate) fn lead(&self) -> String {
         format!("[{{\"name\": \"{}\", \"parameters\": ", self.name)
     }
 }
 
-pub(super) fn new_call_id() -> String {
+pub(crate) fn new_call_id() -> String {
     format!("chatcmpl-tool-{}", new_id())
 }
 
 /// Reads what `tools`, `tool_choice`, `response_format` and `structured_outputs` ask for.
-pub(super) fn read(fields: &Fields<'_>, last_message: &str) -> Result<Say, Failure> {
+pub(crate) fn read(fields: &Fields<'_>, last_message: &str) -> Result<Say, Failure> {
     let tools = fields.list("tools")?.map(Vec::as_slice).unwrap_or_default();
     if let Some(call) = call(fields, tools, last_message)? {
         return Ok(Say::Call(call));

@@ -7,9 +7,9 @@ use crate::{driver::Progress, server::Service};
 
 /// Token counts of one answer or of all answers of a request.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Usage {
-    pub(super) prompt: u64,
-    pub(super) completion: u64,
+pub(crate) struct Usage {
+    pub(crate) prompt: u64,
+    pub(crate) completion: u64,
     cached: u64,
     /// Prompt tokens that this request left in the cache.
     created: u64,
@@ -17,7 +17,7 @@ pub(super) struct Usage {
 
 impl Usage {
     /// Of a whole request; prompts count once, however many choices they have.
-    pub(super) fn of(service: &Service, started: &Started, progress: &[Progress]) -> Self {
+    pub(crate) fn of(service: &Service, started: &Started, progress: &[Progress]) -> Self {
         let block = u64::from(service.options.timing.block_tokens.max(1));
         let mut usage = Self::default();
         for (prompt, first) in started.prompts.iter().zip(progress.iter().step_by(started.choices.max(1))) {
@@ -40,7 +40,7 @@ impl Usage {
     }
 
     /// In a whole answer.
-    pub(super) fn whole(self, service: &Service, chat: bool) -> Value {
+    pub(crate) fn whole(self, service: &Service, chat: bool) -> Value {
         let mut usage = self.counts();
         let details = json!({
             "cached_tokens": self.cached,
@@ -54,7 +54,7 @@ impl Usage {
     }
 
     /// In the usage chunk that ends a stream.
-    pub(super) fn last(self, service: &Service, chat: bool) -> Value {
+    pub(crate) fn last(self, service: &Service, chat: bool) -> Value {
         let mut usage = self.counts();
         if service.options.prompt_tokens_details {
             let mut details = object([("cached_tokens", self.cached.into())]);
@@ -67,7 +67,7 @@ impl Usage {
     }
 
     /// In every chunk of a stream with continuous usage: one choice so far.
-    pub(super) fn running(prompt: usize, completion: usize) -> Value {
+    pub(crate) fn running(prompt: usize, completion: usize) -> Value {
         let mut usage = Self { prompt: prompt as u64, completion: completion as u64, ..Self::default() }.counts();
         usage.insert("completion_tokens_details".to_owned(), Value::Null);
         Value::Object(usage)

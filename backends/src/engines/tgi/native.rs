@@ -8,7 +8,7 @@ use crate::engines::{
     Asked, Members, Prepared, Translation, Unsupported,
     answer::Translator,
     chunks::{Chunks, Cost, Piece},
-    fields::refuse_unheeded,
+    fields::{COMPLETION_TOKENS, refuse_unheeded},
 };
 
 /// Its parameters that have the names and meanings that others have for them.
@@ -48,8 +48,8 @@ fn parameters(asked: &Asked, members: &Members<'_>) -> Map<String, Value> {
     parameters.insert("details".to_owned(), true.into());
     // Without it a whole answer does not tell the prompt's length.
     parameters.insert("decoder_input_details".to_owned(), (!asked.streamed).into());
-    // OpenAI's default for completions is 16 tokens; for a chat it is what is left, as is TGI's own.
-    let completion = (asked.text.is_none()).then(|| json!(16));
+    // For a chat it is what is left, as is its own.
+    let completion = asked.text.is_none().then(|| json!(COMPLETION_TOKENS));
     if let Some(most) = get("max_completion_tokens").or_else(|| get("max_tokens")).or(completion) {
         parameters.insert("max_new_tokens".to_owned(), most);
     }
