@@ -45,8 +45,10 @@ pub struct Config {
     pub move_gain: f64,
     /// Age at which an engine's report is no longer used (15 s: three idle polls).
     pub report_ttl: Duration,
-    /// How long a throttled GPU's speed is believed without a new report (15 s).
-    pub derate_lease: Duration,
+    /// How long what a GPU said holds without another word from it (5 s: five readings).
+    pub gpu_lease: Duration,
+    /// How long it is believed that others use a GPU when our own work hides whether they still do (15 s).
+    pub foreign_lease: Duration,
     /// How long an overloaded worker is left alone when it names no time (1 s).
     pub busy_lease: Duration,
     /// The longest it may ask for (30 s).
@@ -103,7 +105,8 @@ impl Default for Config {
             rescore_every: Duration::from_millis(500),
             move_gain: 0.3,
             report_ttl: Duration::from_secs(15),
-            derate_lease: Duration::from_secs(15),
+            gpu_lease: Duration::from_secs(5),
+            foreign_lease: Duration::from_secs(15),
             busy_lease: Duration::from_secs(1),
             busy_lease_max: Duration::from_secs(30),
             probe_first: Duration::from_millis(500),

@@ -7,6 +7,7 @@ mod admission;
 mod attempt;
 pub(crate) mod check;
 mod fleet;
+mod gpus;
 mod settle;
 
 use std::collections::{BTreeMap, HashMap};
@@ -26,7 +27,7 @@ use crate::worker::backlog::SendNumber;
 use crate::worker::kv::Held;
 use crate::worker::whole::Before;
 use crate::worker::{Slot, Workers};
-use crate::{Action, Event, Failure, PoolId, Request, RequestId, TenantId, Tick, WorkerId};
+use crate::{Action, Event, Failure, GpuId, PoolId, Request, RequestId, TenantId, Tick, WorkerId};
 
 /// The scheduler of one gateway: all its pools, workers and waiting requests.
 #[derive(Debug)]
@@ -34,6 +35,8 @@ pub struct Core {
     pub(crate) config: Config,
     pub(crate) pools: BTreeMap<PoolId, Pool>,
     pub(crate) workers: Workers,
+    /// Those under some worker.
+    gpus: BTreeMap<GpuId, gpus::Gpu>,
     /// Looked up, never iterated: its order means nothing.
     pub(crate) requests: HashMap<RequestId, Entry, FixedState>,
     pub(crate) decisions: Decisions,
@@ -117,6 +120,7 @@ impl Core {
             config,
             pools: BTreeMap::new(),
             workers: Workers::default(),
+            gpus: BTreeMap::new(),
             requests: HashMap::default(),
             weights: BTreeMap::new(),
             timers: Timers::default(),
@@ -139,7 +143,7 @@ impl Core {
             Event::Load { worker, report } => self.load(worker, report),
             Event::LoadLost { worker } => self.load_lost(worker, out),
             Event::Probed { worker, healthy } => self.probed(worker, healthy, out),
-            Event::Gpu { worker, report } => self.gpu(worker, report, out),
+            Event::Gpu { gpu, report } => self.gpu(gpu, &report, out),
             Event::Kv { worker, change } => self.kv(worker, &change),
             Event::TenantWeight { tenant, weight } => self.tenant_weight(tenant, weight),
             Event::Arrived(request) => self.arrived(request, out),

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::{PoolId, RequestId, RouteId, TenantId, WorkerId};
+use crate::{GpuId, PoolId, RequestId, RouteId, TenantId, WorkerId};
 
 /// Priority class of a request; the order of the variants is the order of service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -136,6 +136,8 @@ pub struct WorkerSpec {
     pub rate_hint: Option<f64>,
     /// Whether it publishes KV-cache events; then guesses about its cache are kept for a short lease only.
     pub kv_events: bool,
+    /// The GPUs that it runs on, where known. Workers that name the same one share it.
+    pub gpus: Vec<GpuId>,
 }
 
 impl Default for WorkerSpec {
@@ -147,6 +149,7 @@ impl Default for WorkerSpec {
             window_tokens: 16_384,
             rate_hint: None,
             kv_events: false,
+            gpus: Vec::new(),
         }
     }
 }
@@ -162,13 +165,27 @@ pub struct LoadReport {
     pub kv_usage: Option<f64>,
 }
 
-/// What the GPUs under a worker say.
+/// What a GPU says of itself now.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GpuReport {
-    /// Share of its usual speed that it runs at now, above 0 to 1; lower when clocks are throttled.
+    /// Share of its usual speed that it runs at, above 0 to 1; lower when clocks are throttled.
     pub derate: f64,
-    /// An error after which its results or its life cannot be trusted (XID, uncorrectable ECC).
+    /// It cannot be trusted: an error of late after which its results or its life are in doubt (XID, uncorrectable ECC),
+    /// or it does not answer.
     pub fault: bool,
+    /// Share of the last moments in which it computed anything, for whomever, 0 to 1.
+    pub utilization: Option<f64>,
+    /// Share of its time that processes took which belong to no worker, where that is measured.
+    pub foreign: Option<f64>,
+    /// Share of its memory in use, 0 to 1.
+    pub memory: Option<f64>,
+}
+
+impl Default for GpuReport {
+    /// Of a GPU that is well and tells nothing else.
+    fn default() -> Self {
+        Self { derate: 1.0, fault: false, utilization: None, foreign: None, memory: None }
+    }
 }
 
 /// Why one attempt brought nothing.
@@ -286,10 +303,10 @@ pub enum Event {
         /// Whether it can serve.
         healthy: bool,
     },
-    /// The GPUs under a worker were read.
+    /// A GPU under some worker was read.
     Gpu {
-        /// Whose.
-        worker: WorkerId,
+        /// Which.
+        gpu: GpuId,
         /// What they said.
         report: GpuReport,
     },

@@ -4,8 +4,10 @@
 
 use std::collections::VecDeque;
 
+use smallvec::SmallVec;
+
 use crate::placement::TERMS;
-use crate::{RequestId, Tick, WorkerId};
+use crate::{HealthState, RequestId, Tick, WorkerId};
 
 /// What a decision was taken for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +39,26 @@ impl Candidate {
     }
 }
 
+/// A worker of the pool that was not weighed for a request, since nothing may be sent there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Which.
+    pub worker: WorkerId,
+    /// Why.
+    pub why: Unfit,
+}
+
+/// Why a worker gets nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unfit {
+    /// It is to leave.
+    Draining,
+    /// A GPU beneath it cannot be trusted, or could not of late.
+    Gpu,
+    /// It does not stand as one that serves.
+    Health(HealthState),
+}
+
 /// One decision.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Decision {
@@ -48,6 +70,8 @@ pub struct Decision {
     pub cause: Cause,
     /// All who were weighed.
     pub candidates: Vec<Candidate>,
+    /// Who was not, as far as there is room: the first few.
+    pub left_out: SmallVec<[LeftOut; 2]>,
     /// Who won; none when it was refused because nobody can answer before its deadline.
     pub winner: Option<WorkerId>,
 }
@@ -67,6 +91,7 @@ impl Decisions {
         &mut self,
         (request, at, cause): (RequestId, Tick, Cause),
         candidates: impl Iterator<Item = Candidate>,
+        left_out: SmallVec<[LeftOut; 2]>,
         winner: Option<WorkerId>,
     ) {
         if self.kept_max == 0 {
@@ -78,7 +103,7 @@ impl Decisions {
         };
         list.clear();
         list.extend(candidates);
-        self.kept.push_back(Decision { request, at, cause, candidates: list, winner });
+        self.kept.push_back(Decision { request, at, cause, candidates: list, left_out, winner });
     }
 
     /// The decisions still kept for a request, oldest first.

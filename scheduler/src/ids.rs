@@ -27,6 +27,11 @@ id!(
     "worker-"
 );
 id!(
+    /// One GPU, or an instance of one.
+    GpuId(u32),
+    "gpu-"
+);
+id!(
     /// The workers that serve one model.
     PoolId(u32),
     "pool-"

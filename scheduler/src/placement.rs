@@ -74,6 +74,10 @@ pub(crate) struct Prospect<'a> {
     pub(crate) ahead_sequences: f64,
     /// Prefill speed in tokens/s.
     pub(crate) speed: f64,
+    /// The same if its GPUs were all its own and ran as they usually do.
+    pub(crate) usual_speed: f64,
+    /// Share of their usual speed at which its GPUs run.
+    pub(crate) derate: f64,
     pub(crate) overlap_gain: f64,
     /// Seconds that each sequence there adds to a token of every other.
     pub(crate) slowdown_seconds: f64,
@@ -85,9 +89,18 @@ impl Prospect<'_> {
         self.request.prompt_tokens.saturating_sub(self.matched_tokens)
     }
 
+    /// Seconds of work until the prompt is computed, at the usual speed.
+    pub(crate) fn work_seconds(&self) -> f64 {
+        (self.ahead_tokens + f64::from(self.uncached_tokens())) / self.usual_speed
+    }
+
     /// Seconds from now to the first token, as far as we can tell.
     pub(crate) fn first_token_seconds(&self) -> f64 {
-        terms::drain_time::seconds(self) + terms::prefill::seconds(self) + terms::slot_wait::seconds(self)
+        terms::drain_time::seconds(self)
+            + terms::prefill::seconds(self)
+            + terms::gpu_throttle::seconds(self)
+            + terms::gpu_share::seconds(self)
+            + terms::slot_wait::seconds(self)
     }
 }
 
@@ -258,6 +271,8 @@ impl<'a> Scene<'a> {
                 + f64::from(foreign.map_or(0, |foreign| foreign.running))
                 + lane.sequences as f64,
             speed,
+            usual_speed: worker.usual_speed(asked.fleet_rate),
+            derate: worker.beneath.derate(self.now),
             overlap_gain: asked.overlap_gain,
             slowdown_seconds: asked.slowdown_seconds * asked.fleet_rate / speed,
         })

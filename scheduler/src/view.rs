@@ -43,6 +43,12 @@ pub struct WorkerView {
     pub prefill_rate: f64,
     /// Whether that was measured at this worker.
     pub rate_measured: bool,
+    /// Share of their usual speed at which its GPUs run, as far as they say.
+    pub gpu_derate: f64,
+    /// Share of its GPUs' time that others leave it.
+    pub gpu_share: f64,
+    /// A fault of a GPU is why it gets nothing.
+    pub gpu_fault: bool,
     /// What its engine said last, and how long ago; none when too old to use.
     pub reported: Option<(Duration, LoadReport)>,
 }
@@ -152,6 +158,9 @@ impl Core {
             kv_usage: worker.kv_pressure(now, Held::default(), &self.config),
             prefill_rate: speed,
             rate_measured: worker.measured_rate().is_some(),
+            gpu_derate: worker.beneath.derate(now),
+            gpu_share: worker.gpu_share(now, &self.config),
+            gpu_fault: worker.beneath.fault && worker.health.state() != HealthState::Up,
             reported: worker.reported.fresh(now, self.config.report_ttl).map(|(at, load)| (now.since(at), load)),
         })
     }

@@ -5,6 +5,7 @@
 //! Not here: which request gets which worker (`placement`), and the order of the lane (`lane`).
 
 pub(crate) mod backlog;
+pub(crate) mod beneath;
 pub(crate) mod health;
 pub(crate) mod kv;
 pub(crate) mod latency;
@@ -20,8 +21,9 @@ use crate::config::Config;
 use crate::lane::Lane;
 use crate::outputs::Plan;
 use crate::pool::Pool;
-use crate::{GpuReport, HealthState, LoadReport, PoolId, Request, RequestId, Tick, WorkerId, WorkerSpec};
+use crate::{HealthState, LoadReport, PoolId, Request, RequestId, Tick, WorkerId, WorkerSpec};
 use backlog::{Backlog, SendNumber};
+use beneath::Beneath;
 use health::Health;
 use kv::Held;
 use latency::Latency;
@@ -62,7 +64,7 @@ pub(crate) struct Worker {
     /// Prompt tokens to compute that were ever sent to it (wraps).
     sent_tokens: u64,
     pub(crate) pace: Pace,
-    derate: Option<(Tick, f64)>,
+    pub(crate) beneath: Beneath,
     /// Mean seconds that a request stays.
     stay_seconds: Option<f64>,
     /// When its window was empty last and began to be filled.
@@ -96,7 +98,7 @@ impl Worker {
             whole: Whole::default(),
             sent_tokens: 0,
             pace: Pace::default(),
-            derate: None,
+            beneath: Beneath::default(),
             stay_seconds: None,
             filling: now,
             rescored: now,
@@ -201,11 +203,27 @@ impl Worker {
         Some(peak / capacity.max(1) as f64)
     }
 
-    /// Prefill speed in tokens/s; `fleet_rate` where its own was not measured yet.
+    /// Prefill speed in tokens/s now.
     pub(crate) fn speed(&self, now: Tick, fleet_rate: f64, config: &Config) -> f64 {
+        (self.usual_speed(fleet_rate) * self.derate(now, config)).max(1.0)
+    }
+
+    /// What its GPUs leave of its usual speed now.
+    fn derate(&self, now: Tick, config: &Config) -> f64 {
+        self.beneath.derate(now) * self.gpu_share(now, config)
+    }
+
+    /// Prefill speed in tokens/s with GPUs of its own that are well; `fleet_rate` where its own was not measured yet.
+    pub(crate) fn usual_speed(&self, fleet_rate: f64) -> f64 {
         let own = self.measured_rate().or(self.spec.rate_hint).filter(|rate| *rate > 0.0).unwrap_or(fleet_rate);
         let rate = if (own / fleet_rate - 1.0).abs() < ALIKE { fleet_rate } else { own };
-        (rate * self.derate(now, config)).max(1.0)
+        rate.max(1.0)
+    }
+
+    /// Share of its GPUs' time that others leave it. What came to the engine past us is known better from the engine.
+    pub(crate) fn gpu_share(&self, now: Tick, config: &Config) -> f64 {
+        let explained = self.reported.foreign(now, config.report_ttl).is_some();
+        self.beneath.share(now, explained)
     }
 
     /// Its own measured prefill speed in tokens/s, throttling apart.
@@ -221,12 +239,6 @@ impl Worker {
     /// Mean seconds that a request stays, once one has ended.
     pub(crate) fn stay_seconds(&self) -> Option<f64> {
         self.stay_seconds
-    }
-
-    pub(crate) fn derate_by(&mut self, now: Tick, report: GpuReport) {
-        if report.derate.is_finite() {
-            self.derate = Some((now, report.derate.clamp(0.05, 1.0)));
-        }
     }
 
     /// How well it is, 1 to 0: few failures, punctual first tokens.
@@ -344,10 +356,6 @@ impl Worker {
             let generating = (seconds - prompt_tokens as f64 / rate).max(0.0);
             self.pace.observe(output_tokens, generating, others as f64);
         }
-    }
-
-    fn derate(&self, now: Tick, config: &Config) -> f64 {
-        self.derate.filter(|(at, _)| now.since(*at) < config.derate_lease).map_or(1.0, |(_, derate)| derate)
     }
 }
 

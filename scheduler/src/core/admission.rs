@@ -6,7 +6,7 @@ use smallvec::SmallVec;
 
 use super::{Core, Entry, Place, Sent};
 use crate::config::Config;
-use crate::explain::{Candidate, Cause};
+use crate::explain::{Candidate, Cause, LeftOut, Unfit};
 use crate::lane::Standing;
 use crate::outputs::Plan;
 use crate::placement::{Choice, Scene, Scored};
@@ -14,8 +14,10 @@ use crate::pool::Pool;
 use crate::time::duration;
 use crate::timers::Timer;
 use crate::worker::Slot;
-use crate::{Action, Failure, Policy, PoolId, Refusal, Request, RequestId, TenantId, Tick};
+use crate::{Action, Failure, HealthState, Policy, PoolId, Refusal, Request, RequestId, TenantId, Tick};
 
+/// Workers that an explanation names as not weighed.
+const LEFT_OUT_MAX: usize = 8;
 /// Bounds of what a client is told to wait.
 const RETRY_AFTER_SECONDS: (f64, f64) = (1.0, 60.0);
 /// Share of it that is random, so that clients do not come back together.
@@ -119,7 +121,23 @@ impl Core {
             let worker = workers.get(scored.slot)?.id;
             Some(Candidate { worker, matched_tokens: scored.matched_tokens, terms: scored.terms })
         });
-        self.decisions.record((id, self.now, cause), candidates, winner);
+        self.decisions.record((id, self.now, cause), candidates, self.left_out(id), winner);
+    }
+
+    /// Workers of a request's pool that nothing may be sent to. In most pools there are none, which costs a comparison.
+    fn left_out(&self, id: RequestId) -> SmallVec<[LeftOut; 2]> {
+        let pool = self.requests.get(&id).and_then(|entry| self.pools.get(&entry.request.pool));
+        let Some(pool) = pool.filter(|pool| pool.by_ready.len() < pool.workers.len()) else { return SmallVec::new() };
+        let unfit = pool.workers.iter().filter_map(|slot| self.workers.get(*slot)).filter_map(|worker| {
+            let why = match worker.health.state() {
+                _ if worker.is_eligible() => return None,
+                _ if worker.draining => Unfit::Draining,
+                HealthState::Open | HealthState::HalfOpen if worker.beneath.fault => Unfit::Gpu,
+                state => Unfit::Health(state),
+            };
+            Some(LeftOut { worker: worker.id, why })
+        });
+        unfit.take(LEFT_OUT_MAX).collect()
     }
 
     /// Sends the request to the worker, or puts it in its lane.

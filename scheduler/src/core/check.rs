@@ -14,6 +14,9 @@ pub enum Broken {
     /// A request stands somewhere and does not know it, or the other way round.
     #[error("the places of the requests of `{0}` do not agree")]
     Places(PoolId),
+    /// A GPU does not know who runs or works on it.
+    #[error("the GPUs of `{0}` do not know it")]
+    Gpus(WorkerId),
     /// More waits than may.
     #[error("the queue of `{0}` is over its bounds")]
     Bounds(PoolId),
@@ -39,6 +42,10 @@ impl Core {
             }
             if held != worker.held {
                 return Err(Broken::Reservations(worker.id));
+            }
+            let mut gpus = worker.spec.gpus.iter().map(|id| self.gpus.get(id));
+            if !gpus.all(|gpu| gpu.is_some_and(|gpu| gpu.knows(slot, !worker.sent.is_empty()))) {
+                return Err(Broken::Gpus(worker.id));
             }
         }
         for (id, pool) in &self.pools {

@@ -5,9 +5,7 @@ use crate::explain::Cause;
 use crate::pool::Pool;
 use crate::timers::Timer;
 use crate::worker::{Slot, Worker};
-use crate::{
-    Action, GpuReport, HealthState, KvEvent, LoadReport, PoolId, PoolLimits, Refusal, RequestId, WorkerId, WorkerSpec,
-};
+use crate::{Action, HealthState, KvEvent, LoadReport, PoolId, PoolLimits, Refusal, RequestId, WorkerId, WorkerSpec};
 
 impl Core {
     pub(super) fn pool_joined(&mut self, pool: PoolId, limits: PoolLimits, out: &mut Vec<Action>) {
@@ -44,8 +42,10 @@ impl Core {
             if let Some(pool) = self.pools.get_mut(&pool) {
                 pool.index.set_capacity(slot, pool.cache_blocks(&spec));
             }
-            (known.spec, known.draining) = (spec, false);
+            let before = std::mem::replace(&mut known.spec, spec);
+            known.draining = false;
             self.touch(slot);
+            self.gpus_changed(slot, &before.gpus);
             // what is bound to it may not fit any more, and what waits may fit now
             self.evacuate(slot, out);
             return self.rehome(pool, out);
@@ -57,6 +57,7 @@ impl Core {
         state.workers.insert(slot);
         state.index.set_capacity(slot, blocks);
         self.touch(slot);
+        self.gpus_changed(slot, &[]);
         out.push(Action::Probe { worker: id });
     }
 
@@ -110,18 +111,6 @@ impl Core {
             out.push(Action::Probe { worker: id });
         }
         self.touch(slot);
-    }
-
-    pub(super) fn gpu(&mut self, id: WorkerId, report: GpuReport, out: &mut Vec<Action>) {
-        let Some(slot) = self.workers.slot(id) else { return };
-        let Some(worker) = self.workers.get_mut(slot) else { return };
-        worker.derate_by(self.now, report);
-        let before = worker.health.state();
-        if report.fault {
-            worker.health.down(self.now, &self.config);
-        }
-        self.touch(slot);
-        self.health_changed(slot, before, out);
     }
 
     pub(super) fn kv(&mut self, id: WorkerId, change: &KvEvent) {
@@ -199,6 +188,7 @@ impl Core {
             }
         }
         self.timers.set(Timer::Worker(slot), &mut worker.timer, None);
+        self.gpus_left(slot, &worker.spec.gpus);
         if let Some(pool) = self.pools.get_mut(&worker.pool) {
             pool.workers.remove(&slot);
             pool.laden.remove(&slot);

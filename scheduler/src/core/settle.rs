@@ -39,6 +39,7 @@ impl Core {
                 worker.touched = false;
                 self.pump(slot, out);
                 self.steal(slot, out);
+                self.occupy(slot);
                 if let Some(pool) = self.order(slot) {
                     self.rehome(pool, out);
                 }

@@ -1,3 +1,4 @@
 mod behaviour;
+mod gpus;
 mod schedules;
 mod world;

@@ -5,6 +5,8 @@
 
 mod decode_slowdown;
 pub(super) mod drain_time;
+pub(super) mod gpu_share;
+pub(super) mod gpu_throttle;
 mod kv_pressure;
 mod overlap_credit;
 pub(super) mod prefill;
@@ -16,9 +18,11 @@ use super::Prospect;
 type Seconds = fn(&Prospect<'_>) -> f64;
 
 /// The table; its order is that of explanations.
-pub(crate) const TERMS: [(&str, Seconds); 7] = [
+pub(crate) const TERMS: [(&str, Seconds); 9] = [
     ("drain_time", drain_time::seconds),
     ("prefill", prefill::seconds),
+    ("gpu_throttle", gpu_throttle::seconds),
+    ("gpu_share", gpu_share::seconds),
     ("slot_wait", slot_wait::seconds),
     ("slow_start", slow_start::seconds),
     ("decode_slowdown", decode_slowdown::seconds),

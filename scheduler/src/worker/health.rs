@@ -132,6 +132,15 @@ impl Health {
         self.open_next = (self.open_next * 2).min(config.breaker.open_max);
     }
 
+    /// What it runs on cannot be trusted: it is left alone, at least for [`Breaker::open_first`] since that was said last.
+    pub(crate) fn fault(&mut self, now: Tick, config: &Config) {
+        match &mut self.state {
+            State::Open { until } => *until = (*until).max(now.after(config.breaker.open_first)),
+            State::Up { .. } | State::HalfOpen => self.open(now, config),
+            State::Probing { .. } => {}
+        }
+    }
+
     /// Share of the usual load that a worker should get that came back from an illness: from a quarter to all of it.
     pub(crate) fn ramp(&self, now: Tick, config: &Config) -> f64 {
         const FIRST: f64 = 0.25;

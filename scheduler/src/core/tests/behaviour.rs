@@ -575,24 +575,6 @@ fn classes_are_served_in_order() {
 }
 
 #[test]
-fn a_fault_of_the_gpu_ejects_and_throttling_derates() {
-    let mut world = World::with_workers(2, &WorkerSpec { kv_events: true, ..WorkerSpec::default() });
-    let gpu = |derate, fault| Event::Gpu { worker: WorkerId(0), report: GpuReport { derate, fault } };
-    world.event(gpu(0.25, false));
-    let rate = |world: &World| world.core.worker_view(world.now, WorkerId(0)).unwrap().prefill_rate;
-    assert_eq!(rate(&world), 500.0);
-    for id in 1..=10 {
-        world.arrive(request(id, 100));
-    }
-    let on_zero = (1..=10).filter(|id| world.sent_to(*id) == Some(0)).count();
-    assert!((1..=3).contains(&on_zero), "{on_zero}");
-    world.wait(15_000);
-    assert_eq!(rate(&world), 2000.0, "a lease");
-    world.event(gpu(1.0, true));
-    assert_eq!(world.health[&WorkerId(0)], HealthState::Down);
-}
-
-#[test]
 fn lost_metrics_ask_for_a_probe_and_mistrust_our_counters() {
     let mut world = World::with_workers(1, &WorkerSpec::default());
     let report = LoadReport { running: 0, waiting: 0, kv_usage: Some(0.0) };

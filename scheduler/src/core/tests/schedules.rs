@@ -163,7 +163,8 @@ fn run(world: &mut World, step: &Step) {
             Event::Ended { request, end }
         }
         Step::Join(worker, kv_tokens, sequences_max, kv_events) => {
-            world.join(worker, WorkerSpec { kv_tokens, sequences_max, kv_events, ..WorkerSpec::default() });
+            let gpus = vec![GpuId(worker / 2), GpuId(7)];
+            world.join(worker, WorkerSpec { kv_tokens, sequences_max, kv_events, gpus, ..WorkerSpec::default() });
             return;
         }
         Step::Drain(worker) => Event::WorkerDraining { worker: WorkerId(worker) },
@@ -172,7 +173,9 @@ fn run(world: &mut World, step: &Step) {
         Step::Load(worker, report) => Event::Load { worker: WorkerId(worker), report },
         Step::LoadLost(worker) => Event::LoadLost { worker: WorkerId(worker) },
         Step::Gpu(worker, derate, fault) => {
-            Event::Gpu { worker: WorkerId(worker), report: GpuReport { derate, fault } }
+            let (utilization, memory) = (Some(derate), Some(1.0 - derate));
+            let report = GpuReport { derate, fault, utilization, memory, foreign: None };
+            Event::Gpu { gpu: GpuId(worker / 2), report }
         }
         Step::Kv(worker, kind, seed, len) => {
             let blocks = chain(seed, len).to_vec();

@@ -1,7 +1,7 @@
-//! Time to compute what the worker does not hold of this prompt.
+//! Time to compute what the worker does not hold of this prompt, at its usual speed.
 
 use crate::placement::Prospect;
 
 pub(in crate::placement) fn seconds(prospect: &Prospect<'_>) -> f64 {
-    f64::from(prospect.uncached_tokens()) / prospect.speed
+    f64::from(prospect.uncached_tokens()) / prospect.usual_speed
 }

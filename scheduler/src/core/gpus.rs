@@ -1,0 +1,216 @@
+//! The GPUs under the workers: what their readings mean for those who run there.
+//!
+//! Utilization says that some kernel ran, not whose. What we had there explains its part: in the rest of the time, the
+//! rest of the utilization is foreign. While our own work fills nearly all of the time nothing can be told, and what was
+//! known holds for a lease. Free memory is flat on engines that take it all at their start; what counts is how much was
+//! taken since it was at its least.
+//!
+//! Invariants: a GPU is known as long as some worker names it; `busy` are those of its workers that something was sent to.
+//! Not here: what a slower or shared GPU costs a request (`placement::terms`).
+
+use std::collections::BTreeSet;
+
+use smallvec::SmallVec;
+
+use super::Core;
+use crate::config::Config;
+use crate::worker::Slot;
+use crate::worker::beneath::Beneath;
+use crate::{Action, GpuId, GpuReport, HealthState, Tick};
+
+/// Least time that one reading of the utilization is about: it is sampled over up to a second.
+const PERIOD_MIN_SECONDS: f64 = 0.5;
+/// Share of the time with work of ours above which utilization says nothing of others.
+const KNOWABLE: f64 = 0.5;
+/// Foreign load below this is noise.
+const FOREIGN_MIN: f64 = 0.1;
+/// Weight of one reading in the mean foreign load.
+const FOREIGN_WEIGHT: f64 = 0.5;
+/// The least that a throttled GPU is taken to do.
+const DERATE_MIN: f64 = 0.05;
+
+#[derive(Debug, Default)]
+pub(super) struct Gpu {
+    workers: BTreeSet<Slot>,
+    /// Of these, such that have work.
+    busy: BTreeSet<Slot>,
+    /// Moment and contents of the last reading.
+    read: Option<(Tick, Reading)>,
+    /// Our own part in the time since the utilization was read last.
+    ours: Ours,
+    /// Mean foreign load, and when something was known of it last.
+    foreign: Option<(Tick, f64)>,
+    memory_least: f64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Reading {
+    derate: f64,
+    memory: Option<f64>,
+}
+
+/// How much of a period something of ours was there.
+#[derive(Debug, Default)]
+struct Ours {
+    from: Option<Tick>,
+    /// Until when it is counted.
+    at: Tick,
+    seconds: f64,
+    /// Share of the period before.
+    before: f64,
+}
+
+impl Ours {
+    fn pass(&mut self, now: Tick, busy: bool) {
+        if busy {
+            self.seconds += now.seconds_since(self.at);
+        }
+        self.at = now;
+    }
+
+    /// Ends the period; our share of it, or of the one before if that is more: a sample may reach back. None for a period
+    /// that is too short or had no beginning.
+    fn period(&mut self, now: Tick) -> Option<f64> {
+        let Some(from) = self.from else {
+            *self = Self { from: Some(now), at: now, seconds: 0.0, before: 1.0 };
+            return None;
+        };
+        let length = now.seconds_since(from);
+        if length < PERIOD_MIN_SECONDS {
+            return None;
+        }
+        let share = (self.seconds / length).min(1.0);
+        let before = self.before;
+        *self = Self { from: Some(now), at: now, seconds: 0.0, before: share };
+        Some(share.max(before))
+    }
+}
+
+impl Gpu {
+    fn observe(&mut self, now: Tick, report: &GpuReport, config: &Config) {
+        let share = |value: Option<f64>| value.filter(|value| value.is_finite()).map(|value| value.clamp(0.0, 1.0));
+        let derate = if report.derate.is_finite() { report.derate.clamp(DERATE_MIN, 1.0) } else { 1.0 };
+        let memory = share(report.memory).map(|used| {
+            self.memory_least = if self.read.is_some() { self.memory_least.min(used) } else { used };
+            ((used - self.memory_least) / (1.0 - self.memory_least).max(1e-6)).clamp(0.0, 1.0)
+        });
+        self.read = Some((now, Reading { derate, memory }));
+        self.ours.pass(now, !self.busy.is_empty());
+        let ours = self.ours.period(now).filter(|ours| *ours < KNOWABLE);
+        let unexplained = |used: f64, ours: f64| ((used - ours) / (1.0 - ours)).max(0.0);
+        let foreign = share(report.foreign).or_else(|| Some(unexplained(share(report.utilization)?, ours?)));
+        self.foreign = match (foreign, self.foreign) {
+            (Some(foreign), Some((_, mean))) => Some((now, mean + (foreign - mean) * FOREIGN_WEIGHT)),
+            (Some(foreign), None) => Some((now, foreign)),
+            (None, known) => known.filter(|(at, _)| now.since(*at) < config.foreign_lease),
+        };
+    }
+
+    /// Adds to `beneath` what this GPU takes, if it spoke of late.
+    fn weigh_on(&self, now: Tick, beneath: &mut Beneath, config: &Config) {
+        let Some((at, reading)) = self.read.filter(|(at, _)| now.since(*at) < config.gpu_lease) else { return };
+        beneath.until = beneath.until.max(at.after(config.gpu_lease));
+        beneath.derate = beneath.derate.min(reading.derate);
+        let foreign = self.foreign.map(|(_, mean)| mean).filter(|mean| *mean >= FOREIGN_MIN);
+        beneath.foreign = beneath.foreign.max(foreign.unwrap_or(0.0));
+        beneath.memory = [beneath.memory, reading.memory].into_iter().flatten().reduce(f64::max);
+    }
+}
+
+impl Gpu {
+    /// Whether it knows the worker, and whether that has work.
+    pub(super) fn knows(&self, slot: Slot, has_work: bool) -> bool {
+        self.workers.contains(&slot) && self.busy.contains(&slot) == has_work
+    }
+}
+
+impl Core {
+    pub(super) fn gpu(&mut self, id: GpuId, report: &GpuReport, out: &mut Vec<Action>) {
+        let Some(gpu) = self.gpus.get_mut(&id) else { return };
+        gpu.observe(self.now, report, &self.config);
+        let workers: SmallVec<[Slot; 4]> = gpu.workers.iter().copied().collect();
+        for slot in workers {
+            self.weigh(slot);
+            let Some(worker) = self.workers.get_mut(slot) else { continue };
+            let before = worker.health.state();
+            if report.fault {
+                worker.beneath.fault = true;
+                worker.health.fault(self.now, &self.config);
+            } else if before == HealthState::Up {
+                worker.beneath.fault = false;
+            }
+            self.touch(slot);
+            self.health_changed(slot, before, out);
+        }
+    }
+
+    /// A worker runs on other GPUs than `before`.
+    pub(super) fn gpus_changed(&mut self, slot: Slot, before: &[GpuId]) {
+        let Some(worker) = self.workers.get_mut(slot) else { return };
+        if worker.spec.gpus == before {
+            return;
+        }
+        worker.beneath = Beneath::default();
+        let now = worker.spec.gpus.clone();
+        self.gpus_left(slot, before);
+        for id in now {
+            self.gpus.entry(id).or_default().workers.insert(slot);
+        }
+        self.weigh(slot);
+        self.occupy(slot);
+    }
+
+    pub(super) fn gpus_left(&mut self, slot: Slot, gpus: &[GpuId]) {
+        for id in gpus {
+            self.occupied(slot, *id, false);
+            if let Some(gpu) = self.gpus.get_mut(id) {
+                gpu.workers.remove(&slot);
+                if gpu.workers.is_empty() {
+                    self.gpus.remove(id);
+                }
+            }
+        }
+    }
+
+    /// Tells a worker's GPUs when it begins or ceases to have work.
+    pub(super) fn occupy(&mut self, slot: Slot) {
+        let Some(worker) = self.workers.get_mut(slot) else { return };
+        let has_work = !worker.sent.is_empty();
+        if worker.spec.gpus.is_empty() || std::mem::replace(&mut worker.beneath.occupies, has_work) == has_work {
+            return;
+        }
+        let gpus: SmallVec<[GpuId; 8]> = worker.spec.gpus.iter().copied().collect();
+        for id in gpus {
+            self.occupied(slot, id, has_work);
+        }
+    }
+
+    fn occupied(&mut self, slot: Slot, id: GpuId, has_work: bool) {
+        let Some(gpu) = self.gpus.get_mut(&id) else { return };
+        gpu.ours.pass(self.now, !gpu.busy.is_empty());
+        let changed = if has_work { gpu.busy.insert(slot) } else { gpu.busy.remove(&slot) };
+        if changed {
+            let others: SmallVec<[Slot; 4]> = gpu.workers.iter().copied().filter(|other| *other != slot).collect();
+            for other in others {
+                self.weigh(other);
+            }
+        }
+    }
+
+    /// Sums up for a worker what its GPUs say.
+    fn weigh(&mut self, slot: Slot) {
+        let Some(worker) = self.workers.get_mut(slot) else { return };
+        let Beneath { fault, occupies, .. } = worker.beneath;
+        let mut beneath = Beneath { fault, occupies, ..Beneath::default() };
+        let mut neighbours: BTreeSet<Slot> = BTreeSet::new();
+        for gpu in worker.spec.gpus.iter().filter_map(|id| self.gpus.get(id)) {
+            gpu.weigh_on(self.now, &mut beneath, &self.config);
+            neighbours.extend(gpu.busy.iter().filter(|other| **other != slot));
+        }
+        beneath.neighbours = neighbours.len();
+        if worker.beneath != beneath {
+            worker.beneath = beneath;
+            self.touch(slot);
+        }
+    }
+}

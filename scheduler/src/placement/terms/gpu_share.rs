@@ -1,0 +1,9 @@
+//! What sharing a GPU costs: the time that the work up to this prompt takes longer because others compute there, be they
+//! workers beside this one or processes that are none of ours.
+
+use crate::placement::Prospect;
+
+pub(in crate::placement) fn seconds(prospect: &Prospect<'_>) -> f64 {
+    let share = prospect.worker.gpu_share(prospect.now, prospect.config);
+    prospect.work_seconds() / prospect.derate * (1.0 / share - 1.0)
+}

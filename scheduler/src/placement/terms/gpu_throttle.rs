@@ -1,0 +1,7 @@
+//! What throttling costs: the time that the work up to this prompt takes longer on GPUs that run below their usual speed.
+
+use crate::placement::Prospect;
+
+pub(in crate::placement) fn seconds(prospect: &Prospect<'_>) -> f64 {
+    prospect.work_seconds() * (1.0 / prospect.derate - 1.0)
+}
