@@ -37,8 +37,8 @@ pub struct Core {
     pub(crate) workers: Workers,
     /// Those under some worker.
     gpus: BTreeMap<GpuId, gpus::Gpu>,
-    /// Looked up, never iterated: its order means nothing.
-    pub(crate) requests: HashMap<RequestId, Entry, FixedState>,
+    /// Looked up, never iterated: its order means nothing. Boxed, so that growing does not move them all at once.
+    pub(crate) requests: HashMap<RequestId, Box<Entry>, FixedState>,
     pub(crate) decisions: Decisions,
     weights: BTreeMap<TenantId, f64>,
     timers: Timers,

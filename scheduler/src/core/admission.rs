@@ -50,7 +50,7 @@ impl Core {
             last: None,
             charged: 0,
         };
-        self.requests.insert(id, entry);
+        self.requests.insert(id, Box::new(entry));
         match reason {
             Some(reason) => self.refuse(id, reason, out),
             None => self.place(id, Cause::Arrival, out),
