@@ -24,7 +24,7 @@ use bytes::Bytes;
 use forebay_backends::engines::{Answer, Api};
 use forebay_proto::error::ApiError;
 use forebay_proto::sse::{Event, Splitter};
-use forebay_scheduler::{Class, Refusal, Request, RouteId, TenantId};
+use forebay_scheduler::{Class, PoolId, Refusal, Request, RouteId, TenantId};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::Instant;
 use tracing::Instrument;
@@ -130,7 +130,8 @@ impl Dispatch {
     /// See [`Error`]; the client has seen nothing, and no engine works on the request any more.
     pub async fn open(&self, job: Job<'_>, mut on_send: impl FnMut(&Worker, Duration) + Send) -> Result<Opened, Error> {
         let (place, verdict) = self.driver.arrive(|id| request(id, &job, &self.driver));
-        let known = Arc::new(Known::new(&job, place.request()));
+        let known =
+            Arc::new(Known::new(job.name.clone(), place.request(), (job.model.pool, job.class, job.prompt.tokens)));
         self.recent.note(Arc::clone(&known));
         let attempts = std::pin::pin!(self.attempts(&job, place, verdict, |worker, waited| {
             known.sent(worker.id, waited);
@@ -139,13 +140,20 @@ impl Dispatch {
         let opened = match job.deadline {
             Some(deadline) => tokio::time::timeout_at(deadline, attempts)
                 .await
-                .unwrap_or(Err(Error::Refused { reason: Refusal::TimedOut, retry_after: None })),
+                .unwrap_or(Err(Error::Refused { reason: Refusal::DeadlinePassed, retry_after: None })),
             None => attempts.await,
         };
         if let Err(Error::Refused { reason, retry_after }) = &opened {
             known.refused(*reason, *retry_after);
         }
         opened
+    }
+
+    /// Remembers a request whose deadline passed before it could be brought to a worker, so that it can be explained.
+    pub fn too_late(&self, name: RequestName, pool: PoolId, class: Class) {
+        let known = Known::new(name, self.driver.next_request(), (pool, class, 0));
+        known.refused(Refusal::DeadlinePassed, None);
+        self.recent.note(Arc::new(known));
     }
 
     async fn attempts(

@@ -69,7 +69,13 @@ impl Pipeline {
             let counting = self.prepare.prompt(model, &asked, &body).instrument(tracing::debug_span!("prepare"));
             let counting = std::pin::pin!(counting);
             match deadline {
-                Some(deadline) => tokio::time::timeout_at(deadline, counting).await.map_err(|_| Error::Deadline)??,
+                Some(deadline) => match tokio::time::timeout_at(deadline, counting).await {
+                    Ok(prompt) => prompt?,
+                    Err(_) => {
+                        self.dispatch.too_late(entry.name().clone(), model.pool, class);
+                        return Err(Error::Deadline);
+                    }
+                },
                 None => counting.await?,
             }
         };

@@ -51,10 +51,16 @@ pub enum Refusal {
     /// The pool's queue is at one of its bounds, and nothing of less priority waits in it.
     #[error("the queue is full")]
     QueueFull,
-    /// No worker can give its first token before the client's deadline, by measured rates.
+    /// No worker can give its first token before the client's deadline, by measured rates and what stands before it.
     #[error("no worker can answer before the deadline")]
     DeadlineInfeasible,
-    /// It waited until its deadline or the queue's time-out.
+    /// The same, even if nothing stood before it.
+    #[error("no worker is fast enough for the deadline")]
+    DeadlineTooShort,
+    /// It waited until its client's deadline, or came after it.
+    #[error("the deadline passed")]
+    DeadlinePassed,
+    /// It waited for the queue's time-out.
     #[error("waited too long for a worker")]
     TimedOut,
     /// No worker of the pool is there to take it.

@@ -11,6 +11,7 @@ mod gpus;
 mod settle;
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
 
 use foldhash::fast::FixedState;
 use smallvec::SmallVec;
@@ -58,8 +59,10 @@ pub(crate) struct Entry {
     arrived: Tick,
     /// Seconds from its arrival to its first token, as predicted when it first got a place.
     predicted: Option<f64>,
-    /// It is refused when it still waits then.
+    /// It is refused when it still waits then; the time at workers that failed it is not counted.
     expires: Tick,
+    /// That time.
+    at_workers: Duration,
     place: Place,
     timer: Option<Tick>,
     attempts: u32,
@@ -102,6 +105,12 @@ struct Sent {
 }
 
 impl Entry {
+    /// Until when it may wait: only waiting uses up the queue's time-out, everything uses up a client's deadline.
+    fn waits_until(&self) -> Tick {
+        let until = self.expires.after(self.at_workers);
+        self.request.deadline.map_or(until, |deadline| until.min(deadline))
+    }
+
     /// Prompt tokens that the worker to whose lane it is bound was believed to hold when it was bound.
     fn matched_tokens(&self) -> u32 {
         match self.place {

@@ -96,7 +96,8 @@ pub struct PoolLimits {
     pub queue_bytes_max: u64,
     /// Prompt tokens that may wait (16 Mi: about 4 minutes of work for 8 workers at 8000 tokens/s).
     pub queue_tokens_max: u64,
-    /// Longest wait for a place without a deadline of the client's own (60 s).
+    /// Longest wait for a place (60 s), in lanes and over all attempts: the time at workers that failed it is not counted.
+    /// A client's own deadline bounds everything.
     pub queue_timeout: Duration,
     /// Sends of one request, the first included (3).
     pub attempts_max: u32,

@@ -18,6 +18,8 @@ pub enum Cause {
     Retry,
     /// It stood in a lane that did not move, or a worker with room took it from there.
     Rescore,
+    /// Its time was up: nobody was weighed.
+    Expiry,
 }
 
 /// One worker as it was weighed for one request.
@@ -72,7 +74,7 @@ pub struct Decision {
     pub candidates: Vec<Candidate>,
     /// Who was not, as far as there is room: the first few.
     pub left_out: SmallVec<[LeftOut; 2]>,
-    /// Who won; none when it was refused because nobody can answer before its deadline.
+    /// Who won; none when it was refused for its deadline or for having waited too long.
     pub winner: Option<WorkerId>,
 }
 

@@ -84,10 +84,25 @@ pub(crate) struct Queue {
     pub(crate) bytes: u64,
     /// All of them, by whose they are and when they came.
     all: BTreeSet<(Class, TenantId, Tick, RequestId)>,
-    /// Prompt tokens of each tenant that waits.
-    tenants: BTreeMap<(Class, TenantId), u64>,
-    /// The same; the last is the first to be shed.
+    /// What each tenant has waiting.
+    tenants: BTreeMap<(Class, TenantId), Waiting>,
+    /// By [`Waiting::weighed`]; the last is the first to be shed.
     heaviest: BTreeSet<(Class, u64, TenantId)>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Waiting {
+    /// Prompt tokens.
+    tokens: u64,
+    /// Its weight against others.
+    weight: f64,
+}
+
+impl Waiting {
+    /// In 1/256 tokens: a tenant of twice the weight may have twice as much.
+    fn weighed(&self) -> u64 {
+        (self.tokens as f64 * 256.0 / self.weight) as u64
+    }
 }
 
 impl Pool {
@@ -184,9 +199,9 @@ impl Pool {
 }
 
 impl Queue {
-    pub(crate) fn add(&mut self, request: &Request, arrived: Tick) {
+    pub(crate) fn add(&mut self, request: &Request, arrived: Tick, weight: f64) {
         self.all.insert((request.class, request.tenant, arrived, request.id));
-        self.weigh(request, |tokens| tokens + u64::from(request.prompt_tokens));
+        self.weigh(request, Some(weight), |tokens| tokens + u64::from(request.prompt_tokens));
         self.bytes += u64::from(request.body_bytes);
         if let Some((requests, tokens)) = self.share(request.class) {
             *requests += 1;
@@ -198,7 +213,7 @@ impl Queue {
         if !self.all.remove(&(request.class, request.tenant, arrived, request.id)) {
             return;
         }
-        self.weigh(request, |tokens| tokens - u64::from(request.prompt_tokens));
+        self.weigh(request, None, |tokens| tokens - u64::from(request.prompt_tokens));
         self.bytes -= u64::from(request.body_bytes);
         if let Some((requests, tokens)) = self.share(request.class) {
             *requests -= 1;
@@ -229,12 +244,13 @@ impl Queue {
         const SHARE: f64 = 0.8;
         let all = self.tokens.get(class as usize).copied().unwrap_or_default();
         let mut by_weight = self.heaviest.range((class, 0, TenantId(0))..=(class, u64::MAX, TenantId(u32::MAX)));
-        let &(_, own, tenant) = by_weight.next_back()?;
+        let &(_, _, tenant) = by_weight.next_back()?;
+        let own = self.tenants.get(&(class, tenant))?.tokens;
         (own as f64 >= (all as f64 * SHARE).max(tokens_min)).then_some(tenant)
     }
 
-    /// The first to be shed: of the lowest class the newest request of the tenant that has most waiting, so that a flood
-    /// pushes out itself.
+    /// The first to be shed: of the lowest class the newest request of the tenant that has most waiting for its weight, so
+    /// that a flood pushes out itself.
     pub(crate) fn sheddable(&self) -> Option<RequestId> {
         let &(class, _, tenant) = self.heaviest.last()?;
         let newest = (class, tenant, Tick(u64::MAX), RequestId(u64::MAX));
@@ -248,24 +264,25 @@ impl Queue {
         let all = self.tokens.get(class as usize).copied().unwrap_or_default() as f64;
         let waiting = self.tenants.range((class, TenantId(0))..=(class, TenantId(u32::MAX)));
         let others: f64 = waiting.map(|((_, other), _)| *other).filter(|other| *other != tenant).map(&weight).sum();
-        let own = self.tenants.get(&(class, tenant)).copied().unwrap_or_default() as f64;
+        let own = self.tenants.get(&(class, tenant)).map_or(0, |waiting| waiting.tokens) as f64;
         let share = weight(tenant) / (weight(tenant) + others);
         above as f64 + all.min(own / share)
     }
 
-    /// Changes what a tenant has waiting; one that has nothing is forgotten.
-    fn weigh(&mut self, request: &Request, change: impl FnOnce(u64) -> u64) {
+    /// Changes what a tenant has waiting, and its weight if that is given; one that has nothing is forgotten.
+    fn weigh(&mut self, request: &Request, weight: Option<f64>, change: impl FnOnce(u64) -> u64) {
         let (class, tenant) = (request.class, request.tenant);
         let before = self.tenants.remove(&(class, tenant));
         if let Some(before) = before {
-            self.heaviest.remove(&(class, before, tenant));
+            self.heaviest.remove(&(class, before.weighed(), tenant));
         }
-        let after = change(before.unwrap_or_default());
+        let before = before.unwrap_or(Waiting { tokens: 0, weight: 1.0 });
+        let after = Waiting { tokens: change(before.tokens), weight: weight.unwrap_or(before.weight) };
         let newest = (class, tenant, Tick(u64::MAX), RequestId(u64::MAX));
         let oldest = (class, tenant, Tick::ZERO, RequestId(0));
         if self.all.range(oldest..=newest).next().is_some() {
             self.tenants.insert((class, tenant), after);
-            self.heaviest.insert((class, after, tenant));
+            self.heaviest.insert((class, after.weighed(), tenant));
         }
     }
 

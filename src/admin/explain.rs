@@ -53,6 +53,8 @@ fn refusal(reason: forebay_scheduler::Refusal, retry_after: Option<Duration>) ->
     let name = match reason {
         Reason::QueueFull => "queue_full",
         Reason::DeadlineInfeasible => "deadline_infeasible",
+        Reason::DeadlineTooShort => "deadline_too_short",
+        Reason::DeadlinePassed => "deadline_passed",
         Reason::TimedOut => "timed_out",
         Reason::NoWorker => "no_worker",
         Reason::AttemptsExhausted { .. } => "attempts_exhausted",
@@ -71,6 +73,7 @@ fn decision(decided: Decided) -> Decision {
         Cause::Arrival => "arrival",
         Cause::Retry => "retry",
         Cause::Rescore => "rescore",
+        Cause::Expiry => "expiry",
     };
     Decision {
         cause: cause.to_owned(),

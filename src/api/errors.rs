@@ -19,6 +19,9 @@ use crate::{dispatch, pipeline, prepare};
 /// Official SDKs retry 5xx and 429 by themselves; this header says when they should not.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
+/// Of a request whose client named a deadline.
+const DEADLINE_PASSED: &str = "The request's deadline passed before a worker began to answer.";
+
 /// Everything that ends a request before its answer begins.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
@@ -191,7 +194,9 @@ impl Error {
             Self::Pipeline(pipeline::Error::Dispatch(dispatch::Error::Refused { reason, .. })) => match reason {
                 // Nobody was there to take it, as in a restart: a client does well to come again.
                 Refusal::AttemptsExhausted { last } => *last != Failure::Connect,
-                reason => *reason == Refusal::TimedOut,
+                reason => {
+                    matches!(reason, Refusal::TimedOut | Refusal::DeadlinePassed | Refusal::DeadlineTooShort)
+                }
             },
             // The last of several failures, in an engine's words.
             Self::Pipeline(pipeline::Error::Dispatch(dispatch::Error::Engine { status, .. })) => {
@@ -230,7 +235,7 @@ fn shown_pipeline(error: &pipeline::Error) -> Shown {
         }
         pipeline::Error::Prepare(error) => shown_prepare(error),
         pipeline::Error::Dispatch(error) => shown_dispatch(error),
-        pipeline::Error::Deadline => timed_out(),
+        pipeline::Error::Deadline => late(None, DEADLINE_PASSED),
     }
 }
 
@@ -284,7 +289,18 @@ fn shown_refusal(reason: &Refusal, retry_after: Option<Duration>) -> Shown {
         Refusal::NoWorker | Refusal::PoolUnknown => {
             unavailable("no_worker", retry_after, "No worker serves this model at the moment. Please retry later.")
         }
-        Refusal::TimedOut | Refusal::DeadlineInfeasible => timed_out(),
+        Refusal::TimedOut => late(retry_after, "The request waited too long for a worker. Please retry later."),
+        Refusal::DeadlinePassed => late(retry_after, DEADLINE_PASSED),
+        Refusal::DeadlineInfeasible => late(
+            retry_after,
+            "No worker can begin to answer before the request's deadline: too much waits before it. Please retry later, \
+             or allow more time.",
+        ),
+        Refusal::DeadlineTooShort => late(
+            retry_after,
+            "No worker can begin to answer before the request's deadline, even if nothing waits before it. Please allow \
+             more time.",
+        ),
         Refusal::TooLarge => {
             let message = "The request needs more KV cache than any worker of this model has.".to_owned();
             bad_request(StatusCode::BAD_REQUEST, Some("context_length_exceeded"), Some("messages"), message)
@@ -304,7 +320,6 @@ fn shown_refusal(reason: &Refusal, retry_after: Option<Duration>) -> Shown {
     }
 }
 
-fn timed_out() -> Shown {
-    let message = "The request waited too long for a worker.";
-    gateway(StatusCode::GATEWAY_TIMEOUT, "deadline_exceeded", message)
+fn late(retry_after: Option<Duration>, message: &str) -> Shown {
+    Shown { retry_after, ..gateway(StatusCode::GATEWAY_TIMEOUT, "deadline_exceeded", message) }
 }

@@ -90,7 +90,8 @@ async fn demo(
         say!("  {name}  simulated vLLM at http://{address}");
         let options =
             Options { model: MODEL.to_owned(), seed: u64::from(index), tokenizer: None, ..Options::default() };
-        engines.spawn(forebay_simulated_engine::serve(options, listener, stop.clone()));
+        let bound = forebay_simulated_engine::bind(options, listener).await?;
+        engines.spawn(forebay_simulated_engine::serve(bound, stop.clone()));
         workers.push(Worker {
             name: Name::new(&name)?,
             url: Url::parse(&format!("http://{address}"))?,

@@ -17,9 +17,9 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use forebay_scheduler::Config;
-use forebay_simulator::{EngineConfig, Fault, Offered, Outcome, Policy, Settings, Trace};
+use forebay_simulator::{Cell, EngineConfig, Fault, Offered, Outcome, Policy, Settings, Trace};
 use parking_lot::Mutex;
 
 use super::{WRONG_USE, WrongUse, positive, trace};
@@ -161,6 +161,14 @@ fn simulate(arguments: &Arguments) -> anyhow::Result<()> {
                 write_events(&path, &trace, outcome)?;
             }
         }
+    }
+    let cells = outcomes.iter().map(|outcome| &outcome.cell);
+    if let Some(cell) = cells.clone().next().filter(|_| cells.clone().all(|cell| cell.completed == 0)) {
+        let Cell { requests, refused, shed, timed_out, failed, .. } = cell;
+        bail!(
+            "no request was answered: of {requests}, {refused} fit no engine, {shed} were shed, {timed_out} timed out, \
+             {failed} failed"
+        );
     }
     Ok(())
 }

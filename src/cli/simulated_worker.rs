@@ -106,9 +106,12 @@ enum Wire {
 pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, arguments.port));
     let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
-    say!("simulated {:?} serving {} at http://{}", arguments.engine, arguments.model, listener.local_addr()?);
+    let serves =
+        format!("simulated {:?} serving {} at http://{}", arguments.engine, arguments.model, listener.local_addr()?);
+    let bound = forebay_simulated_engine::bind(options(arguments)?, listener).await?;
+    say!("{serves}");
     let stop = CancellationToken::new();
-    let serving = forebay_simulated_engine::serve(options(arguments)?, listener, stop.clone());
+    let serving = forebay_simulated_engine::serve(bound, stop.clone());
     tokio::pin!(serving);
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {

@@ -91,9 +91,14 @@ impl Driver {
         self.read(|core, now| core.worker_views(now).filter(takes_requests).count())
     }
 
+    /// A name for a request.
+    pub(super) fn next_request(&self) -> RequestId {
+        RequestId(self.next_request.fetch_add(1, Ordering::Relaxed))
+    }
+
     /// Brings a new request; `make` gets its name.
     pub(super) fn arrive(self: &Arc<Self>, make: impl FnOnce(RequestId) -> Request) -> (Place, Waiting) {
-        let id = RequestId(self.next_request.fetch_add(1, Ordering::Relaxed));
+        let id = self.next_request();
         let place = Place { driver: Arc::clone(self), id, end: None };
         let waiting = self.ask(id, Event::Arrived(make(id)));
         (place, waiting)

@@ -12,13 +12,12 @@ use parking_lot::Mutex;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
-use super::Job;
 use crate::ids::RequestName;
 
 /// Requests that are remembered: as many as the core keeps decisions, about 200 KiB.
 pub(super) const KEPT: usize = 1024;
 
-/// One request that came to the core.
+/// One request that came to the core, or too late for it.
 pub(super) struct Known {
     pub(super) name: RequestName,
     pub(super) request: RequestId,
@@ -40,16 +39,12 @@ pub(super) struct Course {
 }
 
 impl Known {
-    pub(super) fn new(job: &Job<'_>, request: RequestId) -> Self {
-        Self {
-            name: job.name.clone(),
-            request,
-            pool: job.model.pool,
-            class: job.class,
-            prompt_tokens: job.prompt.tokens,
-            arrived: Instant::now(),
-            course: Mutex::default(),
-        }
+    pub(super) fn new(
+        name: RequestName,
+        request: RequestId,
+        (pool, class, prompt_tokens): (PoolId, Class, u32),
+    ) -> Self {
+        Self { name, request, pool, class, prompt_tokens, arrived: Instant::now(), course: Mutex::default() }
     }
 
     pub(super) fn sent(&self, worker: WorkerId, waited: Duration) {

@@ -94,9 +94,12 @@ fn a_busy_port_is_an_error_where_it_was_asked_for() {
     assert_eq!(code, 1, "{out}{err}");
     assert!(err.contains(&format!("cannot listen on {address}")), "{err}");
     let port = address.rsplit(':').next().expect("a port");
-    let (code, out, err) = run(&["simulated-worker", "--port", port], here.path(), &[]);
-    assert_eq!(code, 1, "{out}{err}");
-    assert!(err.contains(&format!("cannot listen on {address}")), "{err}");
+    let events = format!("tcp://{address}");
+    for flags in [&["--port", port][..], &["--port", "0", "--kv-events", &events]] {
+        let (code, out, err) = run(&[&["simulated-worker"], flags].concat(), here.path(), &[]);
+        assert_eq!((code, out.as_str()), (1, ""), "{err}");
+        assert!(err.contains(&format!("cannot listen on {address}")), "{err}");
+    }
 }
 
 #[test]

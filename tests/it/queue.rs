@@ -42,9 +42,12 @@ fn a_deadline_is_kept_in_the_queue_and_at_the_worker() {
         post_with(full.gateway.client, "/v1/chat/completions", &["x-forebay-deadline-ms: 300"], &chat("hi", ""));
     let took = began.elapsed();
     assert_eq!(answer.refusal(504), "deadline_exceeded");
+    assert!(answer.text().contains("The request's deadline passed"), "{}", answer.text());
     assert_eq!(answer.header("x-should-retry"), Some("false"));
     assert!((300..3000).contains(&took.as_millis()), "{took:?}");
     assert_eq!(full.recorder.posts().len(), 1, "it never left the queue");
+    let explained = full.gateway.admin(&format!("decisions/{}", answer.header("x-request-id").unwrap())).json();
+    assert_eq!(explained["refusal"]["reason"], "deadline_passed", "{explained}");
     let row = full.gateway.row_of(&answer);
     assert_eq!((&row["status"], &row["outcome"]), (&504.into(), &"refused".into()), "{row}");
     assert!(row["queue_ms"].as_f64() >= Some(250.0), "{row}");
@@ -77,7 +80,9 @@ fn a_deadline_that_cannot_be_kept_is_refused_before_any_work() {
     let answer = post_with(gateway.client, "/v1/chat/completions", &headers, &chat(&long("hopeless"), ""));
     assert_eq!(answer.refusal(504), "deadline_exceeded");
     let explained = gateway.admin("decisions/hopeless").json();
-    assert_eq!(explained["refusal"]["reason"], "deadline_infeasible", "{explained}");
+    assert!(answer.text().contains("even if nothing waits before it"), "{}", answer.text());
+    assert_eq!(answer.header("retry-after"), None, "later is no better");
+    assert_eq!(explained["refusal"]["reason"], "deadline_too_short", "{explained}");
     assert_eq!(explained["sent"].as_array().map(Vec::len), Some(0), "{explained}");
     let decision = &explained["decisions"][0];
     assert_eq!((&decision["winner"], &decision["candidates"][0]["worker"]), (&().into(), &"w0".into()), "{explained}");
@@ -87,6 +92,17 @@ fn a_deadline_that_cannot_be_kept_is_refused_before_any_work() {
     let headers = ["x-forebay-deadline-ms: 15000"];
     let body = chat(&long("hopeful"), r#","max_tokens":1"#);
     assert_eq!(post_with(gateway.client, "/v1/chat/completions", &headers, &body).status, 200);
+}
+
+#[test]
+fn a_deadline_that_passes_at_once_is_explained_too() {
+    let full = Full::start("");
+    let headers = ["x-forebay-deadline-ms: 1", "x-request-id: at-once"];
+    let answer = post_with(full.gateway.client, "/v1/chat/completions", &headers, &chat(&long("at once"), ""));
+    assert_eq!(answer.refusal(504), "deadline_exceeded");
+    assert!(answer.text().contains("The request's deadline passed"), "{}", answer.text());
+    let explained = full.gateway.admin("decisions/at-once").json();
+    assert_eq!(explained["refusal"]["reason"], "deadline_passed", "{explained}");
 }
 
 #[test]
@@ -146,6 +162,12 @@ fn waiting_has_an_end() {
     let answer = full.gateway.post("/v1/chat/completions", &chat("hi", ""));
     let took = began.elapsed();
     assert_eq!(answer.refusal(504), "deadline_exceeded");
+    assert!(answer.text().contains("waited too long for a worker"), "{}", answer.text());
+    assert!(answer.header("retry-after").is_some(), "{:?}", answer.headers);
+    let explained = full.gateway.admin(&format!("decisions/{}", answer.header("x-request-id").unwrap())).json();
+    assert_eq!(explained["refusal"]["reason"], "timed_out", "{explained}");
+    let decisions = explained["decisions"].as_array().unwrap();
+    assert_eq!(decisions.last().unwrap()["cause"], "expiry", "{explained}");
     assert!((1000..4000).contains(&took.as_millis()), "{took:?}");
     assert_eq!(full.recorder.posts().len(), 1);
 }

@@ -245,3 +245,13 @@ fn a_trace_that_cannot_be_used_is_refused_with_its_line() {
     let (code, _, err) = run(&["simulate", "--trace", "trace.jsonl"], here.path(), &[]);
     assert_eq!((code, err.as_str()), (0, ""), "one plain row without ids is a trace");
 }
+
+#[test]
+fn a_run_in_which_nothing_was_answered_has_failed() {
+    let here = directory();
+    std::fs::write(here.path().join("trace.jsonl"), "{\"t_ms\":0,\"in_tokens\":2000,\"out_tokens\":5}\n").unwrap();
+    let (code, out, err) = run(&["simulate", "--trace", "trace.jsonl", "--kv-blocks", "10"], here.path(), &[]);
+    assert_eq!(code, 1, "{out}{err}");
+    assert!(err.contains("no request was answered: of 1, 1 fit no engine"), "{err}");
+    assert!(out.contains("forebay"), "what happened is shown all the same: {out}");
+}

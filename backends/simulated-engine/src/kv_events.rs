@@ -104,11 +104,16 @@ pub(crate) struct Sockets {
     replay: Option<TcpListener>,
 }
 
+async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let failed = |error: io::Error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"));
+    TcpListener::bind(address).await.map_err(failed)
+}
+
 impl Publisher {
     pub(crate) async fn bind(options: &KvEventOptions, block_tokens: u32) -> io::Result<(Self, Sockets)> {
-        let events = TcpListener::bind(options.events.0).await?;
+        let events = listen(options.events.0).await?;
         let replay = match options.replay {
-            Some(address) => Some(TcpListener::bind(address.0).await?),
+            Some(address) => Some(listen(address.0).await?),
             None => None,
         };
         let addresses = [Some(events.local_addr()?), replay.as_ref().map(TcpListener::local_addr).transpose()?];

@@ -42,5 +42,5 @@ pub use crate::{
     kv_events::{KvAddress, KvEventForm, KvEventOptions},
     model::{ModelFiles, builtin_model},
     options::{EngineKind, Options},
-    server::serve,
+    server::{Bound, bind, serve},
 };

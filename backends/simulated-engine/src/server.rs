@@ -32,7 +32,7 @@ use crate::{
     control,
     driver::Driver,
     faults::{Faults, MidKind, Plan},
-    kv_events::Publisher,
+    kv_events::{Publisher, Sockets},
     model::Model,
     wire::{self, Wire},
 };
@@ -82,23 +82,40 @@ pub(crate) enum Answer {
     Lines(body::Events),
 }
 
-/// Serves until `shutdown` is cancelled; then all connections are closed at once.
+/// An engine with all its ports, before it serves.
+pub struct Bound {
+    service: Arc<Service>,
+    listener: TcpListener,
+    sockets: Option<(Arc<Publisher>, Sockets)>,
+}
+
+/// Makes an engine and takes its other ports.
 ///
 /// # Errors
-/// The tokenizer cannot be loaded, an option makes no sense, or the listener cannot be opened again after an outage.
-pub async fn serve(options: Options, listener: TcpListener, shutdown: CancellationToken) -> io::Result<()> {
-    let address = listener.local_addr()?;
-    let tasks = TaskTracker::new();
-    let publisher = match &options.kv_events {
+/// The tokenizer cannot be loaded, an option makes no sense, or a port of the KV events cannot be had.
+pub async fn bind(options: Options, listener: TcpListener) -> io::Result<Bound> {
+    let sockets = match &options.kv_events {
         Some(kv_events) => {
             let (publisher, sockets) = Publisher::bind(kv_events, options.timing.block_tokens).await?;
-            let publisher = Arc::new(publisher);
-            publisher.serve(sockets, &tasks, &shutdown);
-            Some(publisher)
+            Some((Arc::new(publisher), sockets))
         }
         None => None,
     };
-    let service = Arc::new(Service::new(options, publisher)?);
+    let publisher = sockets.as_ref().map(|(publisher, _)| Arc::clone(publisher));
+    Ok(Bound { service: Arc::new(Service::new(options, publisher)?), listener, sockets })
+}
+
+/// Serves until `shutdown` is cancelled; then all connections are closed at once.
+///
+/// # Errors
+/// The listener cannot be opened again after an outage.
+pub async fn serve(bound: Bound, shutdown: CancellationToken) -> io::Result<()> {
+    let Bound { service, listener, sockets } = bound;
+    let address = listener.local_addr()?;
+    let tasks = TaskTracker::new();
+    if let Some((publisher, sockets)) = sockets {
+        publisher.serve(sockets, &tasks, &shutdown);
+    }
     let mut outages = service.outage.subscribe();
     tasks.spawn(shutdown.clone().run_until_cancelled_owned(Arc::clone(&service.driver).drive()));
     let mut down = service.options.refuse_at_start;

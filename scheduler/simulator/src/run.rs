@@ -416,7 +416,9 @@ fn row_number(request: RequestId) -> u32 {
 fn refusal(reason: Refusal) -> What {
     match reason {
         Refusal::QueueFull => What::Shed,
-        Refusal::TimedOut | Refusal::DeadlineInfeasible => What::TimedOut,
+        Refusal::TimedOut | Refusal::DeadlineInfeasible | Refusal::DeadlineTooShort | Refusal::DeadlinePassed => {
+            What::TimedOut
+        }
         Refusal::TooLarge => What::Refused,
         Refusal::NoWorker | Refusal::AttemptsExhausted { .. } | Refusal::PoolUnknown => What::Failed,
     }

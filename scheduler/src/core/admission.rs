@@ -34,7 +34,7 @@ impl Core {
             let timeout = now.after(pool.limits.queue_timeout);
             request.deadline.map_or(timeout, |deadline| deadline.min(timeout))
         });
-        let reason = self.inadmissible(&request, expires);
+        let reason = self.inadmissible(&request);
         let plan = self.plan(&request);
         let entry = Entry {
             request,
@@ -42,6 +42,7 @@ impl Core {
             arrived: now,
             predicted: None,
             expires,
+            at_workers: Duration::ZERO,
             place: Place::Loose,
             timer: None,
             attempts: 0,
@@ -62,7 +63,7 @@ impl Core {
         Plan::new(request, expected.unwrap_or_default())
     }
 
-    fn inadmissible(&self, request: &Request, expires: Tick) -> Option<Refusal> {
+    fn inadmissible(&self, request: &Request) -> Option<Refusal> {
         let Some(pool) = self.pools.get(&request.pool) else { return Some(Refusal::PoolUnknown) };
         let mut workers = pool.workers.iter().filter_map(|slot| self.workers.get(*slot));
         if workers.clone().all(|worker| worker.draining) {
@@ -70,7 +71,7 @@ impl Core {
         } else if !workers.any(|worker| worker.holds(request.prompt_tokens)) {
             Some(Refusal::TooLarge)
         } else {
-            (expires <= self.now).then_some(Refusal::TimedOut)
+            request.deadline.filter(|deadline| *deadline <= self.now).map(|_| Refusal::DeadlinePassed)
         }
     }
 
@@ -79,7 +80,7 @@ impl Core {
         let Some(entry) = self.requests.get_mut(&id) else { return };
         let pool_id = entry.request.pool;
         if entry.request.deadline.is_some_and(|deadline| deadline <= self.now) {
-            return self.refuse(id, Refusal::TimedOut, out);
+            return self.refuse(id, Refusal::DeadlinePassed, out);
         }
         let Some(pool) = self.pools.get_mut(&pool_id) else { return self.refuse(id, Refusal::PoolUnknown, out) };
         let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
@@ -107,7 +108,7 @@ impl Core {
             }
             Choice::Infeasible => {
                 self.record(id, cause, None);
-                self.refuse(id, Refusal::DeadlineInfeasible, out);
+                self.refuse_infeasible(id, out);
             }
             Choice::Nobody => self.park(id, pool_id, out),
         }
@@ -159,8 +160,8 @@ impl Core {
         }
         worker.lane.insert(id, standing);
         entry.place = Place::Lane(to.slot, standing);
-        let expires = entry.expires;
-        self.enqueued(id, expires);
+        let until = entry.waits_until();
+        self.enqueued(id, until);
         self.touch(to.slot);
     }
 
@@ -182,7 +183,7 @@ impl Core {
             &self.config,
         );
         let grace = self.now.after(pool.limits.worker_grace);
-        let until = if hopeful { entry.expires } else { entry.expires.min(grace) };
+        let until = if hopeful { entry.waits_until() } else { entry.waits_until().min(grace) };
         pool.unbound.insert(id, standing);
         entry.place = Place::Unbound(standing);
         self.enqueued(id, until);
@@ -196,7 +197,7 @@ impl Core {
         let (tenant, arrived) = (entry.request.tenant, entry.arrived);
         let weight = self.weights.get(&tenant).copied().unwrap_or(1.0);
         if let Some(pool) = self.pools.get_mut(&entry.request.pool) {
-            pool.queue.add(&entry.request, arrived);
+            pool.queue.add(&entry.request, arrived, weight);
             pool.fairness.enter(tenant, weight);
         }
     }
@@ -256,15 +257,28 @@ impl Core {
         pool.index.expect(self.now, slot, &entry.request.blocks, self.now.after(lease));
     }
 
+    /// Refuses a request for which none of those scored last is in time.
+    pub(super) fn refuse_infeasible(&mut self, id: RequestId, out: &mut Vec<Action>) {
+        let Some(entry) = self.requests.get(&id) else { return };
+        let allowed = entry.request.deadline.map_or(f64::MAX, |deadline| deadline.seconds_since(entry.arrived));
+        let alone = self.scored.iter().any(|scored| scored.first_token_seconds - scored.drain_seconds <= allowed);
+        let reason = if alone { Refusal::DeadlineInfeasible } else { Refusal::DeadlineTooShort };
+        self.refuse(id, reason, out);
+    }
+
     /// Ends a request that has no place.
     pub(super) fn refuse(&mut self, id: RequestId, reason: Refusal, out: &mut Vec<Action>) {
         let Some(entry) = self.requests.remove(&id) else { return };
         let request = &entry.request;
+        if matches!(reason, Refusal::DeadlinePassed | Refusal::TimedOut) {
+            self.decisions.record((id, self.now, Cause::Expiry), std::iter::empty(), SmallVec::new(), None);
+        }
         let retry_after = match reason {
-            Refusal::PoolUnknown | Refusal::TooLarge => None,
+            Refusal::PoolUnknown | Refusal::TooLarge | Refusal::DeadlineTooShort => None,
             Refusal::AttemptsExhausted { last: Failure::Overloaded { retry_after: Some(wait) } } => Some(wait),
             Refusal::QueueFull
             | Refusal::DeadlineInfeasible
+            | Refusal::DeadlinePassed
             | Refusal::TimedOut
             | Refusal::NoWorker
             | Refusal::AttemptsExhausted { .. } => Some(self.retry_after(request)),

@@ -90,6 +90,7 @@ impl Core {
         let Some(sent) = self.release(id) else { return };
         let Some(entry) = self.requests.get_mut(&id) else { return };
         entry.last = Some(failure);
+        entry.at_workers += self.now.since(sent.at);
         match failure {
             Failure::Overloaded { .. } => entry.full.push(sent.worker),
             _ => entry.failed_on.push(sent.worker),

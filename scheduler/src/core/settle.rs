@@ -206,7 +206,7 @@ impl Core {
                 Choice::Infeasible => {
                     self.record(id, Cause::Rescore, None);
                     self.unqueue(id);
-                    self.refuse(id, Refusal::DeadlineInfeasible, out);
+                    self.refuse_infeasible(id, out);
                 }
                 Choice::Nobody => return,
             }
@@ -221,6 +221,7 @@ impl Core {
         let reason = match (entry.place, entry.last) {
             (Place::Unbound(_), Some(last)) if !late => Refusal::AttemptsExhausted { last },
             (Place::Unbound(_), None) if !late => Refusal::NoWorker,
+            _ if late => Refusal::DeadlinePassed,
             _ => Refusal::TimedOut,
         };
         self.unqueue(id);

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use forebay_simulated_engine::{EngineConfig, Options, serve};
+use forebay_simulated_engine::{EngineConfig, Options, bind, serve};
 use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -54,7 +54,7 @@ impl Server {
         let shutdown = CancellationToken::new();
         let tasks = TaskTracker::new();
         let token = shutdown.clone();
-        tasks.spawn(async move { serve(options, listener, token).await.unwrap() });
+        tasks.spawn(async move { serve(bind(options, listener).await.unwrap(), token).await.unwrap() });
         tasks.close();
         Self { address, shutdown, tasks }
     }

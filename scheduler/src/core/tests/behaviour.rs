@@ -51,9 +51,38 @@ fn it_gives_up_after_the_queues_time_out() {
     world.arrive(request(1, 100));
     world.arrive(Request { deadline: Some(Tick(3_000_000)), ..request(2, 100) });
     world.wait(3000);
-    assert_eq!((world.refusal(1), world.refusal(2)), (None, Some(Refusal::TimedOut)));
+    assert_eq!((world.refusal(1), world.refusal(2)), (None, Some(Refusal::DeadlinePassed)));
     world.wait(57_000);
     assert_eq!(world.refusal(1), Some(Refusal::NoWorker));
+}
+
+#[test]
+fn the_time_at_a_worker_that_failed_is_not_time_in_the_queue() {
+    let limits = PoolLimits { queue_timeout: Duration::from_secs(60), ..PoolLimits::default() };
+    for deadline in [None, Some(Tick(100_000_000))] {
+        let mut world = World::new(1, limits.clone());
+        for worker in 0..2 {
+            world.join(worker, one_slot());
+            world.probed(worker, true);
+        }
+        world.arrive(request(1, 100));
+        world.arrive(request(2, 100));
+        world.arrive(Request { deadline, ..request(3, 100) });
+        world.wait(40_000);
+        world.finish(1);
+        let worker = world.sent_to(3).unwrap();
+        world.arrive(request(4, 100));
+        world.wait(50_000);
+        world.fail(3, Failure::Timeout);
+        assert_eq!(world.waiting(), [RequestId(3)], "40 s of 60 are used up");
+        assert!(world.sent_to(2) != Some(worker));
+        world.wait(9_000);
+        assert_eq!(world.refusal(3), None);
+        world.wait(2_000);
+        assert_eq!(world.refusal(3), deadline.map(|_| Refusal::DeadlinePassed));
+        world.wait(10_000);
+        assert_eq!(world.refusal(3), Some(deadline.map_or(Refusal::TimedOut, |_| Refusal::DeadlinePassed)));
+    }
 }
 
 #[test]
@@ -68,7 +97,8 @@ fn what_can_never_be_served_is_refused_on_arrival() {
     world.arrive(request(3, 1000));
     assert_eq!(world.refusal(3), Some(Refusal::TooLarge));
     world.arrive(Request { deadline: Some(world.now), ..request(4, 10) });
-    assert_eq!(world.refusal(4), Some(Refusal::TimedOut));
+    assert_eq!(world.refusal(4), Some(Refusal::DeadlinePassed));
+    assert_eq!(world.core.explain(RequestId(4)).map(|decision| decision.cause).collect::<Vec<_>>(), [Cause::Expiry]);
     world.arrive(request(5, 999));
     assert_eq!(world.sent_to(5), Some(0));
     world.join(1, WorkerSpec::default());
@@ -453,6 +483,23 @@ fn a_full_queue_sheds_the_lowest_class_and_its_newest_first() {
 }
 
 #[test]
+fn a_tenant_of_more_weight_may_have_more_waiting_before_it_is_shed() {
+    let mut world = World::new(1, PoolLimits { queue_requests_max: 5, ..PoolLimits::default() });
+    world.event(Event::TenantWeight { tenant: TenantId(1), weight: 2.0 });
+    world.join(0, one_slot());
+    world.probed(0, true);
+    world.arrive(request(0, 1000));
+    for (id, tenant) in [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 1)] {
+        world.arrive(Request { tenant: TenantId(tenant), ..request(id, 1000) });
+    }
+    assert_eq!(world.refusal(6), None);
+    assert_eq!(world.refusal(5), Some(Refusal::QueueFull), "2000 tokens are more than 4000 of twice the weight");
+    world.event(Event::TenantWeight { tenant: TenantId(1), weight: 0.5 });
+    world.arrive(Request { tenant: TenantId(2), ..request(7, 10) });
+    assert_eq!(world.refusal(6), Some(Refusal::QueueFull));
+}
+
+#[test]
 fn queues_are_bounded_in_bytes_and_tokens_too() {
     for limits in [
         PoolLimits { queue_bytes_max: 2500, ..PoolLimits::default() },
@@ -492,9 +539,12 @@ fn a_deadline_is_held_against_measured_rates_only() {
     world.finish(500);
     calibrate(&mut world, 1, 0, 8000);
     world.arrive(Request { deadline: soon(&world), ..request(600, 8000) });
-    assert_eq!(world.refusal(600), Some(Refusal::DeadlineInfeasible));
+    assert_eq!(world.refusal(600), Some(Refusal::DeadlineTooShort));
     world.arrive(Request { deadline: soon(&world), ..request(601, 3000) });
     assert_eq!(world.sent_to(601), Some(0));
+    let actions = world.arrive(Request { deadline: soon(&world), ..request(602, 3000) });
+    assert_eq!(world.refusal(602), Some(Refusal::DeadlineInfeasible), "it would be in time alone");
+    assert!(retry_after(&actions) >= Duration::from_secs(1));
 }
 
 #[test]

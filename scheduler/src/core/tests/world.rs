@@ -150,7 +150,8 @@ impl World {
                 Action::Refuse { request, reason, retry_after } => {
                     let before = self.stages.insert(*request, Stage::Refused(*reason));
                     assert_eq!(before, Some(Stage::Waiting), "{request} was refused");
-                    let comes_back = !matches!(reason, Refusal::PoolUnknown | Refusal::TooLarge);
+                    let comes_back =
+                        !matches!(reason, Refusal::PoolUnknown | Refusal::TooLarge | Refusal::DeadlineTooShort);
                     assert_eq!(retry_after.is_some(), comes_back, "{reason}");
                 }
                 Action::Probe { worker } => assert!(self.health.contains_key(worker)),
