@@ -235,6 +235,7 @@ fn route(asked: &Asked) -> RouteId {
         Asked::Chat(_) => 0,
         Asked::Completion(_) => 1,
         Asked::Embedding(_) => 2,
+        Asked::Ranking(_) => 3,
     })
 }
 

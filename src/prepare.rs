@@ -43,6 +43,7 @@ pub enum Asked {
     Chat(peek::Chat),
     Completion(peek::Completion),
     Embedding(peek::Embedding),
+    Ranking(peek::Ranking),
 }
 
 impl Asked {
@@ -52,6 +53,7 @@ impl Asked {
             Self::Chat(chat) => &chat.model,
             Self::Completion(completion) => &completion.model,
             Self::Embedding(embedding) => &embedding.model,
+            Self::Ranking(ranking) => &ranking.model,
         }
     }
 
@@ -60,7 +62,7 @@ impl Asked {
         match self {
             Self::Chat(chat) => Some(&chat.streaming),
             Self::Completion(completion) => Some(&completion.streaming),
-            Self::Embedding(_) => None,
+            Self::Embedding(_) | Self::Ranking(_) => None,
         }
     }
 
@@ -70,7 +72,7 @@ impl Asked {
         match self {
             Self::Chat(chat) => chat.max_tokens,
             Self::Completion(completion) => completion.max_tokens,
-            Self::Embedding(_) => Some(0),
+            Self::Embedding(_) | Self::Ranking(_) => Some(0),
         }
     }
 
@@ -82,7 +84,7 @@ impl Asked {
             Self::Completion(completion) => {
                 completion.n.saturating_mul(u32::try_from(completion.prompt.count()).unwrap_or(u32::MAX))
             }
-            Self::Embedding(_) => 0,
+            Self::Embedding(_) | Self::Ranking(_) => 0,
         }
     }
 
@@ -91,6 +93,7 @@ impl Asked {
         match self {
             Self::Completion(_) => "prompt",
             Self::Embedding(peek::Embedding { input: Source::Plain(_), .. }) => "input",
+            Self::Ranking(_) => "documents",
             Self::Chat(_) | Self::Embedding(_) => "messages",
         }
     }
@@ -109,6 +112,7 @@ impl Asked {
                 Source::Plain(plain) => input(plain),
                 Source::Messages(messages) => messages.len(),
             },
+            Self::Ranking(ranking) => ranking.text_bytes,
         }
     }
 
@@ -122,6 +126,8 @@ impl Asked {
             // A template takes some 20 µs by itself.
             Self::Chat(_) => false,
             Self::Completion(completion) => small(&completion.prompt),
+            // Only estimated.
+            Self::Ranking(_) => true,
             Self::Embedding(embedding) => matches!(&embedding.input, Source::Plain(input) if small(input)),
         }
     }

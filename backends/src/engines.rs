@@ -52,24 +52,28 @@ const METRICS_BYTES_MAX: usize = 8 << 20;
 /// Answers of which a few values are read. SGLang's `/model_info` is the longest.
 const SMALL_BYTES_MAX: usize = 256 << 10;
 
-/// An API that a client may ask for, in OpenAI's shape or, for the last two, in vLLM's.
+/// An API that a client may ask for, in OpenAI's shape or, for the last four, in vLLM's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Api {
     ChatCompletions,
     Completions,
     Embeddings,
+    Rerank,
+    Score,
     Tokenize,
     Detokenize,
 }
 
 impl Api {
-    /// Where OpenAI, or vLLM for the last two, has it.
+    /// Where OpenAI, or vLLM for the last four, has it.
     #[must_use]
     pub fn path(self) -> &'static str {
         match self {
             Self::ChatCompletions => "/v1/chat/completions",
             Self::Completions => "/v1/completions",
             Self::Embeddings => "/v1/embeddings",
+            Self::Rerank => "/v1/rerank",
+            Self::Score => "/v1/score",
             Self::Tokenize => "/tokenize",
             Self::Detokenize => "/detokenize",
         }

@@ -166,6 +166,15 @@ pub struct Embedding {
     pub user: Option<String>,
 }
 
+/// `POST /v1/rerank` and `/v1/score`, in vLLM's shape. How an engine pairs the texts is its model's matter, so they are
+/// only measured here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ranking {
+    pub model: Model,
+    /// Length of what is compared with each other, as JSON.
+    pub text_bytes: usize,
+}
+
 /// `POST /tokenize`, in vLLM's shape.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tokenize {
@@ -238,6 +247,8 @@ keys!(EmbeddingKeys {
     cache_salt,
     user,
 });
+
+keys!(RankingKeys { model, query, documents, text_1, text_2, queries, items });
 
 keys!(TokenizeKeys {
     model,
@@ -326,6 +337,29 @@ impl Embedding {
             cache_salt: keys.cache_salt.string()?,
             cache_salt_at: place(&keys.cache_salt, open),
             user: keys.user.string()?,
+        })
+    }
+}
+
+impl Ranking {
+    /// Reads a request to rank documents by a query.
+    pub fn rerank(body: &[u8]) -> Result<Self, Refusal> {
+        let (keys, _) = keys::read::<RankingKeys<'_>>(body)?;
+        let query = keys.query.span().ok_or_else(|| keys.query.missing())?;
+        let documents = keys.documents.array()?.ok_or_else(|| keys.documents.missing())?;
+        Ok(Self {
+            model: model(&keys.model)?.ok_or_else(|| keys.model.missing())?,
+            text_bytes: query.len() + documents.len(),
+        })
+    }
+
+    /// Reads a request to score pairs of texts, which engines and their releases name differently.
+    pub fn score(body: &[u8]) -> Result<Self, Refusal> {
+        let (keys, _) = keys::read::<RankingKeys<'_>>(body)?;
+        let named = [&keys.text_1, &keys.text_2, &keys.query, &keys.queries, &keys.documents, &keys.items];
+        Ok(Self {
+            model: model(&keys.model)?.ok_or_else(|| keys.model.missing())?,
+            text_bytes: named.into_iter().filter_map(Field::span).map(|span| span.len()).sum(),
         })
     }
 }

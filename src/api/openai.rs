@@ -1,4 +1,4 @@
-//! OpenAI's inference calls: chat, completions, embeddings.
+//! OpenAI's inference calls: chat, completions, embeddings; and vLLM's rerank and score, which go the same way.
 
 use std::sync::Arc;
 
@@ -42,6 +42,16 @@ pub(super) async fn completions(State(api): State<Arc<Api>>, request: Request) -
 pub(super) async fn embeddings(State(api): State<Arc<Api>>, request: Request) -> Response {
     let peek = |body: &[u8]| peek::Embedding::peek(body).map(Asked::Embedding);
     serve(&api, request, Kind { name: ApiName::Embeddings, api: engines::Api::Embeddings, peek }).await
+}
+
+pub(super) async fn rerank(State(api): State<Arc<Api>>, request: Request) -> Response {
+    let peek = |body: &[u8]| peek::Ranking::rerank(body).map(Asked::Ranking);
+    serve(&api, request, Kind { name: ApiName::Rerank, api: engines::Api::Rerank, peek }).await
+}
+
+pub(super) async fn score(State(api): State<Arc<Api>>, request: Request) -> Response {
+    let peek = |body: &[u8]| peek::Ranking::score(body).map(Asked::Ranking);
+    serve(&api, request, Kind { name: ApiName::Score, api: engines::Api::Score, peek }).await
 }
 
 async fn serve(api: &Api, request: Request, kind: Kind) -> Response {

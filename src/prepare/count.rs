@@ -27,7 +27,7 @@ impl Counted {
         let first = prompts.first().map_or(&[][..], AsRef::as_ref);
         let blocks = match asked {
             // Embedding models keep no prefix.
-            Asked::Embedding(_) => Arc::default(),
+            Asked::Embedding(_) | Asked::Ranking(_) => Arc::default(),
             // What is left of a prompt that the engine shortens depends on settings of its own.
             _ if cut.length(first.len()) as usize != first.len() => Arc::default(),
             _ => hashes::blocks(first, model.block_tokens, &model.name, cache_salt(asked)),
@@ -42,6 +42,7 @@ pub(super) fn exactly(tokenizer: &Tokenizer, model: &Model, asked: &Asked, body:
         // A template of the client's own is a program that engines refuse unless told to trust it; it is not run here.
         Asked::Chat(chat) if chat.template.chat_template.is_some() => Ok(estimate(model, asked)),
         Asked::Embedding(embedding) if embedding.template.chat_template.is_some() => Ok(estimate(model, asked)),
+        Asked::Ranking(_) => Ok(estimate(model, asked)),
         Asked::Chat(chat) => {
             let prompt = rendered(tokenizer, body, &chat.messages, chat.tools.as_ref(), &chat.template)?;
             Ok(Counted::of(&[prompt.ids], model, asked, prompt.exact))
@@ -89,7 +90,7 @@ pub(super) fn estimate(model: &Model, asked: &Asked) -> Counted {
             Source::Plain(input) => Some(input),
             Source::Messages(_) => None,
         },
-        Asked::Chat(_) => None,
+        Asked::Chat(_) | Asked::Ranking(_) => None,
     };
     match given {
         Some(Input::Ids(ids)) => Counted::of(&[ids], model, asked, true),
@@ -177,6 +178,7 @@ fn truncation(asked: &Asked) -> Truncation {
         Asked::Chat(chat) => chat.truncation,
         Asked::Completion(completion) => completion.truncation,
         Asked::Embedding(embedding) => embedding.truncation,
+        Asked::Ranking(_) => Truncation::default(),
     }
 }
 
@@ -185,6 +187,7 @@ fn cache_salt(asked: &Asked) -> Option<&str> {
         Asked::Chat(chat) => chat.cache_salt.as_deref(),
         Asked::Completion(completion) => completion.cache_salt.as_deref(),
         Asked::Embedding(embedding) => embedding.cache_salt.as_deref(),
+        Asked::Ranking(_) => None,
     }
 }
 

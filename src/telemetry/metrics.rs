@@ -46,12 +46,15 @@ pub enum Api {
     Chat,
     Completions,
     Embeddings,
+    Rerank,
+    Score,
     Tokenize,
     Detokenize,
 }
 
 impl Api {
-    pub const ALL: [Self; 5] = [Self::Chat, Self::Completions, Self::Embeddings, Self::Tokenize, Self::Detokenize];
+    pub const ALL: [Self; 7] =
+        [Self::Chat, Self::Completions, Self::Embeddings, Self::Rerank, Self::Score, Self::Tokenize, Self::Detokenize];
 
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -59,6 +62,8 @@ impl Api {
             Self::Chat => "chat",
             Self::Completions => "completions",
             Self::Embeddings => "embeddings",
+            Self::Rerank => "rerank",
+            Self::Score => "score",
             Self::Tokenize => "tokenize",
             Self::Detokenize => "detokenize",
         }

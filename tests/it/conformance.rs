@@ -32,7 +32,7 @@ const ENGINES: [(&str, Option<&str>); 8] = [
 
 type Check = fn(&Setting) -> Cell;
 
-const COLUMNS: [(&str, Check); 15] = [
+const COLUMNS: [(&str, Check); 17] = [
     ("chat", chat),
     ("completions", completions),
     ("stream", stream),
@@ -43,6 +43,8 @@ const COLUMNS: [(&str, Check); 15] = [
     ("stop", stop),
     ("JSON schema", json_schema),
     ("embeddings", embeddings),
+    ("rerank", rerank),
+    ("score", score),
     ("errors", errors),
     ("abort", abort),
     ("usage", usage),
@@ -115,7 +117,8 @@ fn said(text: &str) -> Value {
 }
 
 fn with(mut body: Value, more: Value) -> Value {
-    body.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+    let Value::Object(more) = more else { panic!("fields") };
+    body.as_object_mut().expect("an object").extend(more);
     body
 }
 
@@ -252,6 +255,24 @@ fn json_schema(on: &Setting) -> Cell {
 
 fn embeddings(on: &Setting) -> Cell {
     cell(on.ask("/v1/embeddings", &json!({"model": "m", "input": ["a", "b"]})).map(|answer| {
+        assert_eq!(answer["data"].as_array().map(Vec::len), Some(2), "{answer}");
+    }))
+}
+
+fn rerank(on: &Setting) -> Cell {
+    let body =
+        json!({"model": "m", "query": "river water", "documents": ["a stone", "the water of a river"], "top_n": 2});
+    cell(on.ask("/v1/rerank", &body).map(|answer| {
+        let results = answer["results"].as_array().expect("a ranking");
+        let score = |at: usize| results[at]["relevance_score"].as_f64().expect("a score");
+        assert_eq!((results.len(), &results[0]["index"]), (2, &json!(1)), "{answer}");
+        assert!(score(0) > score(1) && answer["usage"]["prompt_tokens"].as_u64() > Some(0), "{answer}");
+    }))
+}
+
+fn score(on: &Setting) -> Cell {
+    let body = json!({"model": "m", "text_1": "river", "text_2": ["a stone", "a river"]});
+    cell(on.ask("/v1/score", &body).map(|answer| {
         assert_eq!(answer["data"].as_array().map(Vec::len), Some(2), "{answer}");
     }))
 }

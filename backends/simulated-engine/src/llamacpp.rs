@@ -13,7 +13,7 @@ use crate::{
     body::Death,
     server::{Answer, Service},
     vllm::{self, Caller, Task, error::Failure, json_answer, now_seconds, ok},
-    wire::{Wire, message_of, metrics_page, reshaped, without},
+    wire::{Wire, at, message_of, metrics_page, reshaped, without},
 };
 
 pub(crate) struct LlamaCpp;
@@ -75,6 +75,7 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
                 "/v1/chat/completions" => Task::Chat,
                 "/v1/completions" => Task::Completion,
                 "/v1/embeddings" => Task::Embedding,
+                "/v1/rerank" => Task::Rerank,
                 _ => return Err(Failure::plain(StatusCode::NOT_FOUND, "File Not Found")),
             };
             let body = vllm::read(&parts.headers, body).await?;
@@ -90,7 +91,7 @@ async fn infer(service: &Arc<Service>, task: Task, mut body: Map<String, Value>)
     // Nothing bounds an answer but the context.
     body.entry("max_tokens").or_insert((service.options.max_model_len / 2).into());
     let answer = vllm::run(service, task, &body, &Caller::default()).await?;
-    if task == Task::Embedding {
+    if !matches!(task, Task::Chat | Task::Completion) {
         return Ok(answer);
     }
     Ok(reshaped(answer, move |value| Some(shape(value))))
@@ -100,20 +101,20 @@ async fn infer(service: &Arc<Service>, task: Task, mut body: Map<String, Value>)
 fn shape(mut value: Value) -> Value {
     let choices = value.get_mut("choices").map(Value::take).unwrap_or_default();
     let choices: Vec<Value> = choices.as_array().into_iter().flatten().cloned().map(choice).collect();
-    let last = choices.iter().any(|choice| !choice["finish_reason"].is_null());
+    let last = choices.iter().any(|choice| !at(choice, "finish_reason").is_null());
     let mut shaped = json!({
         "choices": choices,
-        "created": value["created"].take(),
-        "model": value["model"].take(),
+        "created": at(&value, "created"),
+        "model": at(&value, "model"),
         "system_fingerprint": "b0-unknown",
-        "object": value["object"].take(),
+        "object": at(&value, "object"),
     });
     if let Some(shaped) = shaped.as_object_mut() {
         if let Some(usage) = value.get_mut("usage").filter(|usage| !usage.is_null()) {
             without(usage, &["completion_tokens_details"]);
             shaped.insert("usage".to_owned(), usage.take());
         }
-        shaped.insert("id".to_owned(), value["id"].take());
+        shaped.insert("id".to_owned(), at(&value, "id").clone());
         if last {
             shaped.insert("timings".to_owned(), json!({"cache_n": 0, "prompt_n": 1, "predicted_n": 1}));
         }

@@ -15,7 +15,7 @@ use crate::{
     body::Death,
     server::{Answer, Service},
     vllm::{self, Caller, Task, error::Failure, json_answer, now_seconds, ok},
-    wire::{Wire, message_of, reshaped},
+    wire::{Wire, at, message_of, reshaped, set},
 };
 
 pub(crate) struct Ollama;
@@ -157,10 +157,11 @@ async fn infer(service: &Arc<Service>, task: Task, mut body: Map<String, Value>)
     let mut calls_tool = false;
     let answer = vllm::run(service, task, &body, &Caller::default()).await?;
     Ok(reshaped(answer, move |mut value| {
-        let head = json!({"id": value["id"], "object": value["object"], "created": value["created"], "model": value["model"],
+        let head = json!({"id": at(&value, "id"), "object": at(&value, "object"), "created": at(&value, "created"),
+            "model": at(&value, "model"),
             "system_fingerprint": "fp_ollama"});
         let Some(choice) = value.pointer_mut("/choices/0") else {
-            return Some(with(head, &json!([]), &value["usage"]));
+            return Some(with(head, &json!([]), at(&value, "usage")));
         };
         let finish = choice.get("finish_reason").cloned().unwrap_or_default();
         let logprobs = choice.get("logprobs").cloned().unwrap_or_default();
@@ -178,17 +179,18 @@ async fn infer(service: &Arc<Service>, task: Task, mut body: Map<String, Value>)
             let name = if streamed { "delta" } else { "message" };
             json!({"index": 0, name: own, "logprobs": logprobs, "finish_reason": finish})
         } else {
-            json!({"text": choice["text"], "index": 0, "finish_reason": finish})
+            json!({"text": at(choice, "text"), "index": 0, "finish_reason": finish})
         };
-        Some(with(head, &json!([choice]), &value["usage"]))
+        Some(with(head, &json!([choice]), at(&value, "usage")))
     }))
 }
 
 fn with(mut head: Value, choices: &Value, usage: &Value) -> Value {
-    head["choices"] = choices.clone();
+    set(&mut head, "choices", choices.clone());
     if let Some(usage) = usage.as_object() {
-        head["usage"] = json!({"prompt_tokens": usage.get("prompt_tokens"),
+        let usage = json!({"prompt_tokens": usage.get("prompt_tokens"),
             "completion_tokens": usage.get("completion_tokens"), "total_tokens": usage.get("total_tokens")});
+        set(&mut head, "usage", usage);
     }
     head
 }

@@ -13,7 +13,7 @@ use crate::{
     body::Death,
     server::{Answer, Service},
     vllm::{self, Caller, Task, error::Failure, json_answer, now_seconds, ok},
-    wire::{Wire, message_of, metrics_page, reshaped, without},
+    wire::{Wire, at, message_of, metrics_page, reshaped, set, without},
 };
 
 pub(crate) struct SgLang;
@@ -74,6 +74,7 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
                 "/v1/chat/completions" => Task::Chat,
                 "/v1/completions" => Task::Completion,
                 "/v1/embeddings" => Task::Embedding,
+                "/v1/rerank" => Task::Rerank,
                 _ => return Err(Failure::not_found()),
             };
             let body = vllm::read(&parts.headers, body).await?;
@@ -90,8 +91,10 @@ async fn infer(service: &Arc<Service>, task: Task, mut body: Map<String, Value>)
         body.insert("include_stop_str_in_output".to_owned(), keep);
     }
     let answer = vllm::run(service, task, &body, &Caller::default()).await?;
-    if task == Task::Embedding {
-        return Ok(answer);
+    match task {
+        Task::Chat | Task::Completion => {}
+        Task::Rerank => return Ok(reshaped(answer, |value| Some(ranked(&value)))),
+        _ => return Ok(answer),
     }
     Ok(reshaped(answer, move |mut value| {
         const GONE: [&str; 8] = [
@@ -105,11 +108,11 @@ async fn infer(service: &Arc<Service>, task: Task, mut body: Map<String, Value>)
             "metrics",
         ];
         without(&mut value, &GONE);
-        value["model"] = asked.clone();
+        set(&mut value, "model", asked.clone());
         for choice in value.get_mut("choices").and_then(Value::as_array_mut).into_iter().flatten() {
             let matched = choice.get("stop_reason").cloned();
             without(choice, &["stop_reason", "token_ids", "routed_experts", "prompt_logprobs", "prompt_token_ids"]);
-            choice["matched_stop"] = matched.unwrap_or(Value::Null);
+            set(choice, "matched_stop", matched.unwrap_or_default());
             if let Some(message) = message_of(choice) {
                 message.remove("reasoning");
                 message.insert("reasoning_content".to_owned(), Value::Null);
@@ -118,6 +121,19 @@ async fn infer(service: &Arc<Service>, task: Task, mut body: Map<String, Value>)
         }
         Some(value)
     }))
+}
+
+/// A bare list.
+fn ranked(value: &Value) -> Value {
+    let tokens = value.pointer("/usage/prompt_tokens").cloned().unwrap_or_default();
+    let results = at(value, "results").as_array().into_iter().flatten().enumerate();
+    let item = |(place, item): (usize, &Value)| {
+        let tokens = if place == 0 { tokens.clone() } else { 0.into() };
+        json!({"score": at(item, "relevance_score"), "document": item.pointer("/document/text"),
+            "index": at(item, "index"),
+            "meta_info": {"prompt_tokens": tokens}})
+    };
+    results.map(item).collect()
 }
 
 fn loads(service: &Service) -> Value {

@@ -15,7 +15,7 @@ use crate::{
     body::Death,
     server::{Answer, Service},
     vllm::{self, Caller, Task, error::Failure, json_answer, now_seconds, ok},
-    wire::{Wire, message_of, metrics_page, reshaped},
+    wire::{Wire, at, message_of, metrics_page, reshaped},
 };
 
 pub(crate) struct Tgi {
@@ -154,7 +154,7 @@ async fn infer(service: &Arc<Service>, task: Task, mut body: Map<String, Value>)
     let format = body.remove("response_format").filter(|format| !format.is_null());
     if let Some(format) = format {
         let Some(value) = format.get("value") else { return Err(validation("missing field `value`")) };
-        let schema = if format["type"] == "json_schema" { &value["schema"] } else { value };
+        let schema = if at(&format, "type") == "json_schema" { at(value, "schema") } else { value };
         body.insert("structured_outputs".to_owned(), json!({"json": schema}));
     }
     // What it does not know it does not see, and `n` it does not heed.
@@ -169,28 +169,27 @@ async fn infer(service: &Arc<Service>, task: Task, mut body: Map<String, Value>)
     let answer = vllm::run(service, task, &body, &Caller::default()).await?;
     let mut calls_tool = false;
     Ok(reshaped(answer, move |mut value| {
-        value["id"] = "".into();
-        value["system_fingerprint"] = "3.3.7-native".into();
-        let streamed = value["object"] == "chat.completion.chunk";
+        let streamed = at(&value, "object") == "chat.completion.chunk";
         let Some(choice) = value.pointer_mut("/choices/0") else {
-            return Some(
-                json!({"id": "", "object": value["object"], "created": value["created"], "model": value["model"],
-                "system_fingerprint": "3.3.7-native", "choices": [], "usage": usage(&value["usage"])}),
-            );
+            return Some(json!({"id": "", "object": at(&value, "object"), "created": at(&value, "created"),
+                "model": at(&value, "model"),
+                "system_fingerprint": "3.3.7-native", "choices": [], "usage": usage(at(&value, "usage"))}));
         };
         let finish = ended(choice);
         let message = message_of(choice).cloned().unwrap_or_default();
-        let calls = message.get("tool_calls").cloned();
+        let calls = message.get("tool_calls").and_then(|calls| calls.pointer("/0/function")).cloned();
         calls_tool |= calls.is_some();
         let shaped = match (task, calls) {
-            (Task::Chat, Some(calls)) if streamed => json!({"role": "assistant", "tool_calls": [{"index": 0, "id": "0",
-                "type": "function", "function": {"name": calls[0]["function"].get("name"),
-                    "arguments": calls[0]["function"].get("arguments").and_then(Value::as_str).unwrap_or_default()}}]}),
-            (Task::Chat, Some(calls)) => {
-                let arguments = calls[0]["function"]["arguments"].as_str().unwrap_or_default();
+            (Task::Chat, Some(function)) if streamed => {
+                json!({"role": "assistant", "tool_calls": [{"index": 0, "id": "0",
+                "type": "function", "function": {"name": function.get("name"),
+                    "arguments": function.get("arguments").and_then(Value::as_str).unwrap_or_default()}}]})
+            }
+            (Task::Chat, Some(function)) => {
+                let arguments = function.get("arguments").and_then(Value::as_str).unwrap_or_default();
                 let arguments: Value = serde_json::from_str(arguments).unwrap_or_default();
                 json!({"role": "assistant", "tool_calls": [{"id": "0", "type": "function",
-                    "function": {"name": calls[0]["function"]["name"], "arguments": arguments}}]})
+                    "function": {"name": function.get("name"), "arguments": arguments}}]})
             }
             // The event that would tell why a tool's call ended is lost in the parser of its grammar.
             (Task::Chat, None) if streamed && calls_tool => return None,
@@ -199,7 +198,8 @@ async fn infer(service: &Arc<Service>, task: Task, mut body: Map<String, Value>)
                 return None;
             }
             (Task::Chat, None) => {
-                json!({"role": "assistant", "content": message.get("content").and_then(Value::as_str).unwrap_or_default()})
+                let content = message.get("content").and_then(Value::as_str).unwrap_or_default();
+                json!({"role": "assistant", "content": content})
             }
             _ => Value::Null,
         };
@@ -209,10 +209,14 @@ async fn infer(service: &Arc<Service>, task: Task, mut body: Map<String, Value>)
             (Task::Chat, false) => {
                 json!({"index": 0, "message": shaped, "logprobs": logprobs, "finish_reason": finish})
             }
-            _ => json!({"index": choice["index"], "text": choice["text"], "logprobs": null, "finish_reason": finish}),
+            _ => {
+                json!({"index": at(choice, "index"), "text": at(choice, "text"), "logprobs": null,
+                    "finish_reason": finish})
+            }
         };
-        Some(json!({"id": "", "object": value["object"], "created": value["created"], "model": value["model"],
-            "system_fingerprint": "3.3.7-native", "choices": [choice], "usage": usage(&value["usage"])}))
+        Some(json!({"id": "", "object": at(&value, "object"), "created": at(&value, "created"),
+                "model": at(&value, "model"),
+            "system_fingerprint": "3.3.7-native", "choices": [choice], "usage": usage(at(&value, "usage"))}))
     }))
 }
 

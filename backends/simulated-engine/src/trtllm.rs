@@ -133,7 +133,7 @@ async fn infer(service: &Arc<Service>, task: Task, mut body: Map<String, Value>)
     let known: &[&[&str]] = match task {
         Task::Chat => &[&COMMON, &CHAT],
         Task::Completion => &[&COMMON, &COMPLETION],
-        Task::Embedding => &[&EMBEDDING],
+        _ => &[&EMBEDDING],
     };
     if let Some(name) = body.keys().find(|name| !known.iter().any(|list| list.contains(&name.as_str()))) {
         let message = format!(

@@ -10,6 +10,7 @@ pub(crate) mod error;
 pub(crate) mod fields;
 mod logprobs;
 mod metrics;
+mod ranking;
 pub(crate) mod request;
 pub(crate) mod stream;
 pub(crate) mod tokenize;
@@ -46,10 +47,14 @@ const FINGERPRINT: &str = "vllm-0.32.0-simulated";
 const BODY_BYTES_MAX: usize = 64 << 20;
 
 /// Routes and the one method of each, but `/ping`, which has two.
-const ROUTES: [(&str, Method); 12] = [
+const ROUTES: [(&str, Method); 16] = [
     ("/v1/chat/completions", Method::POST),
     ("/v1/completions", Method::POST),
     ("/v1/embeddings", Method::POST),
+    ("/v1/rerank", Method::POST),
+    ("/rerank", Method::POST),
+    ("/v1/score", Method::POST),
+    ("/score", Method::POST),
     ("/tokenize", Method::POST),
     ("/detokenize", Method::POST),
     ("/v1/models", Method::GET),
@@ -90,6 +95,8 @@ pub(crate) enum Task {
     Chat,
     Completion,
     Embedding,
+    Rerank,
+    Score,
 }
 
 /// Runs the model as vLLM would.
@@ -103,6 +110,8 @@ pub(crate) async fn run(
         Task::Chat => chat::answer(service, body, caller).await,
         Task::Completion => completions::answer(service, body, caller).await,
         Task::Embedding => embeddings::answer(service, body, caller).await,
+        Task::Rerank => ranking::rerank(service, body, caller).await,
+        Task::Score => ranking::score(service, body, caller).await,
     }
 }
 
@@ -137,6 +146,8 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
     match path {
         "/v1/chat/completions" => run(service, Task::Chat, &body, &caller).await,
         "/v1/completions" => run(service, Task::Completion, &body, &caller).await,
+        "/v1/rerank" | "/rerank" => run(service, Task::Rerank, &body, &caller).await,
+        "/v1/score" | "/score" => run(service, Task::Score, &body, &caller).await,
         "/v1/embeddings" => run(service, Task::Embedding, &body, &caller).await,
         "/tokenize" => tokenize::tokenize(service, &body),
         _ => tokenize::detokenize(service, &body),

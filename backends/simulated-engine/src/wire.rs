@@ -61,10 +61,12 @@ impl EngineKind {
 }
 
 /// Paths that run the model, of all engines.
-const MODEL_PATHS: [&str; 7] = [
+const MODEL_PATHS: [&str; 9] = [
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/embeddings",
+    "/v1/rerank",
+    "/v1/score",
     "/generate",
     "/generate_stream",
     "/api/chat",
@@ -116,6 +118,18 @@ pub(crate) fn reshaped(answer: Answer, mut change: impl FnMut(Value) -> Option<V
 pub(crate) fn message_of(choice: &mut Value) -> Option<&mut serde_json::Map<String, Value>> {
     let name = if choice.get("delta").is_some() { "delta" } else { "message" };
     choice.get_mut(name)?.as_object_mut()
+}
+
+/// A member, null where it is not.
+pub(crate) fn at<'a>(value: &'a Value, name: &str) -> &'a Value {
+    value.get(name).unwrap_or(&Value::Null)
+}
+
+/// Puts a member into an object.
+pub(crate) fn set(value: &mut Value, name: &str, to: impl Into<Value>) {
+    if let Some(object) = value.as_object_mut() {
+        object.insert(name.to_owned(), to.into());
+    }
 }
 
 /// Takes members out of an object.

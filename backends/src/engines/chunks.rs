@@ -63,12 +63,12 @@ impl Chunks {
             json!({"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish})
         };
         self.begun = true;
-        event(out, self.head(true, json!([choice])).to_string());
+        event(out, self.head(true, &json!([choice])).to_string());
     }
 
     /// Adds the event that tells the cost, and the end mark.
     pub(super) fn end(&self, cost: Cost, out: &mut Vec<u8>) {
-        let mut chunk = self.head(true, json!([]));
+        let mut chunk = self.head(true, &json!([]));
         if let Some(object) = chunk.as_object_mut() {
             object.insert("usage".to_owned(), cost.usage());
         }
@@ -89,14 +89,14 @@ impl Chunks {
         } else {
             json!({"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish})
         };
-        let mut answer = self.head(false, json!([choice]));
+        let mut answer = self.head(false, &json!([choice]));
         if let Some(object) = answer.as_object_mut() {
             object.insert("usage".to_owned(), cost.usage());
         }
         answer.to_string().into()
     }
 
-    fn head(&self, streamed: bool, choices: Value) -> Value {
+    fn head(&self, streamed: bool, choices: &Value) -> Value {
         let object = match (self.chat, streamed) {
             (true, true) => "chat.completion.chunk",
             (true, false) => "chat.completion",

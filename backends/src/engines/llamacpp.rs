@@ -61,10 +61,7 @@ impl Engine for LlamaCpp {
 
     /// Its `/tokenize` and `/detokenize` have a shape of their own (`content`), and answer vLLM's with an empty list.
     fn serves(&self, api: Api) -> bool {
-        match api {
-            Api::ChatCompletions | Api::Completions | Api::Embeddings => true,
-            Api::Tokenize | Api::Detokenize => false,
-        }
+        matches!(api, Api::ChatCompletions | Api::Completions | Api::Embeddings | Api::Rerank)
     }
 
     fn adapt(&self, asked: Asked) -> Result<Prepared, Unsupported> {

@@ -22,9 +22,6 @@ impl Engine for OpenAi {
     }
 
     fn serves(&self, api: Api) -> bool {
-        match api {
-            Api::ChatCompletions | Api::Completions | Api::Embeddings => true,
-            Api::Tokenize | Api::Detokenize => false,
-        }
+        matches!(api, Api::ChatCompletions | Api::Completions | Api::Embeddings | Api::Rerank | Api::Score)
     }
 }

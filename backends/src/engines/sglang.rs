@@ -1,10 +1,13 @@
 //! SGLang (0.5.23), over its OpenAI routes.
 
+use bytes::Bytes;
 use forebay_proto::metrics_text::{Sample, samples};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     Api, Asked, Engine, Load, Mark, Members, Prepared, ServedModel, Totals, Translation, Unsupported,
+    answer::Translator,
+    chunks::new_id,
     fields::refuse_unheeded,
     tally::Tally,
     tidy::{Rule, THINKING, Tidy},
@@ -37,7 +40,8 @@ const HEEDED: &[&str] = &[
     "ebnf",
 ];
 
-/// Below this, blocks of our own do: its radix cache may have a grain of one token, and nobody gains from hashes that fine.
+/// Below this, blocks of our own do: its radix cache may have a grain of one token, and nobody
+/// gains from hashes that fine.
 const BLOCK_TOKENS_MIN: u32 = 16;
 
 impl Engine for SgLang {
@@ -81,11 +85,8 @@ impl Engine for SgLang {
     }
 
     fn serves(&self, api: Api) -> bool {
-        match api {
-            Api::ChatCompletions | Api::Completions | Api::Embeddings => true,
-            // Of the same shape as vLLM's for text alone; a chat is refused there.
-            Api::Tokenize | Api::Detokenize => false,
-        }
+        // Its `/v1/score` asks for the probability of labels; its `/tokenize` refuses a chat.
+        matches!(api, Api::ChatCompletions | Api::Completions | Api::Embeddings | Api::Rerank)
     }
 
     fn rewrites(&self) -> bool {
@@ -93,8 +94,13 @@ impl Engine for SgLang {
     }
 
     fn adapt(&self, asked: Asked) -> Result<Prepared, Unsupported> {
-        if asked.api == Api::Embeddings {
-            return Ok(Prepared::untouched(asked));
+        match asked.api {
+            Api::ChatCompletions | Api::Completions => {}
+            Api::Rerank => {
+                let translation = Some(Translation::new(Ranked));
+                return Ok(Prepared { translation, ..Prepared::untouched(asked) });
+            }
+            _ => return Ok(Prepared::untouched(asked)),
         }
         let body = asked.body.clone();
         let Some(mut members) = Members::read(&body) else { return Ok(Prepared::untouched(asked)) };
@@ -102,6 +108,29 @@ impl Engine for SgLang {
         refuse_unheeded(self.name(), &members, HEEDED)?;
         let translation = Some(Translation::new(Tidy(RULES)));
         Ok(Prepared { body: members.write(&body), translation, ..Prepared::untouched(asked) })
+    }
+}
+
+/// Its ranking is a bare list; vLLM's, as Jina's and Cohere's, has it under `results`.
+struct Ranked;
+
+impl Translator for Ranked {
+    fn event(&mut self, _: &[u8], _: &mut Vec<u8>) -> bool {
+        false
+    }
+
+    fn whole(&mut self, body: &Bytes) -> Option<Bytes> {
+        let answer: Value = serde_json::from_slice(body).ok()?;
+        let Some(list) = answer.as_array() else { return Some(body.clone()) };
+        let tokens = |item: &Value| item.pointer("/meta_info/prompt_tokens").and_then(Value::as_u64);
+        let total: u64 = list.iter().filter_map(tokens).fold(0, u64::saturating_add);
+        let results = list.iter().map(|item| {
+            let document = item.get("document").filter(|text| text.is_string()).map(|text| json!({"text": text}));
+            json!({"index": item.get("index"), "document": document, "relevance_score": item.get("score")})
+        });
+        let results: Vec<Value> = results.collect();
+        let usage = json!({"prompt_tokens": total, "total_tokens": total});
+        Some(json!({"id": new_id("rerank"), "results": results, "usage": usage}).to_string().into())
     }
 }
 

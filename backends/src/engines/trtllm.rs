@@ -62,10 +62,7 @@ impl Engine for TrtLlm {
     }
 
     fn serves(&self, api: Api) -> bool {
-        match api {
-            Api::ChatCompletions | Api::Completions | Api::Embeddings => true,
-            Api::Tokenize | Api::Detokenize => false,
-        }
+        matches!(api, Api::ChatCompletions | Api::Completions | Api::Embeddings)
     }
 
     fn rewrites(&self) -> bool {

@@ -438,3 +438,20 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn rankings() {
+    let read = Ranking::rerank(br#"{"model":"m","query":"cat","documents":["a","b"],"top_n":1}"#).expect("a request");
+    assert_eq!((read.model.name.as_str(), read.text_bytes), ("m", 5 + 9));
+    let read = Ranking::score(br#"{"model":"m","text_1":"cat","text_2":["a"]}"#).expect("a request");
+    assert_eq!(read.text_bytes, 5 + 5);
+    for (body, param) in [
+        (r#"{"query":"q","documents":[]}"#, "model"),
+        (r#"{"model":"m","documents":[]}"#, "query"),
+        (r#"{"model":"m","query":"q"}"#, "documents"),
+        (r#"{"model":"m","query":"q","documents":"d"}"#, "documents"),
+        (r#"{"model":"m","query":"q","query":"r","documents":[]}"#, "query"),
+    ] {
+        assert_eq!(Ranking::rerank(body.as_bytes()).expect_err(body).param.as_deref(), Some(param));
+    }
+}

@@ -79,7 +79,8 @@ impl Native {
         if let (Some(message), Some(calls)) = (message.as_object_mut(), calls) {
             message.insert("tool_calls".to_owned(), calls);
         }
-        let mut line = json!({"model": self.model, "created_at": "2026-01-01T00:00:00Z", "message": message, "done": ended.is_some()});
+        let mut line = json!({"model": self.model, "created_at": "2026-01-01T00:00:00Z", "message": message,
+            "done": ended.is_some()});
         if let (Some(line), Some((started, output))) = (line.as_object_mut(), ended) {
             let reason = if output.finish == Finish::Length { "length" } else { "stop" };
             line.insert("done_reason".to_owned(), reason.into());

@@ -43,7 +43,7 @@ pub(super) async fn answer(
     let mut own: Map<String, Value> =
         names.iter().filter_map(|(name, ours)| Some(((*ours).to_owned(), parameters.get(*name)?.clone()))).collect();
     if let Some(grammar) = parameters.get("grammar") {
-        own.insert("structured_outputs".to_owned(), json!({"json": grammar["value"]}));
+        own.insert("structured_outputs".to_owned(), json!({"json": grammar.get("value")}));
     }
     let fields = Fields::body(&own);
     let common = Common::read(&fields, &["max_tokens"])?;

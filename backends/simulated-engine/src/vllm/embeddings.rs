@@ -104,7 +104,7 @@ pub(crate) async fn answer(
 }
 
 /// The first `wanted` of `size` dimensions, scaled to unit length.
-fn embed(ids: &[u32], size: u32, wanted: u32) -> Vec<f32> {
+pub(crate) fn embed(ids: &[u32], size: u32, wanted: u32) -> Vec<f32> {
     let mut sum = vec![0f64; size as usize];
     for id in ids {
         let mut draw = Draw(u64::from(*id) << 32);

@@ -8,11 +8,9 @@ use serde_json::Value;
 use crate::client::{Ended, Reply, Server, shared};
 
 /// Recorded exchanges that are not replayed, by the beginning of their name, and why.
-const LEFT_OUT: [(&str, &str); 12] = [
+const LEFT_OUT: [(&str, &str); 10] = [
     ("anthropic-", "not this engine's dialect"),
     ("responses-api", "not simulated"),
-    ("rerank", "not simulated"),
-    ("score", "not simulated"),
     ("chat-options-preflight", "no CORS"),
     ("error-malformed-http", "answered by the HTTP library"),
     ("error-http10", "answered as HTTP/1.0"),

@@ -169,7 +169,8 @@ mod tests {
     #[test]
     fn requests() {
         let body = r#"{"model":"m","messages":[
-            {"role":"user","content":[{"type":"text","text":"a"},{"type":"image_url","image_url":{"url":"data:image/png;base64,AA=="}}]},
+            {"role":"user","content":[{"type":"text","text":"a"},
+                {"type":"image_url","image_url":{"url":"data:image/png;base64,AA=="}}]},
             {"role":"assistant","content":null,"tool_calls":[{"function":{"name":"f","arguments":"{\"x\":1}"}}]}],
             "top_k":4,"repetition_penalty":1.1,"max_tokens":9,"stop":"z","reasoning_effort":"none",
             "response_format":{"type":"json_object"}}"#;
@@ -181,18 +182,17 @@ mod tests {
         let expected = json!({"model": "m", "stream": true, "truncate": false, "format": "json", "think": false,
             "options": {"top_k": 4, "repeat_penalty": 1.1, "num_predict": 9, "stop": ["z"]},
             "messages": [{"role": "user", "content": "a", "images": ["AA=="]},
-                {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}]});
+                {"role": "assistant", "content": "",
+                    "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}]});
         assert_eq!(sent, expected);
     }
 
     #[test]
     fn streams_wherever_they_are_cut() {
-        let lines = concat!(
-            "{\"model\":\"m\",\"message\":{\"role\":\"assistant\",\"content\":\"\",\"thinking\":\"hm 🦀\"},\"done\":false}\n",
-            "{\"model\":\"m\",\"message\":{\"role\":\"assistant\",\"content\":\"Kyōto\"},\"done\":false}\n",
-            "{\"message\":{\"content\":\"\",\"tool_calls\":[{\"function\":{\"name\":\"f\",\"arguments\":{\"ort\":\"大阪\"}}}]},\"done\":false}\n",
-            "{\"message\":{\"content\":\"\"},\"done\":true,\"done_reason\":\"stop\",\"prompt_eval_count\":4,\"eval_count\":6}",
-        );
+        let lines = r#"{"message":{"role":"assistant","content":"","thinking":"hm 🦀"},"done":false}
+{"message":{"role":"assistant","content":"Kyōto"},"done":false}
+{"message":{"content":"","tool_calls":[{"function":{"name":"f","arguments":{"ort":"大阪"}}}]},"done":false}
+{"message":{"content":""},"done":true,"done_reason":"stop","prompt_eval_count":4,"eval_count":6}"#;
         let bytes = Bytes::from_static(lines.as_bytes());
         for cut in 0..=bytes.len() {
             let mut translation = Translation::new(native());

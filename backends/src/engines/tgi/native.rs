@@ -154,8 +154,9 @@ mod tests {
                 text == "</s>"
             )
         };
-        let last = "\"generated_text\":\"Kyōto 🦀\",\"details\":{\"finish_reason\":\"eos_token\",\"generated_tokens\":3,\"seed\":null,\"input_length\":5}";
-        let open = "\"generated_text\":null,\"details\":null";
+        let details = r#"{"finish_reason":"eos_token","generated_tokens":3,"seed":null,"input_length":5}"#;
+        let last = &format!(r#""generated_text":"Kyōto 🦀","details":{details}"#);
+        let open = r#""generated_text":null,"details":null"#;
         let stream = [token("Kyō", open), token("to 🦀", open), ":\n\n".to_owned(), token("</s>", last)].concat();
         let bytes = Bytes::from(stream);
         for cut in 0..=bytes.len() {

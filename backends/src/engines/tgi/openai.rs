@@ -55,13 +55,13 @@ impl Translator for ToolCalls {
     fn whole(&mut self, body: &Bytes) -> Option<Bytes> {
         let answer = if has_calls(body) { serde_json::from_slice::<Value>(body).ok() } else { None };
         let Some(mut answer) = answer else { return Tidy(RULES).whole(body) };
-        if let Some(choice) = answer.pointer_mut("/choices/0") {
-            if let Some(calls) = choice.pointer_mut("/message/tool_calls") {
-                reshape(calls, true);
-                finish_reason(choice);
-                if let Some(message) = choice.get_mut("message").and_then(Value::as_object_mut) {
-                    message.entry("content").or_insert(Value::Null);
-                }
+        if let Some(choice) = answer.pointer_mut("/choices/0")
+            && let Some(calls) = choice.pointer_mut("/message/tool_calls")
+        {
+            reshape(calls, true);
+            finish_reason(choice);
+            if let Some(message) = choice.get_mut("message").and_then(Value::as_object_mut) {
+                message.entry("content").or_insert(Value::Null);
             }
         }
         Some(answer.to_string().into())
