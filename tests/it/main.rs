@@ -17,6 +17,7 @@ mod cli;
 mod drain;
 mod engine_errors;
 mod faults;
+mod gpus;
 mod http_refusals;
 mod kv_events;
 mod ledger;
