@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use forebay_backends::signals::gpu::Readings;
 use forebay_backends::transport::Transport;
 use secrecy::SecretString;
 use tokio::net::TcpListener;
@@ -67,11 +68,17 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// Starts a gateway that serves `config` on `listeners`.
+    /// Starts a gateway that serves `config` on `listeners`. `here` are this machine's GPUs, gone by where no node is
+    /// configured.
     ///
     /// # Errors
     /// When a tokenizer cannot be loaded, the data directory cannot be written or holds a spoilt owner key, or the system refuses a thread.
-    pub async fn start(config: Config, listeners: Listeners, registry: Registry) -> anyhow::Result<Self> {
+    pub async fn start(
+        config: Config,
+        listeners: Listeners,
+        registry: Registry,
+        here: Option<Readings>,
+    ) -> anyhow::Result<Self> {
         let (serving, tracker) = (TaskTracker::new(), TaskTracker::new());
         let [stopping, closing, abort, background] = std::array::from_fn(|_| CancellationToken::new());
         let server = &config.server;
@@ -89,7 +96,7 @@ impl Gateway {
         let stall_max = server.stall_max;
         let bounds = |connections_max| Bounds { connections_max, stall_max };
         let (body_bytes_max, connections_max) = (server.body_bytes_max, server.max_connections.get() as usize);
-        let catalog = Arc::new(Catalog::new(Arc::clone(&routing), Arc::clone(&dispatch)));
+        let catalog = Arc::new(Catalog::new(Arc::clone(&routing), Arc::clone(&dispatch), here));
         catalog.apply(config).await?;
         let following = Arc::clone(&catalog);
         tracker.spawn(background.clone().run_until_cancelled_owned(async move { following.follow(learned).await }));

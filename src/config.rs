@@ -21,13 +21,14 @@ use std::time::Duration;
 
 use forebay_backends::signals::kv_events::KvSource;
 use forebay_scheduler::Policy;
-use url::Url;
+use url::{Host, Url};
 
 mod defaults;
 mod log;
 mod mistake;
 mod model;
 mod name;
+mod node;
 mod read;
 mod secret;
 mod server;
@@ -50,6 +51,8 @@ pub use watch::Watch;
 pub struct Config {
     /// The gateway itself.
     pub server: Server,
+    /// The machines whose GPUs an agent tells of. Names are unique.
+    pub nodes: Vec<Node>,
     /// What clients may ask for. At least one where a file was read, none without a file. Names and aliases are unique,
     /// and so are the names of all workers.
     pub models: Vec<Model>,
@@ -76,6 +79,28 @@ pub struct Server {
     pub drain: Duration,
     /// Whether each finished request is logged as a line.
     pub access_log: bool,
+}
+
+/// `[[node]]`: a machine with GPUs, and the agent there.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Node {
+    pub name: Name,
+    /// `http` or `https` with a host and nothing more.
+    pub agent: Url,
+}
+
+/// One GPU of a node, as in `gpu-a/0`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GpuName {
+    /// A [`Node`]'s, or [`GpuName::HERE`].
+    pub node: Name,
+    /// Its index (`0`, of a MIG instance `0:1`) or UUID.
+    pub gpu: Name,
+}
+
+impl GpuName {
+    /// The gateway's own machine, where no node is configured.
+    pub const HERE: &str = "local";
 }
 
 /// `[[model]]`: one model that clients ask for by name, and the pool that serves it.
@@ -154,6 +179,21 @@ pub struct Worker {
     pub http2: bool,
     /// Where it publishes what its prefix cache holds; `None`: asked of the worker.
     pub kv_events: Option<KvSource>,
+    /// The GPUs it runs on; empty: found by the port it listens on.
+    pub gpus: Vec<GpuName>,
+}
+
+impl Worker {
+    /// Whether it runs on the gateway's own machine, by its address.
+    #[must_use]
+    pub fn is_here(&self) -> bool {
+        match self.url.host() {
+            Some(Host::Domain(name)) => name == "localhost",
+            Some(Host::Ipv4(address)) => address.is_loopback(),
+            Some(Host::Ipv6(address)) => address.is_loopback(),
+            None => false,
+        }
+    }
 }
 
 impl Config {

@@ -5,12 +5,13 @@
 //! is ever retried. A [`Place`] is the core's promise for one request; dropping it gives the place back.
 //!
 //! Here: `driver` owns the core, `attempt` speaks with one worker, `intake` owns the tasks that feed the core with
-//! what workers report of themselves, `kv` what they publish of their caches, `explain` tells administration what the
+//! what workers report of themselves, `kv` what they publish of their caches, `gpus` what is said of their GPUs, `explain` tells administration what the
 //! core knows and why it decided as it did. Not here: another model or a cloud when a pool cannot (`pipeline`).
 
 mod attempt;
 mod driver;
 mod explain;
+mod gpus;
 mod intake;
 mod kv;
 mod recent;
@@ -36,7 +37,8 @@ use crate::telemetry::Registry;
 use attempt::Failed;
 pub use driver::Place;
 use driver::{Driver, Verdict, Waiting};
-pub use explain::{Decided, Explained, Moment, NotKept, Weighed, WorkerStatus};
+pub use explain::{Decided, Explained, Moment, NotKept, Unweighed, Weighed, WorkerStatus};
+pub use gpus::{GpuStatus, NodeSpec};
 use intake::Intake;
 pub use intake::{Fact, Learned, PoolSpec, WorkerSpec};
 use recent::{Known, Recent};

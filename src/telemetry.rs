@@ -7,4 +7,4 @@
 pub mod logs;
 pub mod metrics;
 
-pub use metrics::{ModelMetrics, Registry, WorkerMetrics};
+pub use metrics::{GpuMetrics, ModelMetrics, Registry, WorkerMetrics};

@@ -23,7 +23,7 @@ use crate::outputs::Plan;
 use crate::pool::Pool;
 use crate::{HealthState, LoadReport, PoolId, Request, RequestId, Tick, WorkerId, WorkerSpec};
 use backlog::{Backlog, SendNumber};
-use beneath::Beneath;
+use beneath::{Beneath, Reports};
 use health::Health;
 use kv::Held;
 use latency::Latency;
@@ -220,10 +220,16 @@ impl Worker {
         rate.max(1.0)
     }
 
-    /// Share of its GPUs' time that others leave it. What came to the engine past us is known better from the engine.
+    /// Share of its GPUs' time that others leave it.
     pub(crate) fn gpu_share(&self, now: Tick, config: &Config) -> f64 {
-        let explained = self.reported.foreign(now, config.report_ttl).is_some();
-        self.beneath.share(now, explained)
+        let fresh = self.reported.fresh(now, config.report_ttl).is_some();
+        let foreign = self.reported.foreign(now, config.report_ttl).is_some();
+        let reports = match (fresh, foreign) {
+            (false, _) => Reports::Nothing,
+            (true, false) => Reports::OnlyOurs,
+            (true, true) => Reports::Foreign,
+        };
+        self.beneath.share(now, reports)
     }
 
     /// Its own measured prefill speed in tokens/s, throttling apart.

@@ -6,11 +6,11 @@ use std::time::{Duration, UNIX_EPOCH};
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
-use forebay_scheduler::{Cause, term_names};
+use forebay_scheduler::{Cause, Unfit, term_names};
 use http::StatusCode;
 use serde_json::Value;
 
-use super::wire::{Candidate, Decision, Explained, Refusal, When};
+use super::wire::{Candidate, Decision, Explained, LeftOut, Refusal, When};
 use super::{Admin, health, refuse, rounded};
 use crate::dispatch::{self, Decided, Moment, Weighed};
 use crate::telemetry::metrics::CLASSES;
@@ -80,6 +80,19 @@ fn decision(decided: Decided) -> Decision {
         decided: when(decided.at),
         winner: decided.candidates.iter().find(|candidate| candidate.winner).map(|winner| winner.worker.to_string()),
         candidates: decided.candidates.into_iter().map(candidate).collect(),
+        left_out: decided
+            .left_out
+            .into_iter()
+            .map(|out| LeftOut { worker: out.worker.to_string(), reason: unfit(out.why).to_owned() })
+            .collect(),
+    }
+}
+
+fn unfit(why: Unfit) -> &'static str {
+    match why {
+        Unfit::Draining => "draining",
+        Unfit::Gpu => "gpu_fault",
+        Unfit::Health(state) => health(state),
     }
 }
 

@@ -52,6 +52,37 @@ pub struct Worker {
     pub rate_measured: bool,
     /// Null when it said nothing, or too long ago to go by.
     pub reported: Option<Reported>,
+    /// Share of their usual speed at which its GPUs run.
+    pub gpu_derate: f64,
+    /// Share of its GPUs' time that others leave it.
+    pub gpu_share: f64,
+    /// A fault of a GPU is why it gets nothing.
+    pub gpu_fault: bool,
+    /// Those it runs on, as far as that is known.
+    pub gpus: Vec<Gpu>,
+}
+
+/// A GPU under a worker, as it said last.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Gpu {
+    /// Node and index, as in `gpu-a/0`.
+    pub name: String,
+    pub uuid: Option<String>,
+    pub model: Option<String>,
+    pub ago_seconds: f64,
+    /// Share of the last sample period in which some kernel ran.
+    pub utilization: Option<f64>,
+    pub memory_used_bytes: Option<u64>,
+    pub memory_total_bytes: Option<u64>,
+    pub temperature_celsius: Option<u32>,
+    pub power_watts: Option<f64>,
+    pub power_limit_watts: Option<f64>,
+    /// Share of its usual speed.
+    pub derate: f64,
+    /// Why it cannot be trusted.
+    pub fault: Option<String>,
+    /// Processes on it that belong to no worker, where that can be told.
+    pub foreign_processes: usize,
 }
 
 /// What an engine said of its load.
@@ -105,6 +136,16 @@ pub struct Decision {
     pub winner: Option<String>,
     /// Best first.
     pub candidates: Vec<Candidate>,
+    /// Workers of the model to which nothing could be sent; the first few.
+    pub left_out: Vec<LeftOut>,
+}
+
+/// One worker that was not weighed.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct LeftOut {
+    pub worker: String,
+    /// `gpu_fault`, `draining`, or as in [`Worker::health`].
+    pub reason: String,
 }
 
 /// One worker as it was weighed.

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
+use forebay_backends::signals::gpu::slowdown;
 
-use super::wire::{Reported, Worker, Workers};
+use super::wire::{Gpu, Reported, Worker, Workers};
 use super::{Admin, health, rounded};
-use crate::dispatch::WorkerStatus;
+use crate::dispatch::{GpuStatus, WorkerStatus};
 
 pub(super) async fn list(State(admin): State<Arc<Admin>>) -> Json<Workers> {
     Json(Workers { workers: admin.dispatch.worker_statuses().into_iter().map(worker).collect() })
@@ -42,5 +43,29 @@ fn worker(status: WorkerStatus) -> Worker {
         prefill_tokens_per_second: rounded(view.prefill_rate),
         rate_measured: view.rate_measured,
         reported,
+        gpu_derate: rounded(view.gpu_derate),
+        gpu_share: rounded(view.gpu_share),
+        gpu_fault: view.gpu_fault,
+        gpus: status.gpus.into_iter().map(gpu).collect(),
+    }
+}
+
+fn gpu(status: GpuStatus) -> Gpu {
+    let said = status.said;
+    let watts = |milliwatts: Option<u32>| milliwatts.map(|milliwatts| f64::from(milliwatts) / 1000.0);
+    Gpu {
+        name: status.name,
+        ago_seconds: rounded(status.ago.as_secs_f64()),
+        utilization: said.utilization_percent.map(|percent| f64::from(percent) / 100.0),
+        memory_used_bytes: said.memory_used_bytes,
+        memory_total_bytes: said.memory_total_bytes,
+        temperature_celsius: said.temperature_celsius,
+        power_watts: watts(said.power_milliwatts),
+        power_limit_watts: watts(said.power_limit_milliwatts),
+        derate: rounded(slowdown(&said)),
+        fault: status.fault,
+        foreign_processes: status.foreign_processes,
+        uuid: said.uuid,
+        model: said.name,
     }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::Context;
+use forebay_backends::signals::gpu::{Readings, Source};
 use forebay_backends::transport::Endpoint;
 use forebay_scheduler::{PoolId, PoolLimits};
 use forebay_tokens::Tokenizer;
@@ -15,7 +16,7 @@ use tokio::sync::{Mutex, mpsc};
 
 use super::tokenizers::{self, Tokenizers};
 use crate::config::{self, Config};
-use crate::dispatch::{Dispatch, Fact, Learned, PoolSpec, WorkerSpec};
+use crate::dispatch::{Dispatch, Fact, Learned, NodeSpec, PoolSpec, WorkerSpec};
 use crate::routing::{Counting, EngineTokenizer, Model, Routing};
 use crate::telemetry::ModelMetrics;
 
@@ -25,6 +26,8 @@ const BLOCK_TOKENS: u32 = 16;
 pub(super) struct Catalog {
     routing: Arc<Routing>,
     dispatch: Arc<Dispatch>,
+    /// This machine's GPUs, for as long as no node is configured.
+    here: Option<Readings>,
     /// An async lock: loading a tokenizer happens under it, away from every request.
     state: Mutex<State>,
 }
@@ -66,14 +69,14 @@ impl Known {
 }
 
 impl Catalog {
-    pub(super) fn new(routing: Arc<Routing>, dispatch: Arc<Dispatch>) -> Self {
+    pub(super) fn new(routing: Arc<Routing>, dispatch: Arc<Dispatch>, here: Option<Readings>) -> Self {
         let state = State {
-            config: Config { server: config::Server::default(), models: Vec::new() },
+            config: Config { server: config::Server::default(), nodes: Vec::new(), models: Vec::new() },
             tokenizers: Tokenizers::default(),
             next_pool: 0,
             models: HashMap::new(),
         };
-        Self { routing, dispatch, state: Mutex::new(state) }
+        Self { routing, dispatch, here, state: Mutex::new(state) }
     }
 
     /// Takes over a configuration whole, or not at all when one of its tokenizers cannot be loaded.
@@ -99,7 +102,19 @@ impl Catalog {
         let pools = state.pools()?;
         self.routing.apply(state.table());
         self.dispatch.apply(&pools);
+        self.dispatch.follow_nodes(&self.nodes(&state.config));
         Ok(())
+    }
+
+    fn nodes(&self, config: &Config) -> Vec<NodeSpec> {
+        let agent =
+            |node: &config::Node| NodeSpec { name: (&*node.name).into(), source: Source::Agent(node.agent.clone()) };
+        match (&config.nodes[..], &self.here) {
+            ([], Some(here)) => {
+                vec![NodeSpec { name: config::GpuName::HERE.into(), source: Source::Here(here.clone()) }]
+            }
+            (nodes, _) => nodes.iter().map(agent).collect(),
+        }
     }
 
     /// Takes in what workers say, until the last sender is gone.
@@ -235,6 +250,7 @@ fn pool(model: &config::Model, known: &Known) -> anyhow::Result<PoolSpec> {
             engine: worker.engine,
             model: worker.model.as_ref().map(|name| name.as_str().to_owned()),
             kv_events: worker.kv_events.clone(),
+            gpus: worker.gpus.clone(),
             first_byte: model.first_byte_timeout,
             idle: model.idle_timeout,
         })

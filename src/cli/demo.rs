@@ -100,6 +100,7 @@ async fn demo(
             api_key: None,
             http2: false,
             kv_events: None,
+            gpus: Vec::new(),
         });
     }
     let mut config = gateway::reader(Vec::new()).without_file().map_err(|mistakes| anyhow::anyhow!("{mistakes}"))?;
@@ -109,7 +110,7 @@ async fn demo(
     config.models = vec![Model { tokenizer: Some(tokenizer), ..model }];
     let listeners = Listeners { client: listener().await?, ops: listener().await? };
     let registry = Registry::install().context("cannot install the metrics recorder")?;
-    let running = Gateway::start(config.clone(), listeners, registry).await?;
+    let running = Gateway::start(config.clone(), listeners, registry, None).await?;
     let (client, ops) = (running.client_address(), running.ops_address());
     say!("  gateway   http://{client}   (metrics: http://{ops}/metrics)\n");
     let shown = show(client, engines).await;

@@ -5,11 +5,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use forebay_backends::discovery::{Found, local};
+use forebay_backends::signals::gpu;
 use forebay_backends::transport::Transport;
 use secrecy::ExposeSecret;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::WrongUse;
+use super::agent::Nvml;
 use super::gateway::{self, Signals, Source};
 use crate::access::OwnerKey;
 use crate::app::{Gateway, Listeners};
@@ -36,6 +39,8 @@ pub(super) struct Arguments {
     /// Where operators connect, over server.ops_listen [default: 127.0.0.1:7071].
     #[arg(long)]
     ops_listen: Option<String>,
+    #[command(flatten)]
+    nvml: Nvml,
 }
 
 pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
@@ -59,7 +64,10 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let own = [client.local_addr()?.port(), ops.local_addr()?.port()];
     let config = if probing { probe(config, &own).await? } else { config };
     let registry = Registry::install().context("cannot install the metrics recorder")?;
-    let gateway = Gateway::start(config.clone(), Listeners { client, ops }, registry).await?;
+    // An agent tells more than one gateway; without any, what runs on this machine can be looked at from here.
+    let is_here = config.nodes.is_empty() && config.models.iter().flat_map(|model| &model.workers).any(Worker::is_here);
+    let here = is_here.then(|| gpu::read_here(arguments.nvml.library, CancellationToken::new())).transpose()?;
+    let gateway = Gateway::start(config.clone(), Listeners { client, ops }, registry, here).await?;
     say!("clients: http://{}   operators: http://{}", gateway.client_address(), gateway.ops_address());
     if let Some(key) = gateway.fresh_owner_key() {
         let file = OwnerKey::path(&config.server.data_dir);
@@ -111,6 +119,7 @@ fn models(found: &[Found], server: &Server) -> anyhow::Result<Vec<Model>> {
                 api_key: None,
                 http2: false,
                 kv_events: None,
+                gpus: Vec::new(),
             };
             workers.entry(&model.id).or_default().push(worker);
         }

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::ops::{Access, Ops};
 use super::table::{Table, compact, shortened};
-use crate::admin::wire::{Candidate, Decision, Explained, Worker, Workers};
+use crate::admin::wire::{Candidate, Decision, Explained, Gpu, Worker, Workers};
 
 /// Between two looks with --watch.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
@@ -20,6 +20,8 @@ const CLEAR: &str = "\x1b[H\x1b[J";
 ///
 /// SENT are requests at the worker, LANE such that wait for it here; PROMISED are prompt tokens it still has to compute,
 /// PREFILL is its speed in tokens a second (~ as long as it is a guess); RUN and WAIT are what the engine says itself.
+/// Where its GPUs are known: UTIL, MEM and TEMP are the most that one of them shows (! while one is throttled or fails),
+/// SHARE is the part of their time that others leave it.
 ///
 /// Example: forebay workers --watch
 ///
@@ -95,8 +97,14 @@ fn listing(answer: &Workers) -> String {
         let mut table =
             Table::new().text("WORKER").text("ENGINE").text("HEALTH").number("SCORE").number("SENT").number("LANE");
         table = table.number("PROMISED").number("PREFILL").number("KV").number("RUN").number("WAIT");
-        for worker in answer.workers.iter().filter(|worker| worker.model == model) {
-            table.row(cells(worker));
+        let workers = || answer.workers.iter().filter(|worker| worker.model == model);
+        let with_gpus = workers().any(|worker| !worker.gpus.is_empty());
+        if with_gpus {
+            table = table.text("GPU").number("UTIL").number("MEM").number("TEMP").number("SHARE");
+        }
+        for worker in workers() {
+            let gpus = with_gpus.then(|| gpu_cells(worker)).into_iter().flatten();
+            table.row(cells(worker).into_iter().chain(gpus).collect());
         }
         format!("{model}\n{}", table.render(2))
     });
@@ -124,8 +132,31 @@ fn cells(worker: &Worker) -> Vec<String> {
     ]
 }
 
+#[expect(clippy::cast_precision_loss, reason = "memory is far below 2^52 bytes")]
+fn gpu_cells(worker: &Worker) -> [String; 5] {
+    let most = |value: fn(&Gpu) -> Option<f64>| worker.gpus.iter().filter_map(value).reduce(f64::max);
+    let percent = |share: Option<f64>| share.map_or_else(|| "-".to_owned(), |share| format!("{:.0}%", share * 100.0));
+    let ill = worker.gpus.iter().any(|gpu| gpu.derate < 1.0 || gpu.fault.is_some());
+    let names: Vec<&str> = worker.gpus.iter().map(|gpu| gpu.name.as_str()).collect();
+    let name = match &names[..] {
+        [] => "-".to_owned(),
+        [one] => (*one).to_owned(),
+        [first, rest @ ..] => format!("{first}+{}", rest.len()),
+    };
+    [
+        shortened(&name, NAME_CHARS_MAX),
+        percent(most(|gpu| gpu.utilization)),
+        percent(most(|gpu| Some(gpu.memory_used_bytes? as f64 / gpu.memory_total_bytes?.max(1) as f64))),
+        most(|gpu| gpu.temperature_celsius.map(f64::from))
+            .map_or_else(|| "-".to_owned(), |celsius| format!("{celsius:.0}"))
+            + if ill { "!" } else { "" },
+        if names.is_empty() { "-".to_owned() } else { percent(Some(worker.gpu_share)) },
+    ]
+}
+
 fn standing(worker: &Worker) -> String {
     match worker.health.as_str() {
+        "open" if worker.gpu_fault => "gpu fault".to_owned(),
         "up" if worker.draining => "draining".to_owned(),
         "up" if worker.busy_seconds > 0.0 => format!("busy {:.0}s", worker.busy_seconds.ceil()),
         health => health.replace('_', "-"),
@@ -160,6 +191,11 @@ fn explained(answer: &Explained) -> String {
         };
         text += &format!("\ndecision {}: {}, {after:.3} s after it came; {rule}\n", number + 1, decision.cause);
         text += &candidates(decision).render(0);
+        if !decision.left_out.is_empty() {
+            let left_out =
+                decision.left_out.iter().map(|out| format!("{} ({})", out.worker, out.reason.replace('_', " ")));
+            text += &format!("not weighed: {}\n", left_out.collect::<Vec<_>>().join(", "));
+        }
     }
     text
 }

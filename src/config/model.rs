@@ -11,7 +11,7 @@ use url::Url;
 use super::log::{At, Log};
 use super::mistake::quoted;
 use super::tree::{Found, Raw, Refusal, Section};
-use super::{Model, Name, Reader, Worker, defaults, secret, tokenizer};
+use super::{Model, Name, Node, Reader, Worker, defaults, node, secret, tokenizer};
 
 /// Names that stand already, and where.
 #[derive(Default)]
@@ -33,15 +33,17 @@ impl Taken {
 }
 
 /// Every model that could be read; what could not is in the log.
-pub(super) fn read_all(root: &mut Section<'_>, reader: &Reader, body_bytes_max: usize) -> Vec<Model> {
+pub(super) fn read_all(root: &mut Section<'_>, reader: &Reader, nodes: &[Node], body_bytes_max: usize) -> Vec<Model> {
     let (mut names, mut worker_names) = (Taken::default(), Taken::default());
     let sections = root.tables("model", "model").into_iter();
-    sections.filter_map(|section| read(section, reader, body_bytes_max, &mut names, &mut worker_names)).collect()
+    sections
+        .filter_map(|section| read(section, (reader, nodes), body_bytes_max, &mut names, &mut worker_names))
+        .collect()
 }
 
 fn read(
     mut section: Section<'_>,
-    reader: &Reader,
+    (reader, nodes): (&Reader, &[Node]),
     body_bytes_max: usize,
     names: &mut Taken,
     worker_names: &mut Taken,
@@ -69,7 +71,7 @@ fn read(
     let first_byte_timeout = section.seconds("first_byte_seconds", 1, defaults::FIRST_BYTE_TIMEOUT);
     let idle_timeout = section.seconds("idle_seconds", 1, defaults::IDLE_TIMEOUT);
     let class_shares = class_shares(&mut section);
-    let workers = workers(&mut section, reader, worker_names);
+    let workers = workers(&mut section, (reader, nodes), worker_names);
     section.finish(&["overflow"]);
     Some(Model {
         name: own_name?.value,
@@ -105,7 +107,7 @@ fn class_shares(model: &mut Section<'_>) -> [f64; 3] {
     shares
 }
 
-fn workers(model: &mut Section<'_>, reader: &Reader, names: &mut Taken) -> Vec<Worker> {
+fn workers(model: &mut Section<'_>, given: (&Reader, &[Node]), names: &mut Taken) -> Vec<Worker> {
     let log = model.log;
     let sections = model.tables("worker", "model.worker");
     if sections.is_empty() {
@@ -114,7 +116,7 @@ fn workers(model: &mut Section<'_>, reader: &Reader, names: &mut Taken) -> Vec<W
     let mut workers = Vec::new();
     // One address may serve a model of ours under two names of its own, but not twice under the same.
     let mut seen: BTreeMap<(Url, Option<Name>), At> = BTreeMap::new();
-    for Found { value: worker, at } in sections.into_iter().filter_map(|section| worker(section, reader, names)) {
+    for Found { value: worker, at } in sections.into_iter().filter_map(|section| worker(section, given, names)) {
         match seen.entry((worker.url.clone(), worker.model.clone())) {
             Entry::Occupied(first) => {
                 let remedy = format!("must stand once in a model: {} is the same", log.mention(first.get()));
@@ -130,7 +132,7 @@ fn workers(model: &mut Section<'_>, reader: &Reader, names: &mut Taken) -> Vec<W
 }
 
 /// The worker and the place of its URL.
-fn worker(mut section: Section<'_>, reader: &Reader, names: &mut Taken) -> Option<Found<Worker>> {
+fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: &mut Taken) -> Option<Found<Worker>> {
     let log = section.log;
     let own_name = section.read("name", name);
     let url = section.required("url", "write the worker's address, as in url = \"http://gpu-a:8000\"", address);
@@ -144,7 +146,8 @@ fn worker(mut section: Section<'_>, reader: &Reader, names: &mut Taken) -> Optio
         log.refuse_absence(&replay.at, quoted(&replay.value.to_string()), "needs `kv_events` beside it");
     }
     let replay = kv_events_replay.map(|found| found.value);
-    section.finish(&["gpus"]);
+    let gpus = section.list("gpus", |raw| node::gpu(raw, nodes));
+    section.finish(&[]);
     let url = url?;
     let named = match own_name {
         Some(found) => found,
@@ -159,6 +162,7 @@ fn worker(mut section: Section<'_>, reader: &Reader, names: &mut Taken) -> Optio
         api_key: api_key.map(|found| found.value),
         http2,
         kv_events: kv_events.map(|found| KvSource { events: found.value, replay }),
+        gpus: gpus.into_iter().map(|found| found.value).collect(),
     };
     Some(Found { value: worker, at: url.at })
 }

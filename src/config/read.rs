@@ -15,7 +15,7 @@ use toml::de::DeTable;
 
 use super::log::{At, Log};
 use super::tree::{Override, Section};
-use super::{Config, Mistake, Mistakes, Place, model, server};
+use super::{Config, Mistake, Mistakes, Place, model, node, server};
 
 /// Some ten thousand workers, far beyond any real file.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -119,10 +119,11 @@ impl Reader {
         let (empty, overrides) = (DeTable::new(), self.overrides(log));
         let mut root = Section::root(log, tree);
         let server = server::read(root.table("server", &empty, &overrides));
-        let models = model::read_all(&mut root, self, server.body_bytes_max);
-        root.finish(&["node", "provider"]);
+        let nodes = node::read_all(&mut root);
+        let models = model::read_all(&mut root, self, &nodes, server.body_bytes_max);
+        root.finish(&["provider"]);
         match log.mistakes() {
-            None => Ok(Config { server, models }),
+            None => Ok(Config { server, nodes, models }),
             Some(mistakes) => Err(mistakes),
         }
     }

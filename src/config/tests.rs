@@ -91,7 +91,11 @@ url = "https://gpu-b/engine/"
 
 [[model]]
 name = "other"
-worker = [{{ url = "http://[::1]:8000" }}]
+worker = [{{ url = "http://[::1]:8000", gpus = ["gpu-a/0", "gpu-a/GPU-1"] }}]
+
+[[node]]
+name  = "gpu-a"
+agent = "http://gpu-a:7072"
 "#,
         dir.path().display()
     );
@@ -135,6 +139,11 @@ worker = [{{ url = "http://[::1]:8000" }}]
     assert_eq!((&b.model, &b.api_key, &b.kv_events), (&None, &None, &None));
     assert_eq!(*second, Model::new(name("other"), second.workers.clone(), &config.server));
     assert_eq!(&*second.workers[0].name, "[::1]:8000");
+    let [node] = &config.nodes[..] else { panic!("{config:?}") };
+    assert_eq!((&*node.name, node.agent.as_str()), ("gpu-a", "http://gpu-a:7072/"));
+    let gpus = ["0", "GPU-1"].map(|gpu| GpuName { node: name("gpu-a"), gpu: name(gpu) });
+    assert_eq!((&second.workers[0].gpus[..], second.workers[0].is_here()), (&gpus[..], true));
+    assert!(a.gpus.is_empty() && !a.is_here());
 }
 
 #[test]
@@ -150,7 +159,7 @@ fn the_example_file_is_good() {
 #[test]
 fn without_a_file_the_defaults_hold() {
     let config = reader([]).without_file().unwrap();
-    assert_eq!(config, Config { server: Server::default(), models: Vec::new() });
+    assert_eq!(config, Config { server: Server::default(), nodes: Vec::new(), models: Vec::new() });
     let lines = reader([("FOREBAY__SERVER__LISTEN", "nowhere")]).without_file().unwrap_err().to_string();
     assert_eq!(
         lines,
@@ -244,16 +253,38 @@ fn unknown_keys() {
 }
 
 #[test]
-fn parts_that_come_later_are_refused() {
+fn nodes_and_the_gpus_that_workers_name() {
+    let url = "url = 'http://w:1'\n";
+    check_worker(&format!("{url}gpus = ['local/0', 'local/MIG-1']"), &[]);
+    check_worker(
+        &format!("{url}gpus = ['0', 'gpu-a/0']"),
+        &[
+            "f.toml:5:9: model[0].worker[0].gpus[0] is \"0\": must be a node and a GPU's index or UUID there, as in \"gpu-a/0\"",
+            "f.toml:5:14: model[0].worker[0].gpus[1] is \"gpu-a/0\": must begin with a `[[node]]`'s name; without one with \"local/\", this machine's",
+        ],
+    );
+    let form = "must be http:// or https://, a host and a port, and nothing more, as in http://gpu-a:7072";
     check(
         &format!(
-            "[[node]]\nname = 'gpu-a'\n{MODEL}gpus = ['gpu-a/0']\n[model.overflow]\nto = 'cloud'\n[[provider]]\nname = 'cloud'\n"
+            "[[node]]\nname = 'a'\nagent = 'http://a:7072'\n[[node]]\nname = 'a'\nagent = 'http://u:p@b:7072'\n[[node]]\nagent = 'b:7072'\n{MODEL}gpus = ['local/0']\n"
         ),
         &[
-            "f.toml:1:3: node is not supported by this version (array): remove it",
-            "f.toml:7:1: model[0].worker[0].gpus is not supported by this version (array): remove it",
-            "f.toml:8:8: model[0].overflow is not supported by this version (table): remove it",
-            "f.toml:10:3: provider is not supported by this version (array): remove it",
+            "f.toml:5:8: node[1].name is \"a\": must be unique among nodes: `node[0].name` (f.toml:2:8) has it already",
+            &format!("f.toml:6:9: node[1].agent is (redacted): {form}"),
+            "f.toml:7:1: node[2].name is missing: write the name by which workers' `gpus` call the machine",
+            &format!("f.toml:8:9: node[2].agent is \"b:7072\": {form}"),
+            "f.toml:13:9: model[0].worker[0].gpus[0] is \"local/0\": must begin with the name of a `[[node]]`: a",
+        ],
+    );
+}
+
+#[test]
+fn parts_that_come_later_are_refused() {
+    check(
+        &format!("{MODEL}[model.overflow]\nto = 'cloud'\n[[provider]]\nname = 'cloud'\n"),
+        &[
+            "f.toml:5:8: model[0].overflow is not supported by this version (table): remove it",
+            "f.toml:7:3: provider is not supported by this version (array): remove it",
         ],
     );
 }

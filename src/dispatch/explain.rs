@@ -6,10 +6,11 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use forebay_scheduler::{Cause, Class, Decision, HealthState, Refusal, Tick, WorkerId, WorkerView};
+use forebay_scheduler::{Cause, Class, Decision, HealthState, Refusal, Tick, Unfit, WorkerId, WorkerView};
 
 use super::Dispatch;
 use super::driver::takes_requests;
+use super::gpus::GpuStatus;
 use super::recent::{KEPT, Known};
 
 /// One worker: what it was configured as, what it said it is, and how the core sees it.
@@ -25,6 +26,8 @@ pub struct WorkerStatus {
     /// What it calls the model; `None` until it has been asked.
     pub engine_model: Option<String>,
     pub takes_requests: bool,
+    /// Those it runs on, as far as that is known.
+    pub gpus: Vec<GpuStatus>,
     pub view: WorkerView,
 }
 
@@ -57,6 +60,15 @@ pub struct Decided {
     pub at: Moment,
     /// Best first. Nobody won where nobody could answer before the deadline.
     pub candidates: Vec<Weighed>,
+    /// Workers to which nothing may be sent; the first few.
+    pub left_out: Vec<Unweighed>,
+}
+
+/// One worker that was not weighed.
+#[derive(Debug, Clone)]
+pub struct Unweighed {
+    pub worker: Arc<str>,
+    pub why: Unfit,
 }
 
 /// One worker as it was weighed.
@@ -107,6 +119,8 @@ impl Dispatch {
     fn status(&self, view: WorkerView) -> Option<WorkerStatus> {
         let worker = self.workers.get(view.worker)?;
         let identity = worker.identity.load();
+        let on = worker.spec.lock().gpus.clone();
+        let gpus = self.gpu_statuses(&on);
         Some(WorkerStatus {
             name: Arc::clone(&worker.name),
             model: Arc::clone(&worker.pool_model),
@@ -114,6 +128,7 @@ impl Dispatch {
             engine: identity.as_ref().map(|identity| identity.engine.name()),
             engine_model: identity.as_ref().map(|identity| identity.model.clone()),
             takes_requests: takes_requests(&view),
+            gpus,
             view,
         })
     }
@@ -161,7 +176,13 @@ impl Dispatch {
         });
         let mut candidates: Vec<_> = weighed.collect();
         candidates.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
-        Decided { cause: decision.cause, at: Moment::before_now(now.since(decision.at)), candidates }
+        let left_out = decision.left_out.iter().map(|out| Unweighed { worker: self.name_of(out.worker), why: out.why });
+        Decided {
+            cause: decision.cause,
+            at: Moment::before_now(now.since(decision.at)),
+            candidates,
+            left_out: left_out.collect(),
+        }
     }
 
     /// A worker's name; its number when it has left.

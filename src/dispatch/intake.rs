@@ -21,9 +21,11 @@ use tokio_util::task::TaskTracker;
 
 use super::Dispatch;
 use super::driver::Driver;
+use super::gpus::{Nodes, Tenant};
 use super::kv::KvThread;
 use super::recent::Recent;
 use super::workers::{Identity, Worker, Workers};
+use crate::config::GpuName;
 use crate::routing::EngineTokenizer;
 use crate::telemetry::{ModelMetrics, Registry, WorkerMetrics};
 
@@ -54,6 +56,8 @@ pub struct WorkerSpec {
     pub model: Option<String>,
     /// Where it publishes what its prefix cache holds; `None`: asked.
     pub kv_events: Option<KvSource>,
+    /// The GPUs it runs on; empty: found by its port.
+    pub gpus: Vec<GpuName>,
     pub first_byte: Duration,
     pub idle: Duration,
 }
@@ -103,6 +107,7 @@ pub(super) struct Intake {
     transport: Transport,
     pub(super) tracker: TaskTracker,
     pub(super) kv_thread: KvThread,
+    pub(super) nodes: Nodes,
     learned: mpsc::Sender<Learned>,
     members: Mutex<Members>,
 }
@@ -140,6 +145,7 @@ impl Dispatch {
             transport,
             tracker: tracker.clone(),
             kv_thread: KvThread::start()?,
+            nodes: Nodes::default(),
             learned,
             members: Mutex::default(),
         });
@@ -162,6 +168,7 @@ impl Dispatch {
 
     /// Ends every worker's tasks; requests under way are not touched.
     pub fn stop(&self) {
+        self.stop_nodes();
         for member in self.intake.members.lock().workers.values() {
             member.gone.cancel();
         }
@@ -355,6 +362,16 @@ impl Intake {
         change(&mut spec);
         let (worker, pool, spec) = (worker.id, worker.pool, spec.clone());
         self.driver.tell(Event::WorkerJoined { worker, pool, spec });
+    }
+
+    /// All workers, with the GPUs they are configured to run on.
+    pub(super) fn tenants(&self) -> Vec<Tenant> {
+        let members = self.members.lock();
+        let tenants = members
+            .workers
+            .values()
+            .map(|member| Tenant { worker: Arc::clone(&member.worker), configured: member.spec.gpus.clone() });
+        tenants.collect()
     }
 
     /// The configured name of a pool's model.

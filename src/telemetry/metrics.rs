@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
+use forebay_backends::signals::gpu::{self, Gpu};
 use forebay_backends::signals::kv_events::{Loss, Standing};
 use metrics::{Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram};
 use metrics::{gauge, histogram};
@@ -28,6 +29,12 @@ const WORKER_PROMISED: &str = "forebay_worker_promised_tokens";
 const WORKER_UP: &str = "forebay_worker_up";
 const WORKER_HEALTH: &str = "forebay_worker_health_score";
 const BREAKER_OPEN: &str = "forebay_breaker_open";
+const GPU_MEMORY_USED: &str = "forebay_gpu_memory_used_bytes";
+const GPU_MEMORY_TOTAL: &str = "forebay_gpu_memory_total_bytes";
+const GPU_UTILIZATION: &str = "forebay_gpu_utilization_ratio";
+const GPU_TEMPERATURE: &str = "forebay_gpu_temperature_celsius";
+const GPU_POWER: &str = "forebay_gpu_power_watts";
+const GPU_THROTTLED: &str = "forebay_gpu_throttled";
 const RETRIES: &str = "forebay_retries_total";
 
 /// Status codes that answers can have; 499 is "the client left" (nginx's number). Others count as `other`.
@@ -170,6 +177,12 @@ fn describe() {
     describe_gauge!(WORKER_UP, "1 when the worker takes requests");
     describe_gauge!(WORKER_HEALTH, "how well the worker is, 1 to 0; falls with failures and with late first tokens");
     describe_gauge!(BREAKER_OPEN, "1 while the worker's circuit breaker is open");
+    describe_gauge!(GPU_MEMORY_USED, Unit::Bytes, "memory in use on a GPU, with what the driver reserves");
+    describe_gauge!(GPU_MEMORY_TOTAL, Unit::Bytes, "memory of a GPU");
+    describe_gauge!(GPU_UTILIZATION, "share of the last sample period in which some kernel ran on the GPU");
+    describe_gauge!(GPU_TEMPERATURE, "temperature of a GPU in degrees Celsius");
+    describe_gauge!(GPU_POWER, "power that a GPU draws in watts");
+    describe_gauge!(GPU_THROTTLED, "1 while heat or power holds a GPU below its usual speed");
     describe_counter!(RETRIES, "attempts that failed before the first byte and were placed again, by reason");
 }
 
@@ -323,6 +336,55 @@ impl WorkerMetrics {
             self;
         for gauge in [running, waiting, kv_usage, promised_tokens, up, health_score, breaker_open, kv_standing] {
             gauge.set(0.0);
+        }
+    }
+}
+
+/// One GPU's gauges, each there once the GPU has told its value, and not a number while it does not.
+pub struct GpuMetrics {
+    node: Arc<str>,
+    /// Its index, as in `0` or `0:1`.
+    gpu: String,
+    gauges: [OnceLock<Gauge>; Self::NAMES.len()],
+}
+
+impl GpuMetrics {
+    const NAMES: [&str; 6] =
+        [GPU_MEMORY_USED, GPU_MEMORY_TOTAL, GPU_UTILIZATION, GPU_TEMPERATURE, GPU_POWER, GPU_THROTTLED];
+
+    #[must_use]
+    pub fn new(node: Arc<str>, gpu: String) -> Self {
+        Self { node, gpu, gauges: Default::default() }
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "memory is far below 2^52 bytes")]
+    pub fn set(&self, gpu: &Gpu) {
+        self.set_all([
+            gpu.memory_used_bytes.map(|bytes| bytes as f64),
+            gpu.memory_total_bytes.map(|bytes| bytes as f64),
+            gpu.utilization_percent.map(|percent| f64::from(percent) / 100.0),
+            gpu.temperature_celsius.map(f64::from),
+            gpu.power_milliwatts.map(|milliwatts| f64::from(milliwatts) / 1000.0),
+            gpu.throttle_reasons.map(|_| f64::from(u8::from(gpu::slowdown(gpu) < 1.0))),
+        ]);
+    }
+
+    /// Says that nothing is known of the GPU any more.
+    pub fn clear(&self) {
+        self.set_all([None; Self::NAMES.len()]);
+    }
+
+    fn set_all(&self, values: [Option<f64>; Self::NAMES.len()]) {
+        for ((gauge, name), value) in self.gauges.iter().zip(Self::NAMES).zip(values) {
+            let register = || gauge!(name, "node" => self.node.to_string(), "gpu" => self.gpu.clone());
+            match value {
+                Some(value) => gauge.get_or_init(register).set(value),
+                None => {
+                    if let Some(gauge) = gauge.get() {
+                        gauge.set(f64::NAN);
+                    }
+                }
+            }
         }
     }
 }

@@ -19,6 +19,7 @@ mod connections;
 mod drain;
 mod engine_errors;
 mod faults;
+mod gpus;
 mod http2_clients;
 mod http_refusals;
 mod kv_events;

@@ -1,7 +1,8 @@
 //! The simulated engine's own endpoints, which no real engine has: faults of a running server, and what it saw.
 //!
 //! - `GET /simulated/faults` gives `{"faults": […]}`, see [`Fault`]; `POST` replaces them, and with `"refuse_ms": n` also
-//!   closes the listener and every connection for that long, as a process that died and is started again.
+//!   closes the listener and every connection for that long, as a process that died and is started again; with
+//!   `"speed": x` it runs so many times faster than its timing model from now on, as a GPU that is throttled or shared.
 //! - `POST /simulated/kv_events` with any of `{"clear": true, "drop_next": n, "disconnect": true, "restart": true}` empties
 //!   the prefix cache, loses the next batches on their way, cuts the subscribers off, or does what the end of the engine's
 //!   process does to its publisher and cache.
@@ -22,7 +23,7 @@ use serde_json::{Value, json};
 use crate::{
     faults::Fault,
     kv_events::Publisher,
-    server::{Answer, Service},
+    server::{Answer, SPEED_MIN, Service},
 };
 
 const BODY_BYTES_MAX: usize = 1 << 20;
@@ -34,6 +35,8 @@ struct Change {
     faults: Option<Vec<Fault>>,
     #[serde(default)]
     refuse_ms: Option<u64>,
+    #[serde(default)]
+    speed: Option<f64>,
 }
 
 #[derive(Deserialize)]
@@ -91,6 +94,12 @@ async fn change_kv(service: &Service, request: Request<Incoming>) -> Result<(), 
 
 async fn change(service: &Service, request: Request<Incoming>) -> Result<(), String> {
     let change: Change = read(request).await?;
+    if let Some(speed) = change.speed {
+        if !(speed.is_finite() && speed >= SPEED_MIN) {
+            return Err(format!("speed must be at least {SPEED_MIN}"));
+        }
+        service.driver.set_speed(speed);
+    }
     if let Some(faults) = change.faults {
         service.faults.set(faults);
     }

@@ -29,7 +29,8 @@ const STEP_SECONDS_MAX: f64 = 3600.0;
 pub(crate) struct Driver {
     state: Mutex<State>,
     wake: Notify,
-    speed: f64,
+    /// How many times faster than its model it runs.
+    speed: Mutex<f64>,
     queued_max: Option<u32>,
     publisher: Option<Arc<Publisher>>,
 }
@@ -160,7 +161,7 @@ impl Driver {
             next_id: 0,
             stats,
         };
-        Self { state: Mutex::new(state), wake: Notify::new(), speed, queued_max, publisher }
+        Self { state: Mutex::new(state), wake: Notify::new(), speed: Mutex::new(speed), queued_max, publisher }
     }
 
     /// Puts the sequences of one request into the engine, all or none.
@@ -208,6 +209,10 @@ impl Driver {
         (state.engine.load(), state.stats.clone())
     }
 
+    pub(crate) fn set_speed(&self, speed: f64) {
+        *self.speed.lock() = speed;
+    }
+
     /// Steps the engine for ever; ends only by being dropped.
     pub(crate) async fn drive(self: Arc<Self>) {
         let mut due = Instant::now();
@@ -219,7 +224,7 @@ impl Driver {
                 continue;
             };
             // Steps follow each other without drift, unless the machine is too slow for them.
-            let seconds = (step.duration.as_secs_f64() / self.speed).min(STEP_SECONDS_MAX);
+            let seconds = (step.duration.as_secs_f64() / *self.speed.lock()).min(STEP_SECONDS_MAX);
             due += Duration::from_secs_f64(seconds);
             let now = Instant::now();
             if due > now {

@@ -41,7 +41,7 @@ use crate::{
 const OUTAGE_NOTICE: Duration = Duration::from_millis(50);
 
 /// Least speed factor; a slower engine would be a hung one.
-const SPEED_MIN: f64 = 0.001;
+pub(crate) const SPEED_MIN: f64 = 0.001;
 
 /// Everything that requests share.
 #[derive(Debug)]

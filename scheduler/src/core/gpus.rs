@@ -1,7 +1,8 @@
 //! The GPUs under the workers: what their readings mean for those who run there.
 //!
 //! Utilization says that some kernel ran, not whose. What we had there explains its part: in the rest of the time, the
-//! rest of the utilization is foreign. While our own work fills nearly all of the time nothing can be told, and what was
+//! rest of the utilization is foreign. One sample says little, since it may fall on our own work or beside it; means do,
+//! the more the less we have there. While our own work fills nearly all of the time nothing can be told, and what was
 //! known holds for a lease. Free memory is flat on engines that take it all at their start; what counts is how much was
 //! taken since it was at its least.
 //!
@@ -21,11 +22,11 @@ use crate::{Action, GpuId, GpuReport, HealthState, Tick};
 /// Least time that one reading of the utilization is about: it is sampled over up to a second.
 const PERIOD_MIN_SECONDS: f64 = 0.5;
 /// Share of the time with work of ours above which utilization says nothing of others.
-const KNOWABLE: f64 = 0.5;
-/// Foreign load below this is noise.
+const KNOWABLE: f64 = 0.8;
+/// Foreign load below this is noise, and below this and our own share where it is told apart from ours.
 const FOREIGN_MIN: f64 = 0.1;
-/// Weight of one reading in the mean foreign load.
-const FOREIGN_WEIGHT: f64 = 0.5;
+/// Weight that past samples keep at each reading.
+const KEEP: f64 = 0.75;
 /// The least that a throttled GPU is taken to do.
 const DERATE_MIN: f64 = 0.05;
 
@@ -38,8 +39,12 @@ pub(super) struct Gpu {
     read: Option<(Tick, Reading)>,
     /// Our own part in the time since the utilization was read last.
     ours: Ours,
-    /// Mean foreign load, and when something was known of it last.
-    foreign: Option<(Tick, f64)>,
+    /// Means of the utilization and of our own share of the time, and the weight of the readings in them.
+    used: f64,
+    own: f64,
+    readings: f64,
+    /// What of the utilization is not ours, and when something was known of that last.
+    unexplained: Option<(Tick, f64)>,
     memory_least: f64,
 }
 
@@ -47,6 +52,8 @@ pub(super) struct Gpu {
 struct Reading {
     derate: f64,
     memory: Option<f64>,
+    /// Mean share of processes that are none of ours.
+    foreign: Option<f64>,
 }
 
 /// How much of a period something of ours was there.
@@ -94,16 +101,28 @@ impl Gpu {
             self.memory_least = if self.read.is_some() { self.memory_least.min(used) } else { used };
             ((used - self.memory_least) / (1.0 - self.memory_least).max(1e-6)).clamp(0.0, 1.0)
         });
-        self.read = Some((now, Reading { derate, memory }));
+        let measured = share(report.foreign).map(|foreign| {
+            let before = self.read.and_then(|(_, reading)| reading.foreign).unwrap_or(foreign);
+            (before + foreign) / 2.0
+        });
+        self.read = Some((now, Reading { derate, memory, foreign: measured }));
         self.ours.pass(now, !self.busy.is_empty());
-        let ours = self.ours.period(now).filter(|ours| *ours < KNOWABLE);
-        let unexplained = |used: f64, ours: f64| ((used - ours) / (1.0 - ours)).max(0.0);
-        let foreign = share(report.foreign).or_else(|| Some(unexplained(share(report.utilization)?, ours?)));
-        self.foreign = match (foreign, self.foreign) {
-            (Some(foreign), Some((_, mean))) => Some((now, mean + (foreign - mean) * FOREIGN_WEIGHT)),
-            (Some(foreign), None) => Some((now, foreign)),
-            (None, known) => known.filter(|(at, _)| now.since(*at) < config.foreign_lease),
-        };
+        let ours = self.ours.period(now);
+        let unexplained = share(report.utilization).zip(ours).and_then(|(used, ours)| self.unexplained(used, ours));
+        let last = self.unexplained.filter(|(at, _)| now.since(*at) < config.foreign_lease);
+        self.unexplained = unexplained.map(|share| (now, share)).or(last);
+    }
+
+    /// What our own part of the time leaves of the utilization for others; none where it leaves too little time.
+    fn unexplained(&mut self, used: f64, ours: f64) -> Option<f64> {
+        self.readings = self.readings * KEEP + 1.0;
+        self.used += (used - self.used) / self.readings;
+        self.own += (ours - self.own) / self.readings;
+        if self.own > KNOWABLE {
+            return None;
+        }
+        let foreign = (self.used - self.own) / (1.0 - self.own);
+        Some(if foreign < FOREIGN_MIN + self.own { 0.0 } else { foreign })
     }
 
     /// Adds to `beneath` what this GPU takes, if it spoke of late.
@@ -111,9 +130,11 @@ impl Gpu {
         let Some((at, reading)) = self.read.filter(|(at, _)| now.since(*at) < config.gpu_lease) else { return };
         beneath.until = beneath.until.max(at.after(config.gpu_lease));
         beneath.derate = beneath.derate.min(reading.derate);
-        let foreign = self.foreign.map(|(_, mean)| mean).filter(|mean| *mean >= FOREIGN_MIN);
-        beneath.foreign = beneath.foreign.max(foreign.unwrap_or(0.0));
-        beneath.memory = [beneath.memory, reading.memory].into_iter().flatten().reduce(f64::max);
+        let more = |a: Option<f64>, b: Option<f64>| [a, b].into_iter().flatten().reduce(f64::max);
+        let foreign = reading.foreign.map(|share| if share < FOREIGN_MIN { 0.0 } else { share });
+        beneath.foreign = more(beneath.foreign, foreign);
+        beneath.unexplained = beneath.unexplained.max(self.unexplained.map_or(0.0, |(_, share)| share));
+        beneath.memory = more(beneath.memory, reading.memory);
     }
 }
 

@@ -10,14 +10,27 @@ use crate::Tick;
 /// Others never count as leaving less than this of a GPU's time.
 const SHARE_MIN: f64 = 0.05;
 
+/// What an engine says of its own load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reports {
+    /// Nothing that can be gone by.
+    Nothing,
+    /// That it has no more than what we sent.
+    OnlyOurs,
+    /// That it has requests which came past us.
+    Foreign,
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Beneath {
     /// Until when the readings hold.
     pub(crate) until: Tick,
     /// Share of the usual speed.
     pub(crate) derate: f64,
-    /// Share of the GPUs' time that processes take which are none of ours.
-    pub(crate) foreign: f64,
+    /// Share of the GPUs' time that processes take which are no worker's, where that is measured.
+    pub(crate) foreign: Option<f64>,
+    /// Share that is in use beyond what we sent there, by processes of whomever.
+    pub(crate) unexplained: f64,
     /// Share of the memory taken that was free at its emptiest.
     pub(crate) memory: Option<f64>,
     /// Other workers that have work on the same GPUs.
@@ -33,7 +46,8 @@ impl Default for Beneath {
         Self {
             until: Tick::ZERO,
             derate: 1.0,
-            foreign: 0.0,
+            foreign: None,
+            unexplained: 0.0,
             memory: None,
             neighbours: 0,
             fault: false,
@@ -47,9 +61,16 @@ impl Beneath {
         if now < self.until { self.derate } else { 1.0 }
     }
 
-    /// Share of the GPUs' time that is left; `explained` when the foreign load is known otherwise.
-    pub(crate) fn share(&self, now: Tick, explained: bool) -> f64 {
-        let foreign = if now < self.until && !explained { self.foreign } else { 0.0 };
+    /// Share of the GPUs' time that others leave. What came to the engine past us uses them too: an engine that reports
+    /// its load (`reports`) tells that better.
+    pub(crate) fn share(&self, now: Tick, reports: Reports) -> f64 {
+        let foreign = match (reports, self.foreign) {
+            _ if now >= self.until => 0.0,
+            (Reports::Nothing, measured) => measured.unwrap_or(0.0).max(self.unexplained),
+            (_, Some(measured)) => measured,
+            (Reports::OnlyOurs, None) => self.unexplained,
+            (Reports::Foreign, None) => 0.0,
+        };
         ((1.0 - foreign) / (1.0 + self.neighbours as f64)).max(SHARE_MIN)
     }
 

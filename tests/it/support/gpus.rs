@@ -72,9 +72,9 @@ impl StandIn {
     }
 
     /// What a process needs to read it.
-    pub(crate) fn environment(&self) -> [(&'static str, String); 2] {
-        let library = library(&[]).to_str().expect("UTF-8").to_owned();
-        [("STAND_IN_NVML", self.file().to_str().expect("UTF-8").to_owned()), ("FOREBAY_NVML_LIBRARY", library)]
+    pub(crate) fn environment(&self, library: &Path) -> [(&'static str, String); 2] {
+        let text = |path: &Path| path.to_str().expect("UTF-8").to_owned();
+        [("STAND_IN_NVML", text(&self.file())), ("FOREBAY_NVML_LIBRARY", text(library))]
     }
 }
 
@@ -105,9 +105,8 @@ impl Agent {
     }
 
     pub(crate) fn over(gpus: StandIn, library: &Path, listen: &str, flags: &[&str]) -> Self {
-        let library = library.to_str().expect("UTF-8").to_owned();
-        let file = gpus.file().to_str().expect("UTF-8").to_owned();
-        let environment = [("STAND_IN_NVML", file.as_str()), ("FOREBAY_NVML_LIBRARY", library.as_str())];
+        let environment = gpus.environment(library);
+        let environment = environment.each_ref().map(|(name, value)| (*name, value.as_str()));
         let arguments = [&["agent", "--listen", listen], flags].concat();
         let mut process = Process::start(&arguments, gpus.directory.path(), &environment);
         let address = process.line(|line| line.split("://").nth(1)?.trim().parse().ok());

@@ -54,6 +54,10 @@ impl Process {
         }
     }
 
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(crate) fn out(&self) -> String {
         self.stdout.lock().unwrap().clone()
     }
@@ -143,6 +147,11 @@ impl Worker {
     /// Sets what goes wrong from now on: a JSON array of faults.
     pub(crate) fn faults(&self, json: &str) {
         self.change(&format!("{{\"faults\":{json}}}"));
+    }
+
+    /// Runs so many times faster than its timing model from now on.
+    pub(crate) fn speed(&self, speed: f64) {
+        self.change(&format!("{{\"speed\":{speed}}}"));
     }
 
     /// Closes its listener and every connection for so long; returns once nobody gets in any more.

@@ -1,4 +1,4 @@
-// A stand-in for the driver's library. It says what the file named by STAND_IN_NVML says, read again at every call:
+// A stand-in for the driver's library. It says what the file named by STAND_IN_NVML says, looked at again at every call:
 //
 //   gpus 2
 //   0.uuid GPU-a              a value of GPU 0; what is not in the file is not supported
@@ -12,9 +12,11 @@
 //
 // Built with -DOLD it lacks what old drivers lack.
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define GPUS_MAX 16
@@ -24,23 +26,43 @@ enum { SUCCESS, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFIC
 typedef struct { unsigned gpu; int instance; } Device;
 static Device devices[GPUS_MAX][INSTANCES_MAX + 1];
 
+// How many files were read.
+static unsigned version;
+
+// The file's text, read again when another file stands there.
+static const char *text(void) {
+  static char kept[1 << 16];
+  static struct stat known;
+  struct stat now;
+  const char *path = getenv("STAND_IN_NVML");
+  if (!path || stat(path, &now)) return "";
+  if (now.st_ino != known.st_ino || now.st_mtim.tv_nsec != known.st_mtim.tv_nsec) {
+    FILE *file = fopen(path, "r");
+    kept[file ? fread(kept, 1, sizeof kept - 1, file) : 0] = 0;
+    if (file) fclose(file);
+    known = now;
+    version++;
+  }
+  return kept;
+}
+
 // The value of a key; SUCCESS, or the error that stands there.
 static int find(const char *key, char *value, size_t size) {
-  const char *path = getenv("STAND_IN_NVML");
-  FILE *file = path ? fopen(path, "r") : NULL;
-  char line[1024];
+  static pthread_mutex_t one = PTHREAD_MUTEX_INITIALIZER;
   size_t length = strlen(key);
   int result = NOT_SUPPORTED;
-  while (file && fgets(line, sizeof line, file)) {
-    if (strncmp(line, key, length) == 0 && line[length] == ' ') {
-      line[strcspn(line, "\n")] = 0;
-      if (line[length + 1] == '!') { result = atoi(line + length + 2); break; }
-      snprintf(value, size, "%s", line + length + 1);
+  pthread_mutex_lock(&one);
+  for (const char *line = text(); *line; line += strcspn(line, "\n"), line += *line == '\n') {
+    if (strncmp(line, key, length) != 0 || line[length] != ' ') continue;
+    line += length + 1;
+    if (*line == '!') result = atoi(line + 1);
+    else {
+      snprintf(value, size, "%.*s", (int)strcspn(line, "\n"), line);
       result = SUCCESS;
-      break;
     }
+    break;
   }
-  if (file) fclose(file);
+  pthread_mutex_unlock(&one);
   return result;
 }
 
@@ -211,8 +233,10 @@ typedef struct { Device *device; unsigned long long type, data; unsigned gpu_ins
 int nvmlEventSetWait_v2(void *set, EventData *event, unsigned timeout_ms) {
   (void)set;
   for (unsigned waited = 0; waited < timeout_ms; waited += 50) {
+    static unsigned looked;
     unsigned count;
-    if (nvmlDeviceGetCount_v2(&count) != SUCCESS) count = 0;
+    if (nvmlDeviceGetCount_v2(&count) != SUCCESS || looked == version) count = 0;
+    unsigned looking = version;
     for (unsigned gpu = 0; gpu < count && gpu < GPUS_MAX; gpu++) {
       char key[64], value[64];
       unsigned long serial, xid;
@@ -225,6 +249,7 @@ int nvmlEventSetWait_v2(void *set, EventData *event, unsigned timeout_ms) {
         return SUCCESS;
       }
     }
+    looked = looking;
     usleep(50000);
   }
   return TIMEOUT;

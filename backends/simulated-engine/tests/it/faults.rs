@@ -165,7 +165,7 @@ async fn control_refuses_what_it_does_not_know() {
     let server = faulty(&["hang:first=0"]).await;
     let faults = server.get("/simulated/faults").await.json();
     assert_eq!(faults["faults"][0]["kind"], json!({"hang": {}}));
-    for bad in [json!({"faults": [{"kind": "explode"}]}), json!({"fault": []}), json!(5)] {
+    for bad in [json!({"faults": [{"kind": "explode"}]}), json!({"fault": []}), json!({"speed": 0}), json!(5)] {
         assert_eq!(server.post("/simulated/faults", &bad).await.status, 400, "{bad}");
     }
     assert_eq!(server.get("/simulated/faults").await.json(), faults, "a refused change changes nothing");

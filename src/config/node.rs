@@ -1,0 +1,68 @@
+//! `[[node]]`, and the names of GPUs that workers give.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
+use url::Url;
+
+use super::log::At;
+use super::mistake::quoted;
+use super::tree::{Raw, Refusal, Section};
+use super::{GpuName, Name, Node};
+
+/// Every node that could be read; what could not is in the log.
+pub(super) fn read_all(root: &mut Section<'_>) -> Vec<Node> {
+    let mut taken: BTreeMap<Name, At> = BTreeMap::new();
+    root.tables("node", "node").into_iter().filter_map(|section| read(section, &mut taken)).collect()
+}
+
+fn read(mut section: Section<'_>, taken: &mut BTreeMap<Name, At>) -> Option<Node> {
+    let log = section.log;
+    let name = section.required("name", "write the name by which workers' `gpus` call the machine", name);
+    let agent =
+        section.required("agent", "write the address of the agent there, as in agent = \"http://gpu-a:7072\"", agent);
+    section.finish(&[]);
+    let name = name?;
+    match taken.entry(name.value.clone()) {
+        Entry::Occupied(first) => {
+            let remedy = format!("must be unique among nodes: {} has it already", log.mention(first.get()));
+            log.refuse(&name.at, quoted(&name.value), remedy);
+        }
+        Entry::Vacant(place) => {
+            place.insert(name.at);
+        }
+    }
+    Some(Node { name: name.value, agent: agent?.value })
+}
+
+fn name(raw: &Raw<'_>) -> Result<Name, Refusal> {
+    Name::new(raw.text()?).map_err(|bad| Refusal::new(bad.to_string()))
+}
+
+fn agent(raw: &Raw<'_>) -> Result<Url, Refusal> {
+    const FORM: &str = "must be http:// or https://, a host and a port, and nothing more, as in http://gpu-a:7072";
+    let text = raw.text()?;
+    let url = Url::parse(text).ok().filter(|url| {
+        let bare = url.username().is_empty() && url.password().is_none() && url.query().is_none();
+        matches!(url.scheme(), "http" | "https") && bare && url.path() == "/" && url.fragment().is_none()
+    });
+    let shown = if text.contains(['@', '?', '#']) { "(redacted)".to_owned() } else { quoted(text) };
+    url.ok_or_else(|| Refusal::showing(shown, FORM))
+}
+
+/// A GPU of one of `nodes`, or of this machine where there are none.
+pub(super) fn gpu(raw: &Raw<'_>, nodes: &[Node]) -> Result<GpuName, Refusal> {
+    let text = raw.text()?;
+    let parts = text.rsplit_once('/').and_then(|(node, gpu)| Some((Name::new(node).ok()?, Name::new(gpu).ok()?)));
+    let Some((node, gpu)) = parts else {
+        return Err(Refusal::new("must be a node and a GPU's index or UUID there, as in \"gpu-a/0\""));
+    };
+    if nodes.iter().any(|known| known.name == node) || (nodes.is_empty() && &*node == GpuName::HERE) {
+        return Ok(GpuName { node, gpu });
+    }
+    let known: Vec<&str> = nodes.iter().map(|node| node.name.as_str()).collect();
+    Err(Refusal::new(match known.is_empty() {
+        true => format!("must begin with a `[[node]]`'s name; without one with \"{}/\", this machine's", GpuName::HERE),
+        false => format!("must begin with the name of a `[[node]]`: {}", known.join(", ")),
+    }))
+}

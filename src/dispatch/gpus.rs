@@ -1,0 +1,348 @@
+//! Which worker runs on which GPU, and what that GPU says: followed from each node, told to the core.
+//!
+//! A worker runs on the GPUs that its configuration names, or else on those whose processes listen where it is reached,
+//! or descend from one that does. What was found stays until something else is: a process that dies leaves no trace.
+//! Processes that lead to no worker are foreign; how much they use is told where each process on the GPU is accounted for.
+//!
+//! A node that falls silent needs no word to the core: what its GPUs said is a lease there.
+//!
+//! Not here: reading and reconnecting (`forebay_backends::signals::gpu`), what a report costs a request
+//! (`forebay_scheduler`).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use forebay_backends::signals::gpu::{self, Follower, Gpu, NodeSignal, Snapshot, Source};
+use forebay_backends::transport::Endpoint;
+use forebay_scheduler::{Event, GpuId, GpuReport};
+use parking_lot::Mutex;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::Dispatch;
+use super::intake::Intake;
+use super::workers::Worker;
+use crate::config::GpuName;
+use crate::telemetry::GpuMetrics;
+
+/// An error of a GPU counts for so long; then the core tries the worker again.
+const FAULT_FRESH: Duration = Duration::from_secs(5);
+
+/// A machine as configured.
+#[derive(Debug, Clone)]
+pub struct NodeSpec {
+    pub name: Arc<str>,
+    pub source: Source,
+}
+
+impl NodeSpec {
+    fn is(&self, other: &Self) -> bool {
+        let same = match (&self.source, &other.source) {
+            (Source::Agent(a), Source::Agent(b)) => a == b,
+            (Source::Here(_), Source::Here(_)) => true,
+            _ => false,
+        };
+        same && self.name == other.name
+    }
+
+    /// Where its workers are reached, if they are reached as its agent is; `None`: it is this machine.
+    fn host(&self) -> Option<&str> {
+        match &self.source {
+            Source::Agent(url) => url.host_str().map(|host| host.trim_matches(['[', ']'])),
+            Source::Here(_) => None,
+        }
+    }
+}
+
+/// A GPU under some worker, as administration sees it.
+#[derive(Debug, Clone)]
+pub struct GpuStatus {
+    /// As in `gpu-a/0`.
+    pub name: String,
+    pub said: Gpu,
+    /// How long ago.
+    pub ago: Duration,
+    pub fault: Option<String>,
+    /// Processes on it that belong to no worker.
+    pub foreign_processes: usize,
+}
+
+/// All nodes that are followed.
+#[derive(Default)]
+pub(super) struct Nodes(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    next: u32,
+    nodes: Vec<Node>,
+}
+
+struct Node {
+    spec: NodeSpec,
+    gone: CancellationToken,
+    /// By UUID, or by index where that is not known.
+    gpus: BTreeMap<String, Seen>,
+}
+
+/// One GPU.
+struct Seen {
+    id: GpuId,
+    metrics: GpuMetrics,
+    said: Gpu,
+    at: Instant,
+    /// When its count of uncorrected memory errors rose last.
+    corrupted: Option<Instant>,
+    fault: Option<String>,
+    foreign_processes: usize,
+}
+
+/// A worker, and where it says or is said to run.
+pub(super) struct Tenant {
+    pub(super) worker: Arc<Worker>,
+    pub(super) configured: Vec<GpuName>,
+}
+
+impl Dispatch {
+    /// Makes the nodes that are followed those of `specs`.
+    pub fn follow_nodes(&self, specs: &[NodeSpec]) {
+        let mut state = self.intake.nodes.0.lock();
+        state.nodes.retain(|node| {
+            let stays = specs.iter().any(|spec| spec.is(&node.spec));
+            if !stays {
+                node.gone.cancel();
+                node.clear();
+            }
+            stays
+        });
+        for spec in specs {
+            if !state.nodes.iter().any(|node| node.spec.is(spec)) {
+                let gone = CancellationToken::new();
+                state.nodes.push(Node { spec: spec.clone(), gone: gone.clone(), gpus: BTreeMap::new() });
+                let (intake, spec) = (Arc::clone(&self.intake), spec.clone());
+                let following = async move { intake.follow_node(&spec).await };
+                self.intake.tracker.spawn(gone.run_until_cancelled_owned(following));
+            }
+        }
+    }
+
+    pub(super) fn stop_nodes(&self) {
+        self.intake.nodes.0.lock().nodes.iter().for_each(|node| node.gone.cancel());
+    }
+
+    /// What is known of these GPUs.
+    pub(super) fn gpu_statuses(&self, ids: &[GpuId]) -> Vec<GpuStatus> {
+        let state = self.intake.nodes.0.lock();
+        let all = state.nodes.iter().flat_map(|node| node.gpus.values().map(move |seen| (node, seen)));
+        let found = all.filter(|(_, seen)| ids.contains(&seen.id)).map(|(node, seen)| GpuStatus {
+            name: format!("{}/{}", node.spec.name, seen.said.index),
+            said: seen.said.clone(),
+            ago: seen.at.elapsed(),
+            fault: seen.fault.clone(),
+            foreign_processes: seen.foreign_processes,
+        });
+        found.collect()
+    }
+}
+
+impl Intake {
+    async fn follow_node(&self, spec: &NodeSpec) {
+        let mut follower = Follower::new(spec.source.clone());
+        let mut problem = None;
+        loop {
+            match follower.next().await {
+                NodeSignal::Snapshot(snapshot) => {
+                    if snapshot.problem != problem {
+                        problem.clone_from(&snapshot.problem);
+                        tracing::info!(node = &*spec.name, problem, "a GPU node's own word");
+                    }
+                    self.gpus_read(spec, &snapshot);
+                }
+                NodeSignal::Lost => {
+                    tracing::info!(node = &*spec.name, "nothing is heard from the GPU node");
+                    let state = self.nodes.0.lock();
+                    state.nodes.iter().filter(|node| node.spec.is(spec)).for_each(Node::clear);
+                }
+            }
+        }
+    }
+
+    fn gpus_read(&self, spec: &NodeSpec, snapshot: &Snapshot) {
+        let tenants = self.tenants();
+        let (joins, reports) = {
+            let mut state = self.nodes.0.lock();
+            let State { next, nodes } = &mut *state;
+            let Some(node) = nodes.iter_mut().find(|node| node.spec.is(spec)) else { return };
+            node.take_in(next, snapshot);
+            let joins: Vec<_> = tenants.iter().filter_map(|tenant| Some((tenant, node.join(tenant)?))).collect();
+            (joins, node.reports(&tenants))
+        };
+        for (tenant, gpus) in joins {
+            tracing::info!(worker = &*tenant.worker.name, node = &*spec.name, gpus = gpus.len(), "runs on these GPUs");
+            self.respec(&tenant.worker, |spec| spec.gpus = gpus);
+        }
+        for (gpu, report) in reports {
+            self.driver.tell(Event::Gpu { gpu, report });
+        }
+    }
+}
+
+impl Node {
+    /// Says that nothing is known of its GPUs.
+    fn clear(&self) {
+        self.gpus.values().for_each(|seen| seen.metrics.clear());
+    }
+
+    fn take_in(&mut self, next: &mut u32, snapshot: &Snapshot) {
+        let now = Instant::now();
+        let key = |gpu: &Gpu| gpu.uuid.clone().unwrap_or_else(|| gpu.index.clone());
+        let keys: BTreeSet<String> = snapshot.gpus.iter().map(key).collect();
+        self.gpus.retain(|known, seen| {
+            let stays = keys.contains(known);
+            if !stays {
+                seen.metrics.clear();
+            }
+            stays
+        });
+        for gpu in &snapshot.gpus {
+            let seen = self.gpus.entry(key(gpu)).or_insert_with(|| {
+                *next += 1;
+                let metrics = GpuMetrics::new(Arc::clone(&self.spec.name), gpu.index.clone());
+                let id = GpuId(*next);
+                Seen { id, metrics, said: gpu.clone(), at: now, corrupted: None, fault: None, foreign_processes: 0 }
+            });
+            if gpu.ecc_uncorrected.zip(seen.said.ecc_uncorrected).is_some_and(|(new, old)| new > old) {
+                seen.corrupted = Some(now);
+            }
+            let fresh = u64::try_from(FAULT_FRESH.as_millis()).unwrap_or(u64::MAX);
+            let corrupted = seen.corrupted.filter(|at| now.duration_since(*at) < FAULT_FRESH);
+            let fault = gpu::fault(gpu, fresh).or_else(|| corrupted.map(|_| "uncorrected memory errors".to_owned()));
+            if fault != seen.fault {
+                match &fault {
+                    Some(fault) => tracing::warn!(node = &*self.spec.name, gpu = gpu.index, fault, "a GPU fails"),
+                    None => tracing::info!(node = &*self.spec.name, gpu = gpu.index, "a GPU fails no more"),
+                }
+            }
+            seen.metrics.set(gpu);
+            (seen.fault, seen.said, seen.at) = (fault, gpu.clone(), now);
+        }
+    }
+
+    /// The GPUs under a worker, where that is another set than the core knows.
+    fn join(&self, tenant: &Tenant) -> Option<Vec<GpuId>> {
+        let runs_on = |seen: &Seen| match &tenant.configured[..] {
+            [] => seen.said.processes.iter().any(|process| self.is_reached(tenant, &process.listens)),
+            names => names.iter().any(|name| {
+                *name.node == *self.spec.name
+                    && [Some(&seen.said.index), seen.said.uuid.as_ref()].contains(&Some(&(*name.gpu).to_owned()))
+            }),
+        };
+        let found: BTreeSet<GpuId> = self.gpus.values().filter(|seen| runs_on(seen)).map(|seen| seen.id).collect();
+        if found.is_empty() {
+            return None;
+        }
+        let known: BTreeSet<GpuId> = tenant.worker.spec.lock().gpus.iter().copied().collect();
+        // A worker that spans nodes is told of by each; what was found elsewhere by its port is not its any more.
+        let elsewhere = |id: &GpuId| !self.gpus.values().any(|seen| seen.id == *id);
+        let rest = known.iter().copied().filter(|id| !tenant.configured.is_empty() && elsewhere(id));
+        let all: BTreeSet<GpuId> = found.into_iter().chain(rest).collect();
+        (all != known).then(|| all.into_iter().collect())
+    }
+
+    /// What the core is to know of the GPUs that some worker runs on.
+    fn reports(&mut self, tenants: &[Tenant]) -> Vec<(GpuId, GpuReport)> {
+        let mut reports = Vec::new();
+        let mut foreign_processes = BTreeMap::new();
+        for seen in self.gpus.values() {
+            let processes = &seen.said.processes;
+            let ours = |listens: &[String]| tenants.iter().any(|tenant| self.is_reached(tenant, listens));
+            let others: Vec<_> = processes.iter().filter(|process| !ours(&process.listens)).collect();
+            // A worker whose process is not among them may be one of the others.
+            let users = tenants.iter().filter(|tenant| tenant.worker.spec.lock().gpus.contains(&seen.id));
+            let mut users = users.peekable();
+            let is_used = users.peek().is_some();
+            let accounted =
+                users.all(|tenant| processes.iter().any(|process| self.is_reached(tenant, &process.listens)));
+            let measured = accounted && is_used && processes.iter().all(|process| process.sm_percent.is_some());
+            let share = || others.iter().filter_map(|process| process.sm_percent).sum::<u32>();
+            let foreign = measured.then(|| f64::from(share()) / 100.0);
+            foreign_processes.insert(seen.id, if accounted { others.len() } else { 0 });
+            if is_used {
+                reports.push((seen.id, report(seen, foreign)));
+            }
+        }
+        for seen in self.gpus.values_mut() {
+            seen.foreign_processes = foreign_processes.get(&seen.id).copied().unwrap_or(0);
+        }
+        reports
+    }
+
+    fn is_reached(&self, tenant: &Tenant, listens: &[String]) -> bool {
+        let endpoint = tenant.worker.channel.endpoint();
+        listens
+            .iter()
+            .filter_map(|listen| listen.parse().ok())
+            .any(|listen| reaches(endpoint, listen, self.spec.host()))
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "memory is far below 2^52 bytes")]
+fn report(seen: &Seen, foreign: Option<f64>) -> GpuReport {
+    let gpu = &seen.said;
+    let memory = gpu.memory_used_bytes.zip(gpu.memory_total_bytes).filter(|(_, total)| *total > 0);
+    GpuReport {
+        derate: gpu::slowdown(gpu),
+        fault: seen.fault.is_some(),
+        utilization: gpu.utilization_percent.map(|percent| f64::from(percent) / 100.0),
+        foreign,
+        memory: memory.map(|(used, total)| used as f64 / total as f64),
+    }
+}
+
+/// Whether a socket that listens on the node at `host` (none: here) is the one that `endpoint` reaches.
+fn reaches(endpoint: &Endpoint, listen: SocketAddr, host: Option<&str>) -> bool {
+    let is_here = |host: &str| {
+        host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+    };
+    let worker = endpoint.host();
+    let same_machine = match host {
+        Some(host) => host.eq_ignore_ascii_case(worker) || (is_here(host) && is_here(worker)),
+        None => is_here(worker),
+    };
+    let address = listen.ip();
+    let by_address = worker.parse::<IpAddr>().is_ok_and(|worker| worker == address && !address.is_loopback());
+    let by_machine = same_machine && (address.is_unspecified() || address.is_loopback() == is_here(worker));
+    endpoint.port() == listen.port() && (by_address || by_machine)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_are_found_by_where_they_are_reached() {
+        let check = |worker: &str, listen: &str, host: Option<&str>, expect: bool| {
+            let endpoint = Endpoint::new(&worker.parse().unwrap(), None).unwrap();
+            assert_eq!(reaches(&endpoint, listen.parse().unwrap(), host), expect, "{worker} {listen} {host:?}");
+        };
+        // on this machine
+        check("http://127.0.0.1:8000", "0.0.0.0:8000", None, true);
+        check("http://localhost:8000", "127.0.0.1:8000", None, true);
+        check("http://localhost:8000", "[::]:8000", None, true);
+        check("http://127.0.0.1:8000", "0.0.0.0:8001", None, false);
+        check("http://127.0.0.1:8000", "10.0.0.5:8000", None, false);
+        check("http://gpu-a:8000", "0.0.0.0:8000", None, false);
+        // on a node, by the name of its agent
+        check("http://gpu-a:8000", "0.0.0.0:8000", Some("GPU-A"), true);
+        check("http://gpu-a:8000", "10.0.0.5:8000", Some("gpu-a"), true);
+        check("http://gpu-a:8000", "127.0.0.1:8000", Some("gpu-a"), false);
+        check("http://gpu-b:8000", "0.0.0.0:8000", Some("gpu-a"), false);
+        check("http://127.0.0.1:8000", "127.0.0.1:8000", Some("localhost"), true);
+        check("http://127.0.0.1:8000", "0.0.0.0:8000", Some("gpu-a"), false);
+        // by the address of a container of its own
+        check("http://10.42.0.7:8000", "10.42.0.7:8000", Some("gpu-a"), true);
+        check("http://10.42.0.8:8000", "10.42.0.7:8000", Some("gpu-a"), false);
+        check("http://10.0.0.5:8000", "0.0.0.0:8000", Some("10.0.0.5"), true);
+    }
+}
