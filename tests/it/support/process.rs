@@ -54,10 +54,6 @@ impl Process {
         }
     }
 
-    pub(crate) fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     pub(crate) fn out(&self) -> String {
         self.stdout.lock().unwrap().clone()
     }
