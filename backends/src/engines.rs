@@ -323,6 +323,7 @@ pub async fn detect(channel: &Channel, known: Option<&'static dyn Engine>) -> Re
     let listed = models(channel).await;
     let openai_routes = !matches!(listed, Err(Error::Status { status: StatusCode::NOT_FOUND }));
     let (engine, mut models) = match (known, listed) {
+        (Some(_), Err(error @ (Error::Connect { .. } | Error::Tls { .. }))) => return Err(error),
         (Some(engine), listed) => (engine, listed.unwrap_or_default()),
         (None, Ok(models)) => (recognise(channel, &models).await.ok_or(Error::Unreadable)?, models),
         // Some have a list of their own, elsewhere.

@@ -124,11 +124,14 @@ async fn prepared(worker: &Worker, job: &Job<'_>) -> Result<Prepared, Failed> {
     } else {
         engines::prepare(engine, asked)
     };
-    prepared.map_err(|Unsupported { message, param }| {
-        let (kind, code) = ("invalid_request_error".to_owned(), Some("unsupported_parameter".to_owned()));
-        let error = ApiError { message, kind, param, code };
-        Failed::Final(Box::new(Error::Engine { status: StatusCode::BAD_REQUEST, error, retry_after: None }))
-    })
+    prepared.map_err(|Unsupported { message, param }| unsupported(message, param))
+}
+
+/// The engine cannot do what is asked, now or later: nothing is wrong with the worker.
+fn unsupported(message: String, param: Option<String>) -> Failed {
+    let code = if param.is_some() { "unsupported_parameter" } else { "unsupported_api" };
+    let error = ApiError { message, kind: "invalid_request_error".to_owned(), param, code: Some(code.to_owned()) };
+    Failed::Final(Box::new(Error::Engine { status: StatusCode::BAD_REQUEST, error, retry_after: None }))
 }
 
 /// The conversation as the model reads it, where its template is at hand.
@@ -241,6 +244,8 @@ fn engine_error(status: StatusCode, error: ApiError, retry_after: Option<Duratio
             tracing::warn!(%status, "a worker does not accept the gateway's key");
             return Failed::elsewhere(Failure::Status5xx);
         }
+        // vLLM and llama.cpp: not with this model, or not as this server was started.
+        StatusCode::NOT_IMPLEMENTED => return unsupported(error.message, error.param),
         // TGI's "generation error", and a server that gave up waiting.
         StatusCode::FAILED_DEPENDENCY | StatusCode::REQUEST_TIMEOUT => Failure::Status5xx,
         status if status.is_client_error() => {

@@ -104,7 +104,8 @@ fn answered(answer: &Answer) -> Result<(), String> {
     }
     let error = answer.error();
     assert_eq!((answer.status, error["type"].as_str()), (400, Some("invalid_request_error")), "{error}");
-    assert_eq!(error["code"], "unsupported_parameter", "{error}");
+    let code = if error["param"].is_null() { "unsupported_api" } else { "unsupported_parameter" };
+    assert_eq!(error["code"], code, "{error}");
     Err(error["message"].as_str().expect("a message").to_owned())
 }
 

@@ -158,6 +158,22 @@ fn hosts_paths_and_keys_stay_inside() {
     }
 }
 
+/// What the engine cannot do with this model is the client's to know, and no fault of the worker.
+#[test]
+fn what_is_not_implemented_is_refused_once() {
+    let (gateway, recorder) = setting();
+    let said =
+        r#"{"error":{"code":501,"message":"This server does not support embeddings.","type":"not_supported_error"}}"#;
+    recorder.play(json("501 Not Implemented", said));
+    for count in 1..=6 {
+        let answer = gateway.post("/v1/embeddings", r#"{"model":"m","input":"hi"}"#);
+        assert_eq!(answer.refusal(400), "unsupported_api");
+        assert_eq!(answer.error()["message"], "This server does not support embeddings.");
+        assert_eq!(gateway.row_of(&answer)["outcome"], "engine_refused");
+        assert_eq!(recorder.posts().len(), count, "asked once, and still asked: the worker is well");
+    }
+}
+
 /// Redirects lead nowhere; answers that are no answers are failures.
 #[test]
 fn strange_statuses_are_bad_gateways() {

@@ -39,7 +39,7 @@ pub(super) trait Translator: Send {
     }
 }
 
-/// A [`Translator`] at work on one answer.
+/// Makes one answer of an engine OpenAI's.
 pub struct Translation {
     translator: Box<dyn Translator>,
     pieces: Pieces,

@@ -113,8 +113,13 @@ impl Connection {
 
     /// Reads until `bytes` stand somewhere in what came since the last answer; returns all of it, framing included.
     pub(crate) fn until(&mut self, bytes: &[u8]) -> Vec<u8> {
+        self.until_times(bytes, 1)
+    }
+
+    /// Reads until these bytes came so many times; gives all that was read, which stays to be read.
+    pub(crate) fn until_times(&mut self, bytes: &[u8], times: usize) -> Vec<u8> {
         loop {
-            if self.read.windows(bytes.len()).any(|window| window == bytes) {
+            if self.read.windows(bytes.len()).filter(|window| *window == bytes).count() >= times {
                 return self.read.clone();
             }
             assert!(self.fill(), "the connection ended before {:?} came: {:?}", text(bytes), text(&self.read));

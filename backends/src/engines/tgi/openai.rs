@@ -33,7 +33,7 @@ impl Translator for ToolCalls {
             }
             return Tidy(RULES).event(data, out);
         };
-        match chunk.pointer_mut("/choices/0") {
+        let says = match chunk.pointer_mut("/choices/0") {
             Some(choice) => {
                 let first = self.last.is_none();
                 if let Some(calls) = choice.pointer_mut("/delta/tool_calls") {
@@ -43,12 +43,18 @@ impl Translator for ToolCalls {
                     self.finished = true;
                     finish_reason(choice);
                 }
-                self.last = Some(chunk.clone());
+                true
             }
             // Usage: everything has been said.
-            None => self.finish(out),
-        }
+            None => {
+                self.finish(out);
+                false
+            }
+        };
         event(out, chunk.to_string());
+        if says {
+            self.last = Some(chunk);
+        }
         true
     }
 
