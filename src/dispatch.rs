@@ -24,6 +24,7 @@ use bytes::Bytes;
 use forebay_backends::transport::Body;
 use forebay_proto::error::ApiError;
 use forebay_proto::sse::{Event, Splitter};
+use forebay_proto::trace_context::TraceParent;
 use forebay_scheduler::{Class, PoolId, Refusal, Request, RouteId, TenantId};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::Instant;
@@ -46,6 +47,8 @@ use workers::Workers;
 pub struct Job<'a> {
     /// What the client calls the request.
     pub name: RequestName,
+    /// Where it stands in its trace; its attempts stand below it, numbered from there.
+    pub trace: Option<TraceParent>,
     pub pool: PoolId,
     pub class: Class,
     /// Latest first token.
@@ -174,7 +177,7 @@ impl Dispatch {
             };
             on_send(&worker, waited);
             let span = tracing::debug_span!("attempt", worker = &*worker.name, number = attempts);
-            match attempt::attempt(&worker, job).instrument(span).await {
+            match attempt::attempt(&worker, job, attempts).instrument(span).await {
                 Ok(reply) => {
                     place.first_token();
                     return Ok(Opened {

@@ -75,8 +75,10 @@ impl Pipeline {
         };
         entry.prompt(prompt.tokens, prompt.exact);
         let name = entry.name().clone();
-        let job = Job { name, pool: model.pool, class, deadline, prompt, asked: &asked, body, path, headers };
-        let opened = self.dispatch.open(job, |worker, queued| entry.sent(&worker.name, queued)).await?;
+        let trace = entry.trace_parent();
+        let job = Job { name, trace, pool: model.pool, class, deadline, prompt, asked: &asked, body, path, headers };
+        let opened =
+            self.dispatch.open(job, |worker, queued| entry.sent(&worker.name, worker.engine(), queued)).await?;
         entry.first_byte(opened.matched_tokens);
         Ok((route, opened))
     }

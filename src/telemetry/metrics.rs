@@ -29,6 +29,7 @@ const WORKER_UP: &str = "forebay_worker_up";
 const WORKER_HEALTH: &str = "forebay_worker_health_score";
 const BREAKER_OPEN: &str = "forebay_breaker_open";
 const RETRIES: &str = "forebay_retries_total";
+const SPANS_DROPPED: &str = "forebay_spans_dropped_total";
 
 /// Status codes that answers can have; 499 is "the client left" (nginx's number). Others count as `other`.
 const CODES: [u16; 16] = [200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 499, 500, 501, 502, 503, 504];
@@ -166,6 +167,13 @@ fn describe() {
     describe_gauge!(WORKER_HEALTH, "how well the worker is, 1 to 0; falls with failures and with late first tokens");
     describe_gauge!(BREAKER_OPEN, "1 while the worker's circuit breaker is open");
     describe_counter!(RETRIES, "attempts that failed before the first byte and were placed again, by reason");
+}
+
+/// Spans that no collector got; there is one only where traces are exported.
+#[must_use]
+pub fn spans_dropped() -> Counter {
+    describe_counter!(SPANS_DROPPED, "spans that were dropped because the collector took none or too few");
+    counter!(SPANS_DROPPED)
 }
 
 /// One model's handles, registered when the model is configured.
