@@ -170,7 +170,6 @@ fn describe() {
 }
 
 /// Spans that no collector got; there is one only where traces are exported.
-#[must_use]
 pub fn spans_dropped() -> Counter {
     describe_counter!(SPANS_DROPPED, "spans that were dropped because the collector took none or too few");
     counter!(SPANS_DROPPED)

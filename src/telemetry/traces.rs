@@ -92,7 +92,6 @@ pub struct Facts {
 impl Traces {
     /// Where traces go, and the task that sends them to the collector at `channel`; it ends when all that may begin one
     /// are gone.
-    #[must_use]
     pub fn new(channel: Channel, share: f64) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (finished, waiting) = mpsc::channel(WAITING_MAX);
         let dropped = super::metrics::spans_dropped();
