@@ -224,9 +224,9 @@ fn server_values() {
 fn unknown_keys() {
     check_server("lisen = 'secret'", &["f.toml:2:1: server.lisen is not a known key: did you mean `listen`?"]);
     check_server(
-        "tls = true",
+        "cluster = true",
         &[
-            "f.toml:2:1: server.tls is not a known key: known here: listen, ops_listen, data_dir, allow_unauthenticated, body_bytes_max, max_connections, stall_seconds_max, otlp, trace_share, drain_seconds, access_log",
+            "f.toml:2:1: server.cluster is not a known key: known here: listen, ops_listen, data_dir, allow_unauthenticated, body_bytes_max, max_connections, stall_seconds_max, otlp, trace_share, drain_seconds, access_log",
         ],
     );
     check_server(
