@@ -21,12 +21,15 @@ use tokio_util::sync::CancellationToken;
 use crate::ids::RequestName;
 use crate::ledger::Ledger;
 use crate::pipeline::Pipeline;
+use crate::telemetry::Traces;
 use errors::Error;
 
 /// What the handlers use.
 pub struct Api {
     pub pipeline: Pipeline,
     pub ledger: Ledger,
+    /// Where there is a collector.
+    pub traces: Option<Traces>,
     /// Largest request body, in bytes.
     pub body_bytes_max: usize,
     /// Cancelled when answers must end because the drain time is over.

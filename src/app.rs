@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use forebay_backends::signals::gpu::Readings;
-use forebay_backends::transport::Transport;
+use forebay_backends::transport::{Endpoint, Timeouts, Transport};
 use secrecy::SecretString;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -28,7 +28,7 @@ use crate::pipeline::Pipeline;
 use crate::prepare::Prepare;
 use crate::routing::Routing;
 use crate::server::{Bounds, Server};
-use crate::telemetry::{ModelMetrics, Registry};
+use crate::telemetry::{ModelMetrics, Registry, Traces};
 use catalog::Catalog;
 
 /// How often recorded metrics are folded into their histograms.
@@ -93,6 +93,13 @@ impl Gateway {
             .context("cannot start the thread for KV-cache events")?;
         let routing = Arc::new(Routing::default());
         let prepare = Arc::new(Prepare::start().context("cannot start the counting threads")?);
+        let server_traces = match &server.otlp {
+            Some(url) => {
+                let endpoint = Endpoint::new(url, None).context("server.otlp")?.with_http2(true);
+                Some(Traces::new(transport.channel(endpoint, Timeouts::default()), server.trace_share))
+            }
+            None => None,
+        };
         let stall_max = server.stall_max;
         let bounds = |connections_max| Bounds { connections_max, stall_max };
         let (body_bytes_max, connections_max) = (server.body_bytes_max, server.max_connections.get() as usize);
@@ -109,7 +116,11 @@ impl Gateway {
             }
         }));
         let pipeline = Pipeline { routing, prepare, dispatch: Arc::clone(&dispatch) };
-        let api = Api { pipeline, ledger, body_bytes_max, closing: closing.clone() };
+        let traces = server_traces.map(|(traces, sending)| {
+            tracker.spawn(sending);
+            traces
+        });
+        let api = Api { pipeline, ledger, traces, body_bytes_max, closing: closing.clone() };
         let client = Server::new(listeners.client, api::router(api), bounds(connections_max), api::unread)?;
         let admin = Admin { registry, dispatch: Arc::clone(&dispatch), owner, stopping: stopping.clone() };
         let ops = Server::new(listeners.ops, admin::router(admin), bounds(OPS_CONNECTIONS_MAX), api::unread)?;

@@ -75,6 +75,10 @@ pub struct Server {
     pub max_connections: NonZeroU32,
     /// How long a client may take no byte of an answer that is there; after that its connection is closed.
     pub stall_max: Duration,
+    /// The collector that traces go to, OTLP over gRPC; `None`: nowhere.
+    pub otlp: Option<Url>,
+    /// Of the requests that come without a trace, how many begin one: 0 to 1.
+    pub trace_share: f64,
     /// How long running requests may go on after SIGTERM.
     pub drain: Duration,
     /// Whether each finished request is logged as a line.
@@ -217,6 +221,8 @@ impl Config {
             body_bytes_max,
             max_connections,
             stall_max,
+            otlp,
+            trace_share,
             drain: _,
             access_log,
         } = &mut self.server;
@@ -228,6 +234,8 @@ impl Config {
         keep("body_bytes_max", body_bytes_max, &old.body_bytes_max, &mut refused);
         keep("max_connections", max_connections, &old.max_connections, &mut refused);
         keep("stall_seconds_max", stall_max, &old.stall_max, &mut refused);
+        keep("otlp", otlp, &old.otlp, &mut refused);
+        keep("trace_share", trace_share, &old.trace_share, &mut refused);
         keep("access_log", access_log, &old.access_log, &mut refused);
         for model in &mut self.models {
             model.queue_bytes_max = model.queue_bytes_max.max(*body_bytes_max);

@@ -25,6 +25,7 @@ use bytes::Bytes;
 use forebay_backends::engines::{Answer, Api};
 use forebay_proto::error::ApiError;
 use forebay_proto::sse::{Event, Splitter};
+use forebay_proto::trace_context::TraceParent;
 use forebay_scheduler::{Class, PoolId, Refusal, Request, RouteId, TenantId};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::Instant;
@@ -49,6 +50,8 @@ use workers::Workers;
 pub struct Job<'a> {
     /// What the client calls the request.
     pub name: RequestName,
+    /// Where it stands in its trace; its attempts stand below it, numbered from there.
+    pub trace: Option<TraceParent>,
     pub model: &'a Arc<Model>,
     /// For engines that want a prompt written out.
     pub prepare: &'a Prepare,
@@ -193,7 +196,7 @@ impl Dispatch {
             };
             on_send(&worker, waited);
             let span = tracing::debug_span!("attempt", worker = &*worker.name, number = attempts);
-            match attempt::attempt(&worker, job).instrument(span).await {
+            match attempt::attempt(&worker, job, attempts).instrument(span).await {
                 Ok(reply) => {
                     place.first_token();
                     return Ok(Opened {

@@ -54,6 +54,12 @@ impl RequestName {
         name
     }
 
+    /// The same, to be kept elsewhere.
+    #[must_use]
+    pub fn shared(&self) -> Arc<str> {
+        Arc::clone(&self.0)
+    }
+
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0

@@ -15,12 +15,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use forebay_proto::stream::Usage;
+use forebay_proto::trace_context::TraceParent;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::ids::RequestName;
-use crate::telemetry::ModelMetrics;
 use crate::telemetry::metrics::Api;
+use crate::telemetry::traces::Facts;
+use crate::telemetry::{ModelMetrics, Trace};
 
 pub use journal::Journal;
 pub use row::{Outcome, Row, TokensFrom};
@@ -70,6 +72,7 @@ impl Ledger {
             counted: None,
             first: None,
             row: Box::new(Row::new(name, api, SystemTime::now())),
+            trace: None,
         })
     }
 }
@@ -84,6 +87,8 @@ pub struct Entry {
     counted: Option<Instant>,
     first: Option<Instant>,
     row: Box<Row>,
+    /// Handed over at the end.
+    trace: Option<Box<Trace>>,
 }
 
 impl Entry {
@@ -97,21 +102,42 @@ impl Entry {
         self.arrived
     }
 
+    /// Lets a trace be told what happens.
+    pub fn trace(&mut self, trace: Option<Box<Trace>>) {
+        self.trace = trace;
+    }
+
+    /// Where the request stands in its trace.
+    #[must_use]
+    pub fn trace_parent(&self) -> Option<TraceParent> {
+        self.trace.as_ref().map(|trace| trace.own())
+    }
+
     /// Names the configured model that will answer.
     pub fn routed(&mut self, model: &Arc<str>, metrics: &Arc<ModelMetrics>) {
         self.row.model = Some(Arc::clone(model));
         self.metrics = Arc::clone(metrics);
+        if let Some(trace) = &mut self.trace {
+            trace.routed();
+        }
     }
 
     /// Notes the prompt's length; `exact` when counted with the model's own tokenizer.
     pub fn prompt(&mut self, tokens: u32, exact: bool) {
-        self.counted = Some(Instant::now());
+        let now = Instant::now();
+        self.counted = Some(now);
+        if let Some(trace) = &mut self.trace {
+            trace.prepared(now);
+        }
         self.row.prompt_tokens = tokens;
         self.row.prompt_tokens_from = if exact { TokensFrom::Tokenizer } else { TokensFrom::Estimate };
     }
 
-    /// Notes one more attempt: at which worker, after how long in lanes.
-    pub fn sent(&mut self, worker: &Arc<str>, queued: Duration) {
+    /// Notes one more attempt: at which worker, of which engine, after how long in lanes.
+    pub fn sent(&mut self, worker: &Arc<str>, engine: &'static str, queued: Duration) {
+        if let Some(trace) = &mut self.trace {
+            trace.sent(worker, engine, queued);
+        }
         self.row.worker = Some(Arc::clone(worker));
         self.row.queue_ms += milliseconds(queued);
         self.row.attempts += 1;
@@ -128,6 +154,9 @@ impl Entry {
         self.row.matched_tokens = Some(matched_tokens);
         let now = Instant::now();
         self.first = Some(now);
+        if let Some(trace) = &mut self.trace {
+            trace.first_token(now);
+        }
         self.row.ttft_ms = Some(milliseconds(now.duration_since(self.arrived)));
     }
 
@@ -186,6 +215,20 @@ impl Drop for Entry {
                 let gaps = f64::from(row.output_tokens - 1);
                 self.metrics.tpot.record(now.duration_since(first).as_secs_f64() / gaps);
             }
+        }
+        if let Some(trace) = self.trace.take() {
+            let facts = Facts {
+                request: row.request.shared(),
+                api: row.api,
+                model: row.model.clone(),
+                stream: row.stream,
+                status: row.status,
+                error: row.outcome.error(),
+                input_tokens: row.prompt_tokens,
+                cached_tokens: row.cached_tokens,
+                output_tokens: row.output_tokens,
+            };
+            trace.finish(now, facts);
         }
         if let Some(permit) = self.permit.take() {
             permit.send(Row::clone(&self.row));

@@ -1,4 +1,4 @@
-//! What operators see: metrics and logs.
+//! What operators see: metrics, logs and traces.
 //!
 //! The one table of metric names is [`metrics`]; no other room touches the `metrics` macros. Handles are made
 //! when configuration is applied, so that a request only increments what is already registered, and every label
@@ -6,5 +6,7 @@
 
 pub mod logs;
 pub mod metrics;
+pub mod traces;
 
 pub use metrics::{GpuMetrics, ModelMetrics, Registry, WorkerMetrics};
+pub use traces::{Trace, Traces};

@@ -29,13 +29,13 @@ pub(crate) async fn count(program: &Path, upstream: SocketAddr, only: &str, requ
     let file = counts.join("callgrind.out");
     let mut command = Command::new(valgrind);
     command.arg("--tool=callgrind").arg(format!("--callgrind-out-file={}", file.display())).arg(program);
-    let mut proxy = Proxy::forebay("forebay", command, upstream)?;
+    let mut proxy = Proxy::forebay("forebay", command, &[upstream])?;
     answers(&mut proxy).await?;
 
     let [_, guessed] = MODELS;
     println!("{}; {}\n\n| path | instructions a request |\n| --- | --- |", machine::description(), program.display());
     let mut dumps = 0;
-    for way in WAYS.iter().filter(|way| way.name.contains(only) && way.question.form != Form::PacedStream) {
+    for way in WAYS.iter().filter(|way| way.name.contains(only) && !matches!(way.question.form, Form::PacedStream(_))) {
         let ask = |count| drive(proxy.address, guessed, way.question, way.connections, Enough::Requests(count));
         ask(WARM_UP).await?;
         control(&["--zero"], &proxy)?;

@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use crate::http::{content_length, head_bytes};
-use crate::upstream::{EVENTS, PACE};
+use crate::upstream::EVENTS;
 
 /// English that every prompt is cut from.
 const PROSE: &str = include_str!("../../backends/simulated-engine/model/prose.txt");
@@ -35,8 +35,8 @@ pub(crate) enum Form {
     Whole,
     /// As events, as fast as they go.
     Stream,
-    /// As events, one a [`PACE`]; the latency is the first one's.
-    PacedStream,
+    /// As events, one each such time; the latency is the first one's.
+    PacedStream(Duration),
 }
 
 /// How much of a prompt has been seen before.
@@ -59,9 +59,9 @@ struct Prepared {
 impl Question {
     fn prepare(self, model: &str) -> anyhow::Result<Prepared> {
         let form = match self.form {
-            Form::Whole => "",
-            Form::Stream => r#""stream":true,"#,
-            Form::PacedStream => r#""stream":true,"paced":true,"#,
+            Form::Whole => String::new(),
+            Form::Stream => r#""stream":true,"#.to_owned(),
+            Form::PacedStream(pace) => format!(r#""stream":true,"paced":{},"#, pace.as_micros()),
         };
         let open = format!(r#"{{"model":"{model}",{form}"max_tokens":64,"messages":[{{"role":"user","content":""#);
         let close = r#""}]}"#;
@@ -143,7 +143,7 @@ pub(crate) async fn drive(
     });
     let mut clients = JoinSet::new();
     // Paced streams begin one after the other, so that their events do not fall together.
-    let ramp = if question.form == Form::PacedStream { PACE * EVENTS } else { Duration::ZERO };
+    let ramp = if let Form::PacedStream(pace) = question.form { pace * EVENTS } else { Duration::ZERO };
     for index in 0..connections {
         let (prepared, left) = (prepared.clone(), Arc::clone(&left));
         clients.spawn(async move {
@@ -169,7 +169,7 @@ async fn client(address: SocketAddr, mut request: Prepared, left: &Left) -> anyh
         stream.write_all(&request.bytes).await?;
         let first = answer(&mut stream, &mut buffer, request.form).await?;
         let now = Instant::now();
-        latencies.push(if request.form == Form::PacedStream { first } else { now } - began);
+        latencies.push(if matches!(request.form, Form::PacedStream(_)) { first } else { now } - began);
         if !left.another() {
             return Ok(latencies);
         }

@@ -83,8 +83,17 @@ impl CpuTime {
 
 /// Resident memory in MiB.
 pub(crate) fn resident_mib(process: u32) -> anyhow::Result<f64> {
+    mib(process, "VmRSS:")
+}
+
+/// The most it ever was.
+pub(crate) fn peak_mib(process: u32) -> anyhow::Result<f64> {
+    mib(process, "VmHWM:")
+}
+
+fn mib(process: u32, field: &str) -> anyhow::Result<f64> {
     let status = std::fs::read_to_string(format!("/proc/{process}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let line = status.lines().find_map(|line| line.strip_prefix(field));
     let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<f64>().ok());
     Ok(kib.context("the kernel does not tell the resident memory")? / 1024.0)
 }

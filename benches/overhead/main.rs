@@ -9,6 +9,7 @@
 //!     cargo bench --bench overhead
 //!     cargo bench --bench overhead -- --only "small" --rounds 9 --forebay target/before --forebay target/release/forebay
 //!     cargo bench --bench overhead -- --instructions 2000
+//!     cargo bench --bench overhead -- --streams 10000
 
 mod http;
 mod instructions;
@@ -16,6 +17,7 @@ mod load;
 mod machine;
 mod proxy;
 mod report;
+mod streams;
 mod upstream;
 
 use std::net::SocketAddr;
@@ -31,7 +33,7 @@ use crate::load::{Enough, Form, Novelty, Question, drive};
 use crate::machine::CpuTime;
 use crate::proxy::Proxy;
 use crate::report::{Round, Series};
-use crate::upstream::MODELS;
+use crate::upstream::{MODELS, PACE};
 
 /// Time to fill connection pools and branch predictors before each measurement.
 const WARM_UP: Duration = Duration::from_millis(200);
@@ -56,6 +58,9 @@ struct Arguments {
     /// Count instructions over so many requests instead, under valgrind.
     #[arg(long)]
     instructions: Option<u32>,
+    /// Hold many paced streams at once instead: CPU of an event and memory, from a hundred streams to so many.
+    #[arg(long)]
+    streams: Option<u32>,
     /// What cargo adds.
     #[arg(long, hide = true)]
     bench: bool,
@@ -82,7 +87,7 @@ const WAYS: [Way; 6] = [
     Way {
         name: "64-chunk stream, one each 10 ms, c=128 (latency: first event)",
         connections: 128,
-        question: Question { form: Form::PacedStream, ..SMALL },
+        question: Question { form: Form::PacedStream(PACE), ..SMALL },
     },
 ];
 
@@ -113,6 +118,13 @@ async fn run(arguments: &Arguments) -> anyhow::Result<()> {
         [] => vec![PathBuf::from(env!("CARGO_BIN_EXE_forebay"))],
         given => given.to_vec(),
     };
+    if let Some(most) = arguments.streams {
+        background.spawn(stay_awake());
+        for program in &programs {
+            streams::measure(program, most).await?;
+        }
+        return Ok(());
+    }
     if let Some(requests) = arguments.instructions {
         for program in &programs {
             instructions::count(program, upstream, &arguments.only, requests).await?;
@@ -155,7 +167,7 @@ async fn start(forebays: &[PathBuf], upstream: SocketAddr) -> anyhow::Result<Vec
     }
     for program in forebays {
         let command = machine::pinned(machine::PROXY_CORE, program);
-        proxies.push(Proxy::forebay(&program.display().to_string(), command, upstream)?);
+        proxies.push(Proxy::forebay(&program.display().to_string(), command, &[upstream])?);
     }
     for proxy in &mut proxies {
         answers(proxy).await?;

@@ -54,9 +54,10 @@ impl Proxy {
     }
 
     /// Forebay with both models of the upstream: one counted with the tokenizer that ships with the simulated engine,
-    /// one whose engine it does not know and whose prompts' lengths it guesses.
+    /// one whose engine it does not know and whose prompts' lengths it guesses, at each of the `upstreams`.
     /// `command` is what starts the program, by itself or under another.
-    pub(crate) fn forebay(name: &str, mut command: Command, upstream: SocketAddr) -> anyhow::Result<Self> {
+    pub(crate) fn forebay(name: &str, mut command: Command, upstreams: &[SocketAddr]) -> anyhow::Result<Self> {
+        let first = upstreams.first().context("no upstream")?;
         let (address, ops_address, directory) = (free_address()?, free_address()?, tempfile::tempdir()?);
         let [counted, guessed] = MODELS;
         let mut config = String::new();
@@ -64,12 +65,15 @@ impl Proxy {
             config,
             "[server]\nlisten = '{address}'\nops_listen = '{ops_address}'\ndata_dir = '{}'\naccess_log = false\n\
              [[model]]\nname = '{counted}'\ntokenizer = '{}/backends/simulated-engine/model'\n\
-             [[model.worker]]\nname = 'vllm'\nurl = 'http://{upstream}'\nmodel = '{counted}'\n\
-             [[model]]\nname = '{guessed}'\n\
-             [[model.worker]]\nname = 'unknown'\nurl = 'http://{upstream}'\nmodel = '{guessed}'\nengine = 'openai'\n",
+             [[model.worker]]\nname = 'vllm'\nurl = 'http://{first}'\nmodel = '{counted}'\n\
+             [[model]]\nname = '{guessed}'\n",
             directory.path().display(),
             env!("CARGO_MANIFEST_DIR"),
         )?;
+        for upstream in upstreams {
+            let name = format!("name = 'unknown {upstream}'\nurl = 'http://{upstream}'");
+            writeln!(config, "[[model.worker]]\n{name}\nmodel = '{guessed}'\nengine = 'openai'")?;
+        }
         let file = directory.path().join("forebay.toml");
         std::fs::write(&file, config)?;
         command.arg("serve").arg("--config").arg(&file);

@@ -1,8 +1,8 @@
 //! The worker behind the proxies: answers at once with canned bytes, and says of itself what a vLLM server says.
 //!
 //! A streamed answer leaves one event a write. Between two events every other connection gets its turn, as the sequences
-//! of a batch do, or, where the request says `"paced":true` (a field that every proxy must pass on), a step's time goes
-//! by. The usage event comes only where it was asked for.
+//! of a batch do, or, where the request says `"paced":` and microseconds (a field that every proxy must pass on), so
+//! much time goes by. The usage event comes only where it was asked for.
 
 use std::fmt::Write as _;
 use std::io;
@@ -17,7 +17,7 @@ use crate::http::{content_length, head_bytes};
 
 /// Events with text in a streamed answer.
 pub(crate) const EVENTS: u32 = 64;
-/// Time between two events of a paced answer.
+/// Time between two events of an engine's answer, about.
 pub(crate) const PACE: Duration = Duration::from_millis(10);
 /// Models that it serves, for the two ways of counting.
 pub(crate) const MODELS: [&str; 2] = ["counted", "guessed"];
@@ -49,10 +49,13 @@ async fn serve(mut stream: TcpStream, answers: Arc<Answers>) -> io::Result<()> {
         } else if !contains(body, br#""stream":true"#) {
             stream.write_all(&answers.whole).await?;
         } else {
-            let paced = contains(body, br#""paced":true"#);
+            let pace = pace(body);
             for event in &answers.events {
                 stream.write_all(event).await?;
-                if paced { tokio::time::sleep(PACE).await } else { tokio::task::yield_now().await }
+                match pace {
+                    Some(pace) => tokio::time::sleep(pace).await,
+                    None => tokio::task::yield_now().await,
+                }
             }
             if contains(body, br#""include_usage":true"#) {
                 stream.write_all(&answers.usage).await?;
@@ -75,6 +78,14 @@ async fn request(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> io::Result<Opt
             return Ok(None);
         }
     }
+}
+
+/// What a request asks for between two events.
+fn pace(body: &[u8]) -> Option<Duration> {
+    const NAME: &[u8] = br#""paced":"#;
+    let at = body.windows(NAME.len()).position(|window| window == NAME)? + NAME.len();
+    let digits = body.get(at..)?.split(|byte| !byte.is_ascii_digit()).next()?;
+    Some(Duration::from_micros(str::from_utf8(digits).ok()?.parse().ok()?))
 }
 
 fn contains(bytes: &[u8], wanted: &[u8]) -> bool {

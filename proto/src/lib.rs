@@ -4,6 +4,7 @@
 //! * [`sse`] cuts a byte stream into server-sent events, [`stream`] reads one event of an OpenAI stream, [`tap`] finds
 //!   the usage of a whole answer without keeping it;
 //! * [`error`] turns any engine's error body into OpenAI's; [`metrics_text`] reads Prometheus text;
+//! * [`trace_context`] is the trace that a request belongs to, [`otlp`] what a collector is told of it;
 //! * [`kv_events`] reads what an engine says of its prefix cache, [`zmtp`] is ZeroMQ's wire, over which it does.
 //!
 //! Invariants: no I/O, no clock and no async runtime; nothing panics, recurses without bound or allocates without bound
@@ -13,11 +14,13 @@ pub mod error;
 pub mod kv_events;
 pub mod metrics_text;
 mod msgpack;
+pub mod otlp;
 pub mod peek;
 pub mod splice;
 pub mod sse;
 pub mod stream;
 pub mod tap;
+pub mod trace_context;
 pub mod zmtp;
 
 pub use msgpack::Malformed;

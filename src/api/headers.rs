@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use forebay_proto::trace_context::TraceParent;
 use forebay_scheduler::Class;
 use http::header::{HeaderName, HeaderValue};
 use http::{HeaderMap, Response};
@@ -25,11 +26,14 @@ pub(super) const ANSWER_FIELDS: usize = 10;
 
 /// What goes on to an engine as it came: trace context, and vLLM's session attribution. Everything else (keys,
 /// cookies, addresses) stays here.
-const FORWARDED: [HeaderName; 3] = [
-    HeaderName::from_static("traceparent"),
-    HeaderName::from_static("tracestate"),
-    HeaderName::from_static("x-session-id"),
-];
+const TRACE_PARENT: HeaderName = HeaderName::from_static("traceparent");
+const FORWARDED: [HeaderName; 3] =
+    [TRACE_PARENT, HeaderName::from_static("tracestate"), HeaderName::from_static("x-session-id")];
+
+/// The trace that a client's request belongs to, where it names one that can be read.
+pub(super) fn trace_parent(headers: &HeaderMap) -> Option<TraceParent> {
+    TraceParent::read(headers.get(TRACE_PARENT)?.as_bytes())
+}
 
 pub(super) fn request_id(headers: &HeaderMap) -> Option<&[u8]> {
     headers.get(&REQUEST_ID).map(HeaderValue::as_bytes)

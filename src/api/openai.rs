@@ -60,6 +60,9 @@ async fn serve(api: &Api, request: Request, kind: Kind) -> Response {
         Ok(entry) => entry,
         Err(full) => return Error::Ledger(full).respond(&name),
     };
+    if let Some(traces) = &api.traces {
+        entry.trace(traces.begin(headers::trace_parent(request.headers())));
+    }
     let span = tracing::debug_span!("request", id = name.as_str(), api = kind.name.name());
     let answered = tokio::select! {
         answered = answer(api, &mut entry, request, &kind).instrument(span) => answered,

@@ -77,6 +77,8 @@ impl Default for Server {
             body_bytes_max: BODY_BYTES_MAX,
             max_connections: MAX_CONNECTIONS,
             stall_max: STALL_MAX,
+            otlp: None,
+            trace_share: 1.0,
             drain: DRAIN,
             access_log: true,
         }

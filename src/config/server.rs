@@ -3,6 +3,8 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
+use url::Url;
+
 use super::Server;
 use super::defaults::{BODY_BYTES, MAX_CONNECTIONS_LIMIT};
 use super::mistake::quoted;
@@ -30,6 +32,8 @@ pub(super) fn read(mut section: Section<'_>) -> Server {
         body_bytes_max: section.bytes("body_bytes_max", BODY_BYTES, default.body_bytes_max),
         max_connections: section.count("max_connections", MAX_CONNECTIONS_LIMIT, default.max_connections),
         stall_max: section.seconds("stall_seconds_max", 1, default.stall_max),
+        otlp: section.read("otlp", collector).map(|found| found.value),
+        trace_share: section.share("trace_share", default.trace_share),
         drain: section.seconds("drain_seconds", 0, default.drain),
         access_log: section.boolean("access_log", default.access_log),
     };
@@ -65,6 +69,11 @@ fn check_exposure(section: &Section<'_>, listener: &Found<SocketAddr>) {
 fn same_place(a: SocketAddr, b: SocketAddr) -> bool {
     let overlap = a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified();
     a.port() != 0 && a.port() == b.port() && overlap
+}
+
+fn collector(raw: &Raw<'_>) -> Result<Url, Refusal> {
+    let url = raw.text()?.parse().ok().filter(|url| forebay_backends::transport::Endpoint::new(url, None).is_ok());
+    url.ok_or_else(|| Refusal::new("must be a collector's address, as in \"http://127.0.0.1:4317\""))
 }
 
 fn data_dir(raw: &Raw<'_>) -> Result<PathBuf, Refusal> {

@@ -110,6 +110,8 @@ agent = "http://gpu-a:7072"
             body_bytes_max: 1 << 20,
             max_connections: NonZeroU32::new(16).unwrap(),
             stall_max: Duration::from_secs(60),
+            otlp: None,
+            trace_share: 1.0,
             drain: Duration::from_secs(5),
             access_log: false,
         }
@@ -231,15 +233,15 @@ fn server_values() {
 fn unknown_keys() {
     check_server("lisen = 'secret'", &["f.toml:2:1: server.lisen is not a known key: did you mean `listen`?"]);
     check_server(
-        "tls = true",
+        "cluster = true",
         &[
-            "f.toml:2:1: server.tls is not a known key: known here: listen, ops_listen, data_dir, allow_unauthenticated, body_bytes_max, max_connections, stall_seconds_max, drain_seconds, access_log",
+            "f.toml:2:1: server.cluster is not a known key: known here: listen, ops_listen, data_dir, allow_unauthenticated, body_bytes_max, max_connections, stall_seconds_max, otlp, trace_share, drain_seconds, access_log",
         ],
     );
     check_server(
         "\"\\n\" = 1\nlisten.x = 1",
         &[
-            "f.toml:2:1: server.\"\\n\" is not a known key: known here: listen, ops_listen, data_dir, allow_unauthenticated, body_bytes_max, max_connections, stall_seconds_max, drain_seconds, access_log",
+            "f.toml:2:1: server.\"\\n\" is not a known key: known here: listen, ops_listen, data_dir, allow_unauthenticated, body_bytes_max, max_connections, stall_seconds_max, otlp, trace_share, drain_seconds, access_log",
             "f.toml:3:1: server.listen is a table: must be a string in quotes",
         ],
     );

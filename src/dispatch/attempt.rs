@@ -13,6 +13,7 @@ use forebay_proto::error::{ApiError, from_engine};
 use forebay_proto::splice::Edits;
 use forebay_proto::sse::{Event, Splitter};
 use forebay_proto::stream::{self, Chunk};
+use forebay_proto::trace_context::TraceParent;
 use forebay_scheduler::Failure;
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, RETRY_AFTER};
 use http::uri::PathAndQuery;
@@ -34,6 +35,7 @@ const EVENT_BYTES_MAX: usize = 8 << 20;
 /// The longest time to stay away that an engine may ask of a client.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TRACE_PARENT: HeaderName = HeaderName::from_static("traceparent");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// An attempt without an answer.
@@ -70,20 +72,20 @@ pub(super) fn reason(failure: Failure) -> usize {
 }
 
 /// Sends `job` to `worker` and waits for the beginning of its answer.
-pub(super) async fn attempt(worker: &Worker, job: &Job<'_>) -> Result<Reply, Failed> {
+pub(super) async fn attempt(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Failed> {
     worker.traffic.note();
     // Not left to the transport: an engine that sends nothing but keep-alive comments is late, too.
-    let opening = tokio::time::timeout(worker.first_byte, open(worker, job));
+    let opening = tokio::time::timeout(worker.first_byte, open(worker, job, number));
     opening.await.unwrap_or(Err(Failed::elsewhere(Failure::Timeout)))
 }
 
-async fn open(worker: &Worker, job: &Job<'_>) -> Result<Reply, Failed> {
+async fn open(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Failed> {
     let Prepared { path, body, translation } = prepared(worker, job).await?;
-    let response = match worker.channel.send(outgoing(job, path, body.clone())).await {
+    let response = match worker.channel.send(outgoing((job, number), path, body.clone())).await {
         // An idle connection that the worker closed while the request was on its way there: no failure of the worker's,
         // and no reason to leave its cache. What it may have begun ended with the connection, so nothing runs twice.
         Err(forebay_backends::Error::Reset { reused: true, .. }) => {
-            Box::pin(worker.channel.send_fresh(outgoing(job, path, body))).await?
+            Box::pin(worker.channel.send_fresh(outgoing((job, number), path, body))).await?
         }
         sent => sent?,
     };
@@ -142,11 +144,17 @@ async fn written(job: &Job<'_>) -> Result<Option<String>, Failed> {
     })
 }
 
-fn outgoing(job: &Job<'_>, path: &'static str, body: Bytes) -> Outgoing {
+fn outgoing((job, number): (&Job<'_>, u32), path: &'static str, body: Bytes) -> Outgoing {
     let mut headers = job.headers.clone();
     // Engines name their own requests after it: a name used twice would meet itself in vLLM.
     if let Some(name) = RequestName::fresh_header() {
         headers.insert(REQUEST_ID, name);
+    }
+    if let Some(trace) = job.trace {
+        let attempt = TraceParent { span: trace.span + u64::from(number), ..trace };
+        if let Ok(parent) = HeaderValue::try_from(attempt.to_string()) {
+            headers.insert(TRACE_PARENT, parent);
+        }
     }
     headers.insert(CONTENT_TYPE, JSON);
     Outgoing { method: Method::POST, path: PathAndQuery::from_static(path), headers, body }

@@ -38,6 +38,14 @@ pub struct Worker {
     pub(super) metrics: WorkerMetrics,
 }
 
+impl Worker {
+    /// The engine's name; as unknown as the worker where it was not asked yet.
+    #[must_use]
+    pub fn engine(&self) -> &'static str {
+        self.identity.load().as_ref().map_or("unknown", |identity| identity.engine.name())
+    }
+}
+
 /// What is known once the worker has been asked.
 pub(super) struct Identity {
     pub(super) engine: &'static dyn Engine,

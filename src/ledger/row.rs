@@ -26,6 +26,20 @@ pub enum Outcome {
     ClientGone,
 }
 
+impl Outcome {
+    /// In a word what went wrong, if anything did, as traces tell it.
+    pub(super) fn error(self) -> Option<&'static str> {
+        match self {
+            Self::Completed => None,
+            Self::Refused => Some("refused"),
+            Self::EngineRefused => Some("engine_refused"),
+            Self::Failed => Some("failed"),
+            Self::Cut => Some("cut"),
+            Self::ClientGone => Some("client_gone"),
+        }
+    }
+}
+
 /// Where a token count comes from, best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]

@@ -35,6 +35,9 @@ const AFTER_FINISH_MAX: Duration = Duration::from_secs(2);
 const MALFORMED_IN_A_ROW_MAX: u32 = 8;
 /// Events that lie together leave together up to here.
 const GLUED_BYTES_MAX: usize = 8 << 10;
+/// hyper's server asks a body twice in one turn of its task (1.12); the connection to the worker has its own turn only
+/// then.
+const ASKS_FOR_MORE: u8 = 2;
 const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
 
 /// A streamed answer.
@@ -52,8 +55,8 @@ pub struct StreamRelay {
     after_finish: Option<Pin<Box<Sleep>>>,
     closing: Closing,
     glued: Glued,
-    /// What is glued has been kept back for one turn, in which more would have come if it were there.
-    waited: bool,
+    /// How often more was asked for since something came; see [`ASKS_FOR_MORE`].
+    asked: u8,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,7 +95,7 @@ impl StreamRelay {
             after_finish: None,
             closing: Closing::new(closing),
             glued: Glued::default(),
-            waited: false,
+            asked: 0,
         }
     }
 
@@ -215,19 +218,19 @@ impl StreamRelay {
             match self.poll_event(context) {
                 Poll::Ready(Some(bytes)) => {
                     self.glued.push(bytes);
-                    self.waited = false;
+                    self.asked = 0;
                 }
                 Poll::Ready(None) if self.glued.len() == 0 => return Poll::Ready(None),
                 Poll::Pending if self.glued.len() == 0 => return Poll::Pending,
-                Poll::Pending if !self.waited => {
-                    self.waited = true;
+                Poll::Pending if self.asked < ASKS_FOR_MORE => {
+                    self.asked += 1;
                     context.waker().wake_by_ref();
                     return Poll::Pending;
                 }
                 Poll::Ready(None) | Poll::Pending => break,
             }
         }
-        self.waited = false;
+        self.asked = 0;
         Poll::Ready(Some(self.glued.take()))
     }
 

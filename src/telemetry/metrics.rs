@@ -36,6 +36,7 @@ const GPU_TEMPERATURE: &str = "forebay_gpu_temperature_celsius";
 const GPU_POWER: &str = "forebay_gpu_power_watts";
 const GPU_THROTTLED: &str = "forebay_gpu_throttled";
 const RETRIES: &str = "forebay_retries_total";
+const SPANS_DROPPED: &str = "forebay_spans_dropped_total";
 
 /// Status codes that answers can have; 499 is "the client left" (nginx's number). Others count as `other`.
 const CODES: [u16; 16] = [200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 499, 500, 501, 502, 503, 504];
@@ -184,6 +185,12 @@ fn describe() {
     describe_gauge!(GPU_POWER, "power that a GPU draws in watts");
     describe_gauge!(GPU_THROTTLED, "1 while heat or power holds a GPU below its usual speed");
     describe_counter!(RETRIES, "attempts that failed before the first byte and were placed again, by reason");
+}
+
+/// Spans that no collector got; there is one only where traces are exported.
+pub fn spans_dropped() -> Counter {
+    describe_counter!(SPANS_DROPPED, "spans that were dropped because the collector took none or too few");
+    counter!(SPANS_DROPPED)
 }
 
 /// One model's handles, registered when the model is configured.

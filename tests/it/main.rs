@@ -38,3 +38,4 @@ mod stream_ends;
 mod streams;
 mod support;
 mod tokens;
+mod traces;

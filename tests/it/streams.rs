@@ -240,6 +240,29 @@ fn each_event_goes_on_before_the_next_comes() {
     assert!(connection.answer().text().ends_with(DONE));
 }
 
+/// Chunks that came in one piece need not leave in as many as they were.
+#[test]
+fn events_that_lie_together_leave_together() {
+    const EVENTS: usize = 64;
+    let (gateway, recorder) = setting();
+    let events: Vec<String> = (0..EVENTS).map(|n| text(0, &format!("word {n}"))).collect();
+    let rest = [finish(0).as_str(), DONE].concat();
+    let mut wire = Vec::new();
+    let pieces: Vec<&[u8]> = events.iter().map(String::as_bytes).chain([rest.as_bytes()]).collect();
+    for step in stream(&pieces) {
+        let Step::Write(bytes) = step else { panic!("it is written") };
+        wire.extend(bytes);
+    }
+    recorder.play(vec![Step::Write(wire)]);
+    let mut connection = Connection::to(gateway.client);
+    connection.post(CHAT, &[], asking_for_usage().as_bytes());
+    let bytes = connection.until(b"\r\n0\r\n\r\n");
+    let chunks = bytes.windows(7).filter(|window| *window == b"\r\ndata:").count();
+    println!("{EVENTS} events in one piece leave in {chunks}");
+    assert_eq!(connection.answer().text(), [events.concat(), rest].concat());
+    assert!(chunks < EVENTS / 2, "{chunks} chunks");
+}
+
 /// A client that does not read makes the worker wait: nothing piles up in between.
 #[test]
 fn a_slow_client_slows_the_worker_down() {

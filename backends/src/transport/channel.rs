@@ -185,7 +185,11 @@ impl Inner {
     fn address(&self, request: &mut Request<Full<Bytes>>, connection: &Connection) {
         if connection.is_http2() {
             let path = request.uri().path_and_query().cloned();
-            request.headers_mut().remove(HOST);
+            let headers = request.headers_mut();
+            headers.remove(HOST);
+            if headers.get(CONTENT_TYPE).is_some_and(|kind| kind == "application/grpc") {
+                headers.insert(TE, const { HeaderValue::from_static("trailers") });
+            }
             *request.uri_mut() = self.endpoint.absolute(path.unwrap_or(const { PathAndQuery::from_static("/") }));
         } else if let (Some(_), Some(path)) = (request.uri().authority(), request.uri().path_and_query().cloned()) {
             // It comes back from an HTTP/2 connection that closed, and the worker speaks HTTP/1.1 now.
