@@ -62,6 +62,8 @@ pub(crate) struct Prospect<'a> {
     pub(crate) usual_speed: f64,
     /// Share of their usual speed at which its GPUs run.
     pub(crate) derate: f64,
+    /// Share of their time that others leave it.
+    pub(crate) gpu_share: f64,
     pub(crate) overlap_gain: f64,
     /// Seconds that each sequence there adds to a token of every other.
     pub(crate) slowdown_seconds: f64,
@@ -240,6 +242,7 @@ impl<'a> Scene<'a> {
             speed,
             usual_speed: worker.usual_speed(self.pool.fleet_rate()),
             derate: worker.beneath.derate(self.now),
+            gpu_share: worker.gpu_share(self.now, self.config),
             overlap_gain: self.pool.overlap_gain(self.config),
             slowdown_seconds: self.pool.pace.slowdown_seconds() * self.pool.fleet_rate() / speed,
         })
