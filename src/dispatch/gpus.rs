@@ -168,7 +168,7 @@ impl Intake {
                             // A machine without GPUs is none whose GPUs fail.
                             (Some(problem), Source::Here(_)) => tracing::debug!(problem, "no GPU can be read here"),
                             (Some(problem), _) => {
-                                tracing::warn!(node = &*spec.name, problem, "no GPU can be read there")
+                                tracing::warn!(node = &*spec.name, problem, "no GPU can be read there");
                             }
                             (None, _) => tracing::info!(node = &*spec.name, "its GPUs can be read now"),
                         }
