@@ -139,6 +139,9 @@ pub struct WorkerSpec {
     pub kv_events: bool,
     /// The GPUs that it runs on, where known. Workers that name the same one share it.
     pub gpus: Vec<GpuId>,
+    /// Workers with the same number are models of one server, which computes them together: they do not take the GPU
+    /// from one another.
+    pub server: Option<u64>,
 }
 
 impl Default for WorkerSpec {
@@ -151,6 +154,7 @@ impl Default for WorkerSpec {
             rate_hint: None,
             kv_events: false,
             gpus: Vec::new(),
+            server: None,
         }
     }
 }

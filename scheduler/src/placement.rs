@@ -78,6 +78,8 @@ pub(crate) struct Prospect<'a> {
     pub(crate) usual_speed: f64,
     /// Share of their usual speed at which its GPUs run.
     pub(crate) derate: f64,
+    /// Share of their time that others leave it.
+    pub(crate) gpu_share: f64,
     pub(crate) overlap_gain: f64,
     /// Seconds that each sequence there adds to a token of every other.
     pub(crate) slowdown_seconds: f64,
@@ -273,6 +275,7 @@ impl<'a> Scene<'a> {
             speed,
             usual_speed: worker.usual_speed(asked.fleet_rate),
             derate: worker.beneath.derate(self.now),
+            gpu_share: worker.gpu_share(self.now, self.config),
             overlap_gain: asked.overlap_gain,
             slowdown_seconds: asked.slowdown_seconds * asked.fleet_rate / speed,
         })

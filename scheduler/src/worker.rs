@@ -222,6 +222,9 @@ impl Worker {
 
     /// Share of its GPUs' time that others leave it.
     pub(crate) fn gpu_share(&self, now: Tick, config: &Config) -> f64 {
+        if self.beneath.is_alone(now) {
+            return 1.0;
+        }
         let fresh = self.reported.fresh(now, config.report_ttl).is_some();
         let foreign = self.reported.foreign(now, config.report_ttl).is_some();
         let reports = match (fresh, foreign) {

@@ -108,11 +108,13 @@ impl Dispatch {
     /// Makes the nodes that are followed those of `specs`.
     pub fn follow_nodes(&self, specs: &[NodeSpec]) {
         let mut state = self.intake.nodes.0.lock();
+        let mut left: Vec<GpuId> = Vec::new();
         state.nodes.retain(|node| {
             let stays = specs.iter().any(|spec| spec.is(&node.spec));
             if !stays {
                 node.gone.cancel();
                 node.clear();
+                left.extend(node.gpus.values().map(|seen| seen.id));
             }
             stays
         });
@@ -123,6 +125,13 @@ impl Dispatch {
                 let (intake, spec) = (Arc::clone(&self.intake), spec.clone());
                 let following = async move { intake.follow_node(&spec).await };
                 self.intake.tracker.spawn(gone.run_until_cancelled_owned(following));
+            }
+        }
+        drop(state);
+        for Tenant { worker, .. } in self.intake.tenants() {
+            let ran_there = worker.spec.lock().gpus.iter().any(|id| left.contains(id));
+            if ran_there {
+                self.intake.respec(&worker, |spec| spec.gpus.retain(|id| !left.contains(id)));
             }
         }
     }
@@ -155,12 +164,19 @@ impl Intake {
                 NodeSignal::Snapshot(snapshot) => {
                     if snapshot.problem != problem {
                         problem.clone_from(&snapshot.problem);
-                        tracing::info!(node = &*spec.name, problem, "a GPU node's own word");
+                        match (&problem, &spec.source) {
+                            // A machine without GPUs is none whose GPUs fail.
+                            (Some(problem), Source::Here(_)) => tracing::debug!(problem, "no GPU can be read here"),
+                            (Some(problem), _) => {
+                                tracing::warn!(node = &*spec.name, problem, "no GPU can be read there");
+                            }
+                            (None, _) => tracing::info!(node = &*spec.name, "its GPUs can be read now"),
+                        }
                     }
                     self.gpus_read(spec, &snapshot);
                 }
                 NodeSignal::Lost => {
-                    tracing::info!(node = &*spec.name, "nothing is heard from the GPU node");
+                    tracing::warn!(node = &*spec.name, "nothing is heard of its GPUs");
                     let state = self.nodes.0.lock();
                     state.nodes.iter().filter(|node| node.spec.is(spec)).for_each(Node::clear);
                 }

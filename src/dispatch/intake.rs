@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::Dispatch;
 use super::driver::Driver;
@@ -233,7 +234,10 @@ impl Intake {
             channel: self.transport.channel(spec.endpoint.clone(), timeouts),
             first_byte: spec.first_byte,
             identity: ArcSwapOption::empty(),
-            spec: Mutex::default(),
+            spec: Mutex::new(forebay_scheduler::WorkerSpec {
+                server: Some(xxh3_64(spec.endpoint.to_string().as_bytes())),
+                ..forebay_scheduler::WorkerSpec::default()
+            }),
             returned: Notify::new(),
             traffic: Traffic::default(),
             metrics: WorkerMetrics::register(&spec.name),

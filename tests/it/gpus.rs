@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde_json::Value;
@@ -145,6 +145,7 @@ impl Drop for Load {
 
 #[track_caller]
 fn about(share: f64, expect: f64) {
+    println!("a share of {share:.2} where {expect:.2} is in proportion");
     assert!((share - expect).abs() < 0.13, "a share of {share}, not {expect}");
 }
 
@@ -160,7 +161,9 @@ fn a_gpu_that_throttles_loses_traffic_in_proportion_and_gets_it_back() {
         node.agent.gpus.set(key, value);
     }
     node.workers[0].speed(0.25);
+    let began = Instant::now();
     node.until(0, "the throttling", |worker| worker["gpu_derate"] == 0.25);
+    println!("known after {:?}", began.elapsed());
     load.share("w0", 2 * MANY as usize);
     about(load.share("w0", 60), 0.2);
     drop(load);

@@ -220,17 +220,21 @@ impl Core {
 
     /// Sums up for a worker what its GPUs say.
     fn weigh(&mut self, slot: Slot) {
-        let Some(worker) = self.workers.get_mut(slot) else { return };
+        let Some(worker) = self.workers.get(slot) else { return };
         let Beneath { fault, occupies, .. } = worker.beneath;
         let mut beneath = Beneath { fault, occupies, ..Beneath::default() };
-        let mut neighbours: BTreeSet<Slot> = BTreeSet::new();
+        let mut neighbours: BTreeSet<Result<u64, Slot>> = BTreeSet::new();
         for gpu in worker.spec.gpus.iter().filter_map(|id| self.gpus.get(id)) {
             gpu.weigh_on(self.now, &mut beneath, &self.config);
-            neighbours.extend(gpu.busy.iter().filter(|other| **other != slot));
+            let others = gpu.busy.iter().filter(|other| **other != slot);
+            let servers = others.filter_map(|other| Some(self.workers.get(*other)?.spec.server.ok_or(*other)));
+            neighbours.extend(servers.filter(|server| worker.spec.server.is_none_or(|own| *server != Ok(own))));
         }
         beneath.neighbours = neighbours.len();
         if worker.beneath != beneath {
-            worker.beneath = beneath;
+            if let Some(worker) = self.workers.get_mut(slot) {
+                worker.beneath = beneath;
+            }
             self.touch(slot);
         }
     }

@@ -61,6 +61,12 @@ impl Beneath {
         if now < self.until { self.derate } else { 1.0 }
     }
 
+    /// Whether nothing speaks of others: the usual case, and cheap to see.
+    pub(crate) fn is_alone(&self, now: Tick) -> bool {
+        self.neighbours == 0
+            && (now >= self.until || (self.unexplained == 0.0 && self.foreign.is_none_or(|share| share == 0.0)))
+    }
+
     /// Share of the GPUs' time that others leave. What came to the engine past us uses them too: an engine that reports
     /// its load (`reports`) tells that better.
     pub(crate) fn share(&self, now: Tick, reports: Reports) -> f64 {

@@ -249,6 +249,37 @@ mod tests {
         assert_eq!(local_addresses(text), ["10.42.0.7".parse::<IpAddr>().unwrap()]);
     }
 
+    #[cfg(target_endian = "little")]
+    #[test]
+    fn one_in_a_container_is_found_by_its_number_there_and_told_by_the_containers_address() {
+        use std::os::unix::fs::symlink;
+        let proc = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = proc.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        let link = |path: &str, to: &str| {
+            let path = proc.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            symlink(to, path).unwrap();
+        };
+        link("self/ns/net", "net:[1]");
+        // the server, and below it the process that holds the GPU
+        for (pid, parent, inner, socket) in [(70, 1, 1, "socket:[9]"), (71, 70, 12, "/dev/nvidia0")] {
+            write(&format!("{pid}/status"), &format!("PPid:\t{parent}\nNSpid:\t{pid}\t{inner}\n"));
+            write(&format!("{pid}/comm"), "engine\n");
+            link(&format!("{pid}/fd/3"), socket);
+            link(&format!("{pid}/ns/net"), "net:[2]");
+            let tcp = "head\n 0: 00000000:1F40 00000000:0000 0A 0:0 0:0 0 0 0 9 1\n";
+            write(&format!("{pid}/net/tcp"), tcp);
+            write(&format!("{pid}/net/fib_trie"), "|-- 10.42.0.7\n /32 host LOCAL\n");
+        }
+        let mut process = [Process { pid: 12, ..Process::default() }];
+        Processes::new(proc.path()).complete(Instant::now(), process.iter_mut());
+        assert_eq!((process[0].name(), &process[0].listens[..]), ("engine", &["10.42.0.7:8000".to_owned()][..]));
+    }
+
     #[test]
     fn this_process_is_found_with_its_socket_and_looked_at_at_growing_intervals() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

@@ -241,6 +241,18 @@ fn workers_on_one_gpu_share_it() {
 }
 
 #[test]
+fn models_of_one_server_do_not_take_its_gpu_from_one_another() {
+    let mut world = World::with_workers(0, &WorkerSpec::default());
+    for (worker, server) in [(0, Some(7)), (1, Some(7)), (2, Some(8))] {
+        world.join(worker, WorkerSpec { gpus: vec![GpuId(0)], server, ..WorkerSpec::default() });
+        world.probed(worker, true);
+    }
+    (1..=12).for_each(|id| drop(world.arrive(request(id, 100))));
+    let shares = [0, 1, 2].map(|worker| view(&world, worker).gpu_share);
+    assert_eq!(shares, [0.5, 0.5, 0.5]);
+}
+
+#[test]
 fn memory_tells_the_pressure_where_the_engine_does_not() {
     let mut world = world(2);
     let holds = |memory| GpuReport { memory: Some(memory), ..GpuReport::default() };
