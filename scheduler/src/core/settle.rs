@@ -142,6 +142,11 @@ impl Core {
                 pool.by_ready.insert((key, slot));
             }
         }
+        if eligible {
+            pool.unfit.remove(&slot)
+        } else {
+            pool.unfit.insert(slot)
+        };
         let appeared = worker.ready_key.is_none() && ready.is_some();
         worker.ready_key = ready;
         let laden = !worker.lane.is_empty();

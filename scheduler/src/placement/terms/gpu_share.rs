@@ -3,7 +3,6 @@
 
 use crate::placement::Prospect;
 
-pub(in crate::placement) fn seconds(prospect: &Prospect<'_>) -> f64 {
-    let share = prospect.worker.gpu_share(prospect.now, prospect.config);
-    prospect.work_seconds() / prospect.derate * (1.0 / share - 1.0)
+pub(super) fn seconds(prospect: &Prospect<'_>) -> f64 {
+    prospect.work_seconds() / prospect.derate * (1.0 / prospect.gpu_share - 1.0)
 }
