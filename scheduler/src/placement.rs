@@ -17,7 +17,8 @@ use crate::outputs::Plan;
 use crate::pool::Pool;
 use crate::prefix::Matches;
 use crate::rng::Rng;
-use crate::worker::{Slot, Worker, Workers};
+use crate::worker::load::Said;
+use crate::worker::{Slot, Speed, Worker, Workers};
 use crate::{Policy, Request, Tick, WorkerId};
 
 pub(crate) use terms::TERMS;
@@ -78,8 +79,10 @@ pub(crate) struct Prospect<'a> {
     pub(crate) usual_speed: f64,
     /// Share of their usual speed at which its GPUs run.
     pub(crate) derate: f64,
-    /// Share of their time that others leave it.
+    /// Share of its GPUs' time that others leave it.
     pub(crate) gpu_share: f64,
+    /// What its engine said of its KV cache, see [`Said`].
+    pub(crate) reported_kv: Option<(f64, f64)>,
     pub(crate) overlap_gain: f64,
     /// Seconds that each sequence there adds to a token of every other.
     pub(crate) slowdown_seconds: f64,
@@ -94,15 +97,6 @@ impl Prospect<'_> {
     /// Seconds of work until the prompt is computed, at the usual speed.
     pub(crate) fn work_seconds(&self) -> f64 {
         (self.ahead_tokens + f64::from(self.uncached_tokens())) / self.usual_speed
-    }
-
-    /// Seconds from now to the first token, as far as we can tell.
-    pub(crate) fn first_token_seconds(&self) -> f64 {
-        terms::drain_time::seconds(self)
-            + terms::prefill::seconds(self)
-            + terms::gpu_throttle::seconds(self)
-            + terms::gpu_share::seconds(self)
-            + terms::slot_wait::seconds(self)
     }
 }
 
@@ -170,6 +164,8 @@ impl<'a> Scene<'a> {
             return if scored.is_empty() { Choice::Nobody } else { Choice::Winner(0) };
         }
         let matches = self.pool.index.lookup(self.now, &request.blocks);
+        let mut ends: SmallVec<[u32; 32]> = matches.iter().map(|(_, held)| *held).collect();
+        ends.sort_unstable();
         let bound = at_head.map(|(slot, _)| slot);
         let asked = self.asked(request, plan);
         for slot in candidates::gather(self, request, failed_on, bound, &matches, rng) {
@@ -178,7 +174,7 @@ impl<'a> Scene<'a> {
                 _ => (self.matched_tokens(request, held(&matches, slot)), Ahead::Lane),
             };
             let blocks = tokens / self.pool.limits.block_tokens.max(1);
-            let copies = if blocks > 0 { matches.iter().filter(|(_, held)| *held >= blocks).count() } else { 0 };
+            let copies = if blocks > 0 { ends.len() - ends.partition_point(|held| *held < blocks) } else { 0 };
             scored.extend(self.score(&asked, slot, Match { tokens, copies }, ahead));
         }
         let left = request.deadline.map(|deadline| deadline.seconds_since(self.now));
@@ -221,8 +217,8 @@ impl<'a> Scene<'a> {
             uncached_tokens: prospect.uncached_tokens(),
             terms,
             seconds: terms.iter().sum(),
-            first_token_seconds: prospect.first_token_seconds(),
-            drain_seconds: terms::drain_time::seconds(&prospect),
+            first_token_seconds: terms.iter().take(terms::TO_FIRST_TOKEN).sum(),
+            drain_seconds: terms.first().copied().unwrap_or_default(),
             waits: prospect.ahead_tokens > 0.0,
             measured: prospect.worker.measured_rate().is_some(),
         })
@@ -243,23 +239,23 @@ impl<'a> Scene<'a> {
 
     /// Prompt tokens at a worker of this speed before those of a newcomer: ours (of a lane so many), and foreign ones that
     /// wait in the engine.
-    pub(crate) fn ahead_tokens(&self, worker: &Worker, speed: f64, lane_tokens: u64) -> f64 {
-        let (now, ttl) = (self.now, self.config.report_ttl);
-        let foreign = worker.reported.foreign(now, ttl).map_or(0.0, |foreign| {
+    pub(crate) fn ahead_tokens(&self, worker: &Worker, said: &Said, speed: f64, lane_tokens: u64) -> f64 {
+        let foreign = said.foreign.map_or(0.0, |foreign| {
             (f64::from(foreign.waiting) * self.pool.uncached_mean - foreign.age * speed).max(0.0)
         });
-        let ours = worker.backlog_tokens(now, speed) + lane_tokens as f64;
-        (ours + foreign) * worker.reported.margin(now, ttl)
+        let ours = worker.backlog_tokens(self.now, speed) + lane_tokens as f64;
+        (ours + foreign) * said.margin
     }
 
     fn prospect<'b>(&'b self, asked: &Asked<'b>, slot: Slot, matched: Match, ahead: Ahead) -> Option<Prospect<'b>> {
         let worker = self.workers.get(slot)?;
-        let foreign = worker.reported.foreign(self.now, self.config.report_ttl);
+        let said = worker.reported.said(self.now, self.config.report_ttl);
         let lane = match ahead {
             Ahead::Lane => worker.lane.before(asked.request.class, asked.in_turn),
             Ahead::Sent => Work::default(),
         };
-        let speed = worker.speed(self.now, asked.fleet_rate, self.config);
+        let Speed { now: speed, usual: usual_speed, derate, gpu_share } =
+            worker.speeds(self.now, asked.fleet_rate, &said);
         Some(Prospect {
             now: self.now,
             config: self.config,
@@ -268,14 +264,15 @@ impl<'a> Scene<'a> {
             worker,
             matched_tokens: matched.tokens,
             copies: matched.copies,
-            ahead_tokens: self.ahead_tokens(worker, speed, lane.tokens),
+            ahead_tokens: self.ahead_tokens(worker, &said, speed, lane.tokens),
             ahead_sequences: worker.held.sequences() as f64
-                + f64::from(foreign.map_or(0, |foreign| foreign.running))
+                + f64::from(said.foreign.map_or(0, |foreign| foreign.running))
                 + lane.sequences as f64,
             speed,
-            usual_speed: worker.usual_speed(asked.fleet_rate),
-            derate: worker.beneath.derate(self.now),
-            gpu_share: worker.gpu_share(self.now, self.config),
+            usual_speed,
+            derate,
+            gpu_share,
+            reported_kv: said.kv,
             overlap_gain: asked.overlap_gain,
             slowdown_seconds: asked.slowdown_seconds * asked.fleet_rate / speed,
         })

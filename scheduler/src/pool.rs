@@ -29,6 +29,8 @@ pub(crate) struct Pool {
     pub(crate) workers: BTreeSet<Slot>,
     /// Eligible workers, by the moment at which they will have prefilled all they were promised.
     pub(crate) by_ready: BTreeSet<(Tick, Slot)>,
+    /// All others, as of when they were settled last.
+    pub(crate) unfit: BTreeSet<Slot>,
     /// Workers whose lane is not empty.
     pub(crate) laden: BTreeSet<Slot>,
     /// Requests that no worker can be bound to.
@@ -112,6 +114,7 @@ impl Pool {
             limits,
             workers: BTreeSet::new(),
             by_ready: BTreeSet::new(),
+            unfit: BTreeSet::new(),
             laden: BTreeSet::new(),
             unbound: Lane::default(),
             queue: Queue::default(),

@@ -112,8 +112,9 @@ impl Core {
         let waits =
             state.workers.iter().filter_map(|slot| self.workers.get(*slot)).filter(|worker| worker.is_eligible());
         let seconds = waits.map(|worker| {
-            let speed = worker.speed(now, state.fleet_rate(), &self.config);
-            let ahead = scene.ahead_tokens(worker, speed, worker.lane.before(class, in_turn).tokens);
+            let said = worker.reported.said(now, self.config.report_ttl);
+            let speed = worker.speeds(now, state.fleet_rate(), &said).now;
+            let ahead = scene.ahead_tokens(worker, &said, speed, worker.lane.before(class, in_turn).tokens);
             (ahead / speed).max(worker.busy_until.seconds_since(now))
         });
         seconds.min_by(f64::total_cmp).map(crate::time::duration)
@@ -141,7 +142,8 @@ impl Core {
 
     fn view(&self, now: Tick, worker: &Worker) -> Option<WorkerView> {
         let pool = self.pools.get(&worker.pool)?;
-        let speed = worker.speed(now, pool.fleet_rate(), &self.config);
+        let said = worker.reported.said(now, self.config.report_ttl);
+        let speeds = worker.speeds(now, pool.fleet_rate(), &said);
         Some(WorkerView {
             worker: worker.id,
             pool: worker.pool,
@@ -152,14 +154,14 @@ impl Core {
             sent_requests: u32::try_from(worker.sent.len()).unwrap_or(u32::MAX),
             sent_sequences: worker.held.sequences(),
             lane_requests: worker.lane.requests(),
-            promised_tokens: worker.backlog_tokens(now, speed) as u64 + worker.lane.work().tokens,
+            promised_tokens: worker.backlog_tokens(now, speeds.now) as u64 + worker.lane.work().tokens,
             reserved_tokens: worker.held.tokens(),
             kv_tokens: worker.spec.kv_tokens,
-            kv_usage: worker.kv_pressure(now, Held::default(), &self.config),
-            prefill_rate: speed,
+            kv_usage: worker.kv_pressure(now, Held::default(), said.kv, &self.config),
+            prefill_rate: speeds.now,
             rate_measured: worker.measured_rate().is_some(),
             gpu_derate: worker.beneath.derate(now),
-            gpu_share: worker.gpu_share(now, &self.config),
+            gpu_share: speeds.gpu_share,
             gpu_fault: worker.beneath.fault && worker.health.state() != HealthState::Up,
             reported: worker.reported.fresh(now, self.config.report_ttl).map(|(at, load)| (now.since(at), load)),
         })

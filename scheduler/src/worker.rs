@@ -9,7 +9,7 @@ pub(crate) mod beneath;
 pub(crate) mod health;
 pub(crate) mod kv;
 pub(crate) mod latency;
-mod load;
+pub(crate) mod load;
 mod rate;
 pub(crate) mod step;
 pub(crate) mod whole;
@@ -27,7 +27,7 @@ use beneath::{Beneath, Reports};
 use health::Health;
 use kv::Held;
 use latency::Latency;
-use load::Reported;
+use load::{Reported, Said};
 use rate::Rate;
 use step::Pace;
 use whole::{Answer, Before, Whole};
@@ -40,6 +40,19 @@ const STAY_WEIGHT: f64 = 0.05;
 const ALIKE: f64 = 0.2;
 /// Part of a window below which it counts as empty, so that the next prompt is sent whatever its size.
 const EMPTY: f64 = 0.1;
+
+/// How fast it prefills.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Speed {
+    /// Tokens/s now.
+    pub(crate) now: f64,
+    /// The same if its GPUs were all its own and ran as they usually do.
+    pub(crate) usual: f64,
+    /// Share of their usual speed at which its GPUs run.
+    pub(crate) derate: f64,
+    /// Share of its GPUs' time that others leave it.
+    pub(crate) gpu_share: f64,
+}
 
 #[derive(Debug)]
 pub(crate) struct Worker {
@@ -74,6 +87,8 @@ pub(crate) struct Worker {
     pub(crate) ready_key: Option<Tick>,
     /// Its moment in the timers.
     pub(crate) timer: Option<Tick>,
+    /// It may have become able to take more since it was settled last.
+    pub(crate) may_take: bool,
     /// It is to be settled.
     pub(crate) touched: bool,
 }
@@ -104,6 +119,7 @@ impl Worker {
             rescored: now,
             ready_key: None,
             timer: None,
+            may_take: false,
             touched: false,
         }
     }
@@ -153,11 +169,11 @@ impl Worker {
         if self.sent.is_empty() {
             return true;
         }
-        let foreign = self.reported.foreign(now, config.report_ttl);
-        let sequences = self.held.sequences() + u64::from(foreign.map_or(0, |foreign| foreign.running));
+        let said = self.reported.said(now, config.report_ttl);
+        let sequences = self.held.sequences() + u64::from(said.foreign.map_or(0, |foreign| foreign.running));
         sequences + u64::from(plan.sequences) <= u64::from(self.spec.sequences_max)
             && self.prefill_has_room(now, request, uncached, pool, config)
-            && self.kv_pressure(now, self.need(plan), config).is_none_or(|pressure| pressure <= 1.0)
+            && self.kv_pressure(now, self.need(plan), said.kv, config).is_none_or(|pressure| pressure <= 1.0)
     }
 
     /// Whether a request may have room at all: the cheap question, before many are asked about.
@@ -195,8 +211,13 @@ impl Worker {
 
     /// Share of the KV cache that will be in use at most with `more`: by our own account, corrected by what the engine
     /// said last (prompts that share blocks take less than their sum, what came past us takes more).
-    pub(crate) fn kv_pressure(&self, now: Tick, more: Held, config: &Config) -> Option<f64> {
-        let reported = self.reported.kv(now, config.report_ttl);
+    pub(crate) fn kv_pressure(
+        &self,
+        now: Tick,
+        more: Held,
+        reported: Option<(f64, f64)>,
+        config: &Config,
+    ) -> Option<f64> {
         let Some(capacity) = self.spec.kv_tokens else { return reported.map(|(share, _)| share) };
         let beyond = reported.map_or(0.0, |(_, beyond)| beyond);
         let peak = self.held.plus(more).peak(now, self.pace.token_seconds(), beyond, config.kv_deviations);
@@ -205,12 +226,18 @@ impl Worker {
 
     /// Prefill speed in tokens/s now.
     pub(crate) fn speed(&self, now: Tick, fleet_rate: f64, config: &Config) -> f64 {
-        (self.usual_speed(fleet_rate) * self.derate(now, config)).max(1.0)
+        self.speeds(now, fleet_rate, &self.reported.said(now, config.report_ttl)).now
+    }
+
+    pub(crate) fn speeds(&self, now: Tick, fleet_rate: f64, said: &Said) -> Speed {
+        let (usual, derate, gpu_share) =
+            (self.usual_speed(fleet_rate), self.beneath.derate(now), self.gpu_share(now, said));
+        Speed { now: (usual * (derate * gpu_share)).max(1.0), usual, derate, gpu_share }
     }
 
     /// What its GPUs leave of its usual speed now.
     fn derate(&self, now: Tick, config: &Config) -> f64 {
-        self.beneath.derate(now) * self.gpu_share(now, config)
+        self.beneath.derate(now) * self.gpu_share(now, &self.reported.said(now, config.report_ttl))
     }
 
     /// Prefill speed in tokens/s with GPUs of its own that are well; `fleet_rate` where its own was not measured yet.
@@ -221,16 +248,14 @@ impl Worker {
     }
 
     /// Share of its GPUs' time that others leave it.
-    pub(crate) fn gpu_share(&self, now: Tick, config: &Config) -> f64 {
+    pub(crate) fn gpu_share(&self, now: Tick, said: &Said) -> f64 {
         if self.beneath.is_alone(now) {
             return 1.0;
         }
-        let fresh = self.reported.fresh(now, config.report_ttl).is_some();
-        let foreign = self.reported.foreign(now, config.report_ttl).is_some();
-        let reports = match (fresh, foreign) {
+        let reports = match (said.fresh, said.foreign) {
             (false, _) => Reports::Nothing,
-            (true, false) => Reports::OnlyOurs,
-            (true, true) => Reports::Foreign,
+            (true, None) => Reports::OnlyOurs,
+            (true, Some(_)) => Reports::Foreign,
         };
         self.beneath.share(now, reports)
     }
@@ -276,7 +301,7 @@ impl Worker {
             self.filling = now;
         }
         let number = self.backlog.send(now, speed, uncached, request.streamed);
-        let alone = self.reported.foreign(now, config.report_ttl).is_none_or(|foreign| foreign.waiting == 0);
+        let alone = self.reported.said(now, config.report_ttl).foreign.is_none_or(|foreign| foreign.waiting == 0);
         self.rate.sent(now, request.streamed && alone, self.backlog.is_single());
         (need, number)
     }
@@ -356,7 +381,7 @@ impl Worker {
     ) {
         let prompt_tokens = self.sent_tokens.wrapping_sub(before.tokens);
         let others = before.sequences.midpoint(self.held.sequences());
-        let alone = self.reported.foreign(now, config.report_ttl).is_none_or(|foreign| foreign.waiting == 0);
+        let alone = self.reported.said(now, config.report_ttl).foreign.is_none_or(|foreign| foreign.waiting == 0);
         if alone && others < u64::from(self.spec.sequences_max) {
             let seconds = (seconds - slowdown * others as f64 * f64::from(output_tokens)) * self.derate(now, config);
             self.whole.observe(Answer { own_tokens, prompt_tokens, output_tokens, seconds });

@@ -125,11 +125,11 @@ impl Core {
         self.decisions.record((id, self.now, cause), candidates, self.left_out(id), winner);
     }
 
-    /// Workers of a request's pool that nothing may be sent to. In most pools there are none, which costs a comparison.
+    /// Workers of a request's pool that nothing may be sent to.
     fn left_out(&self, id: RequestId) -> SmallVec<[LeftOut; 2]> {
         let pool = self.requests.get(&id).and_then(|entry| self.pools.get(&entry.request.pool));
-        let Some(pool) = pool.filter(|pool| pool.by_ready.len() < pool.workers.len()) else { return SmallVec::new() };
-        let unfit = pool.workers.iter().filter_map(|slot| self.workers.get(*slot)).filter_map(|worker| {
+        let Some(pool) = pool else { return SmallVec::new() };
+        let unfit = pool.unfit.iter().filter_map(|slot| self.workers.get(*slot)).filter_map(|worker| {
             let why = match worker.health.state() {
                 _ if worker.is_eligible() => return None,
                 _ if worker.draining => Unfit::Draining,

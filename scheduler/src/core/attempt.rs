@@ -20,8 +20,9 @@ impl Core {
         let Some(worker) = self.workers.get(slot) else { return };
         let uncached = entry.request.prompt_tokens.saturating_sub(matched_tokens);
         let fleet_rate = pool.fleet_rate();
-        let speed = worker.speed(now, fleet_rate, config);
-        let predicted = (scene.ahead_tokens(worker, speed, 0) + f64::from(uncached)) / speed;
+        let said = worker.reported.said(now, config.report_ttl);
+        let speed = worker.speeds(now, fleet_rate, &said).now;
+        let predicted = (scene.ahead_tokens(worker, &said, speed, 0) + f64::from(uncached)) / speed;
 
         let Some(worker) = self.workers.get_mut(slot) else { return };
         let before = worker.before();
@@ -52,7 +53,7 @@ impl Core {
             predicted_ttft: duration(predicted),
             predicted_at_arrival: duration(entry.predicted.unwrap_or(predicted)),
         });
-        self.touch(slot);
+        self.filled(slot);
     }
 
     pub(super) fn first_token(&mut self, id: RequestId, out: &mut Vec<Action>) {

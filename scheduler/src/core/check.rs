@@ -14,6 +14,9 @@ pub enum Broken {
     /// A request stands somewhere and does not know it, or the other way round.
     #[error("the places of the requests of `{0}` do not agree")]
     Places(PoolId),
+    /// A worker stands neither among the eligible ones nor among the others, or in both.
+    #[error("a worker of `{0}` is in none of its pool's orders, or in two")]
+    Orders(PoolId),
     /// A GPU does not know who runs or works on it.
     #[error("the GPUs of `{0}` do not know it")]
     Gpus(WorkerId),
@@ -60,6 +63,9 @@ impl Core {
                 })
             });
             let by_class: u32 = pool.queue.requests.iter().sum();
+            if pool.by_ready.len() + pool.unfit.len() != pool.workers.len() {
+                return Err(Broken::Orders(*id));
+            }
             if !known || waiting.len() != pool.queue.len() || waiting.len() != by_class as usize {
                 return Err(Broken::Places(*id));
             }

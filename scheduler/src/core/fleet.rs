@@ -192,6 +192,7 @@ impl Core {
         if let Some(pool) = self.pools.get_mut(&worker.pool) {
             pool.workers.remove(&slot);
             pool.laden.remove(&slot);
+            pool.unfit.remove(&slot);
             pool.index.forget(slot);
             if let Some(key) = worker.ready_key {
                 pool.by_ready.remove(&(key, slot));

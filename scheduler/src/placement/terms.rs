@@ -4,20 +4,21 @@
 //! finite for any worker and any request.
 
 mod decode_slowdown;
-pub(super) mod drain_time;
-pub(super) mod gpu_share;
-pub(super) mod gpu_throttle;
+mod drain_time;
+mod gpu_share;
+mod gpu_throttle;
 mod kv_pressure;
 mod overlap_credit;
-pub(super) mod prefill;
-pub(super) mod slot_wait;
+mod prefill;
+mod slot_wait;
 mod slow_start;
 
 use super::Prospect;
 
 type Seconds = fn(&Prospect<'_>) -> f64;
 
-/// The table; its order is that of explanations.
+/// The table; its order is that of explanations. The first is the time until the worker begins, the first
+/// [`TO_FIRST_TOKEN`] the time to the first token, as far as we can tell.
 pub(crate) const TERMS: [(&str, Seconds); 9] = [
     ("drain_time", drain_time::seconds),
     ("prefill", prefill::seconds),
@@ -29,6 +30,8 @@ pub(crate) const TERMS: [(&str, Seconds); 9] = [
     ("kv_pressure", kv_pressure::seconds),
     ("overlap_credit", overlap_credit::seconds),
 ];
+
+pub(super) const TO_FIRST_TOKEN: usize = 5;
 
 #[cfg(test)]
 mod tests;

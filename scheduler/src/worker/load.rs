@@ -28,6 +28,18 @@ struct Report {
     kv_beyond: f64,
 }
 
+/// What holds now of what an engine said.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Said {
+    /// It reported of late.
+    pub(crate) fresh: bool,
+    pub(crate) foreign: Option<Foreign>,
+    /// Share of the KV cache in use when that was read, and the KV tokens beyond our own account.
+    pub(crate) kv: Option<(f64, f64)>,
+    /// By how much to mistrust our own counters.
+    pub(crate) margin: f64,
+}
+
 /// What a report adds to our own counters.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Foreign {
@@ -66,22 +78,20 @@ impl Reported {
         self.usable(now, ttl).map(|report| (report.at, report.load))
     }
 
-    pub(crate) fn foreign(&self, now: Tick, ttl: Duration) -> Option<Foreign> {
-        let report = self.usable(now, ttl).filter(|report| report.foreign > 0)?;
+    pub(crate) fn said(&self, now: Tick, ttl: Duration) -> Said {
+        let Some(report) = self.usable(now, ttl) else {
+            let margin = if self.reports { UNREPORTED_MARGIN } else { 1.0 };
+            return Said { fresh: false, foreign: None, kv: None, margin };
+        };
         // what waits is the youngest; ours are taken to run first
         let waiting = report.foreign.min(report.load.waiting);
-        Some(Foreign { running: report.foreign - waiting, waiting, age: now.seconds_since(report.at) })
-    }
-
-    /// Share of the KV cache in use when that was read, and the KV tokens beyond our own account.
-    pub(crate) fn kv(&self, now: Tick, ttl: Duration) -> Option<(f64, f64)> {
-        let report = self.usable(now, ttl)?;
-        Some((report.load.kv_usage?, report.kv_beyond))
-    }
-
-    /// By how much to mistrust our own counters.
-    pub(crate) fn margin(&self, now: Tick, ttl: Duration) -> f64 {
-        if self.reports && self.usable(now, ttl).is_none() { UNREPORTED_MARGIN } else { 1.0 }
+        let foreign = Foreign { running: report.foreign - waiting, waiting, age: now.seconds_since(report.at) };
+        Said {
+            fresh: true,
+            foreign: (report.foreign > 0).then_some(foreign),
+            kv: report.load.kv_usage.map(|usage| (usage, report.kv_beyond)),
+            margin: 1.0,
+        }
     }
 
     fn usable(&self, now: Tick, ttl: Duration) -> Option<&Report> {
@@ -111,7 +121,7 @@ mod tests {
         ] {
             let mut reported = Reported::default();
             reported.observe(Tick(0), load(running, waiting, 0.0), ours, (0.0, None));
-            let foreign = reported.foreign(Tick(0), TTL).map(|f| (f.running, f.waiting));
+            let foreign = reported.said(Tick(0), TTL).foreign.map(|f| (f.running, f.waiting));
             assert_eq!(foreign, expect, "{running} {waiting} {ours}");
         }
     }
@@ -120,24 +130,24 @@ mod tests {
     fn the_cache_is_known_beside_our_own_account_of_it() {
         let mut reported = Reported::default();
         reported.observe(Tick(0), load(1, 0, 0.5), 1, (300.0, Some(1000)));
-        assert_eq!(reported.kv(Tick(1), TTL), Some((0.5, 200.0)));
+        assert_eq!(reported.said(Tick(1), TTL).kv, Some((0.5, 200.0)));
         reported.observe(Tick(1), load(1, 0, 0.25), 1, (300.0, Some(1000)));
-        assert_eq!(reported.kv(Tick(1), TTL), Some((0.25, -50.0)));
+        assert_eq!(reported.said(Tick(1), TTL).kv, Some((0.25, -50.0)));
         reported.observe(Tick(2), load(1, 0, f64::NAN), 1, (300.0, Some(1000)));
-        assert_eq!(reported.kv(Tick(2), TTL), None);
+        assert_eq!(reported.said(Tick(2), TTL).kv, None);
     }
 
     #[test]
     fn a_report_is_a_lease() {
         let mut reported = Reported::default();
-        assert_eq!(reported.margin(Tick(0), TTL), 1.0, "never reported: nothing is missing");
+        assert_eq!(reported.said(Tick(0), TTL).margin, 1.0, "never reported: nothing is missing");
         reported.observe(Tick(0), load(99, 99, 1.0), 0, (0.0, None));
-        assert_eq!(reported.margin(Tick(0), TTL), 1.0);
+        assert_eq!(reported.said(Tick(0), TTL).margin, 1.0);
         let later = Tick(0).after(TTL);
-        assert_eq!((reported.foreign(later, TTL), reported.kv(later, TTL)), (None, None));
-        assert_eq!(reported.margin(later, TTL), UNREPORTED_MARGIN);
+        assert_eq!((reported.said(later, TTL).foreign, reported.said(later, TTL).kv), (None, None));
+        assert_eq!(reported.said(later, TTL).margin, UNREPORTED_MARGIN);
         reported.observe(Tick(1), load(0, 0, 0.0), 0, (0.0, None));
         reported.lost();
-        assert_eq!(reported.margin(Tick(1), TTL), UNREPORTED_MARGIN);
+        assert_eq!(reported.said(Tick(1), TTL).margin, UNREPORTED_MARGIN);
     }
 }

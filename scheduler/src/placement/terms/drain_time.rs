@@ -2,7 +2,7 @@
 
 use crate::placement::Prospect;
 
-pub(in crate::placement) fn seconds(prospect: &Prospect<'_>) -> f64 {
+pub(super) fn seconds(prospect: &Prospect<'_>) -> f64 {
     let busy = prospect.worker.busy_until.seconds_since(prospect.now);
     (prospect.ahead_tokens / prospect.usual_speed).max(busy)
 }

@@ -2,6 +2,6 @@
 
 use crate::placement::Prospect;
 
-pub(in crate::placement) fn seconds(prospect: &Prospect<'_>) -> f64 {
+pub(super) fn seconds(prospect: &Prospect<'_>) -> f64 {
     prospect.work_seconds() * (1.0 / prospect.derate - 1.0)
 }

@@ -2,6 +2,6 @@
 
 use crate::placement::Prospect;
 
-pub(in crate::placement) fn seconds(prospect: &Prospect<'_>) -> f64 {
+pub(super) fn seconds(prospect: &Prospect<'_>) -> f64 {
     f64::from(prospect.uncached_tokens()) / prospect.usual_speed
 }

@@ -7,7 +7,7 @@ use crate::placement::Prospect;
 
 const TOKEN_SECONDS_ASSUMED: f64 = 0.02;
 
-pub(in crate::placement) fn seconds(prospect: &Prospect<'_>) -> f64 {
+pub(super) fn seconds(prospect: &Prospect<'_>) -> f64 {
     let slots = f64::from(prospect.worker.spec.sequences_max.max(1));
     let wanted = prospect.ahead_sequences + f64::from(prospect.plan.sequences);
     if wanted <= slots {
