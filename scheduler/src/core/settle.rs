@@ -4,8 +4,6 @@
 //! priced in, is no worse than moving. Room that comes with an event is seen at once, room that comes with time alone
 //! within [`crate::Config::rescore_every`].
 
-use std::time::Duration;
-
 use super::{Core, Place};
 use crate::explain::Cause;
 use crate::placement::{Ahead, Choice, Scene, Scored, pays};
@@ -18,9 +16,7 @@ use crate::{Action, PoolId, Refusal, RequestId, Tick};
 const LANES_SEEN: usize = 8;
 /// Requests it looks at in each, past a head that it may not take.
 const LANE_DEPTH: usize = 4;
-/// A worker's place in the order of its pool is renewed when it is wrong by so much: less decides nothing.
-const READY_STEP: Duration = Duration::from_millis(8);
-/// Requests that leave a lane at one look.
+/// Requests that it takes at once, and that leave a lane at one look.
 const MOVES_MAX: usize = 8;
 
 impl Core {
@@ -39,18 +35,14 @@ impl Core {
     /// Settles every worker that was touched.
     pub(super) fn settle(&mut self, out: &mut Vec<Action>) {
         while let Some(slot) = self.touched.pop() {
-            let Some(worker) = self.workers.get_mut(slot) else { continue };
-            if worker.may_take {
+            if let Some(worker) = self.workers.get_mut(slot) {
+                worker.touched = false;
                 self.pump(slot, out);
                 self.steal(slot, out);
-            }
-            // what these two changed of it is seen to below
-            if let Some(worker) = self.workers.get_mut(slot) {
-                (worker.touched, worker.may_take) = (false, false);
-            }
-            self.occupy(slot);
-            if let Some(pool) = self.order(slot) {
-                self.rehome(pool, out);
+                self.occupy(slot);
+                if let Some(pool) = self.order(slot) {
+                    self.rehome(pool, out);
+                }
             }
         }
     }
@@ -77,7 +69,8 @@ impl Core {
 
     /// A worker with room and nothing in its lane takes heads of other lanes that are better off with it.
     fn steal(&mut self, slot: Slot, out: &mut Vec<Action>) {
-        while let Some((id, here, there)) = self.spoils(slot) {
+        for _ in 0..MOVES_MAX {
+            let Some((id, here, there)) = self.spoils(slot) else { return };
             self.scored.clear();
             self.scored.extend([here.clone(), there]);
             self.record(id, Cause::Rescore, Some(slot));
@@ -139,9 +132,7 @@ impl Core {
         let ready = eligible.then(|| {
             let speed = worker.speed(now, fleet_rate, &self.config);
             let tokens = worker.backlog_tokens(now, speed) + worker.lane.work().tokens as f64;
-            let ready = now.after(duration(tokens / speed)).max(worker.busy_until);
-            let near = |key: &Tick| ready.since((*key).max(now)).max(key.since(ready)) < READY_STEP;
-            worker.ready_key.filter(near).unwrap_or(ready)
+            now.after(duration(tokens / speed)).max(worker.busy_until)
         });
         if worker.ready_key != ready {
             if let Some(key) = worker.ready_key {
