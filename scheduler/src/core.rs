@@ -180,7 +180,16 @@ impl Core {
         self.timers.first()
     }
 
+    /// Something changed that may let the worker take more.
     fn touch(&mut self, slot: Slot) {
+        if let Some(worker) = self.workers.get_mut(slot) {
+            worker.may_take = true;
+        }
+        self.filled(slot);
+    }
+
+    /// The worker was sent something: it takes no more than before.
+    fn filled(&mut self, slot: Slot) {
         if let Some(worker) = self.workers.get_mut(slot)
             && !std::mem::replace(&mut worker.touched, true)
         {

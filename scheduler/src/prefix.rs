@@ -119,7 +119,7 @@ impl PrefixIndex {
         let mut matches = Matches::new();
         let miles = blocks.len() / self.mile;
         if miles <= BATCH {
-            self.table.fetch(blocks.chunks_exact(self.mile).filter_map(|mile| mile.last()), Part::Hashes);
+            self.table.fetch(blocks.chunks_exact(self.mile).filter_map(|mile| mile.last()), Part::All);
         }
         // the last milestone that someone held, and often holds
         let is_known = |mile| blocks.get(mile * self.mile - 1).is_some_and(|hash| self.table.has(*hash));

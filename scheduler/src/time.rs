@@ -34,7 +34,8 @@ impl Tick {
 /// Seconds as a duration; what is negative, not a number or beyond a day becomes zero or a day.
 pub(crate) fn duration(seconds: f64) -> Duration {
     const DAY: f64 = 86_400.0;
-    if seconds > 0.0 { Duration::from_secs_f64(seconds.min(DAY)) } else { Duration::ZERO }
+    // as the core counts: whole microseconds; not a number becomes 0
+    Duration::from_micros((seconds.clamp(0.0, DAY) * 1e6) as u64)
 }
 
 #[cfg(test)]

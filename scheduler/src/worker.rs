@@ -87,6 +87,8 @@ pub(crate) struct Worker {
     pub(crate) ready_key: Option<Tick>,
     /// Its moment in the timers.
     pub(crate) timer: Option<Tick>,
+    /// It may have become able to take more since it was settled last.
+    pub(crate) may_take: bool,
     /// It is to be settled.
     pub(crate) touched: bool,
 }
@@ -117,6 +119,7 @@ impl Worker {
             rescored: now,
             ready_key: None,
             timer: None,
+            may_take: false,
             touched: false,
         }
     }

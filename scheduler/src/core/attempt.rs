@@ -53,7 +53,7 @@ impl Core {
             predicted_ttft: duration(predicted),
             predicted_at_arrival: duration(entry.predicted.unwrap_or(predicted)),
         });
-        self.touch(slot);
+        self.filled(slot);
     }
 
     pub(super) fn first_token(&mut self, id: RequestId, out: &mut Vec<Action>) {

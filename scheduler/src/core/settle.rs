@@ -16,7 +16,7 @@ use crate::{Action, PoolId, Refusal, RequestId, Tick};
 const LANES_SEEN: usize = 8;
 /// Requests it looks at in each, past a head that it may not take.
 const LANE_DEPTH: usize = 4;
-/// Requests that it takes at once, and that leave a lane at one look.
+/// Requests that leave a lane at one look.
 const MOVES_MAX: usize = 8;
 
 impl Core {
@@ -35,14 +35,18 @@ impl Core {
     /// Settles every worker that was touched.
     pub(super) fn settle(&mut self, out: &mut Vec<Action>) {
         while let Some(slot) = self.touched.pop() {
-            if let Some(worker) = self.workers.get_mut(slot) {
-                worker.touched = false;
+            let Some(worker) = self.workers.get_mut(slot) else { continue };
+            if worker.may_take {
                 self.pump(slot, out);
                 self.steal(slot, out);
-                self.occupy(slot);
-                if let Some(pool) = self.order(slot) {
-                    self.rehome(pool, out);
-                }
+            }
+            // what these two changed of it is seen to below
+            if let Some(worker) = self.workers.get_mut(slot) {
+                (worker.touched, worker.may_take) = (false, false);
+            }
+            self.occupy(slot);
+            if let Some(pool) = self.order(slot) {
+                self.rehome(pool, out);
             }
         }
     }
@@ -69,8 +73,7 @@ impl Core {
 
     /// A worker with room and nothing in its lane takes heads of other lanes that are better off with it.
     fn steal(&mut self, slot: Slot, out: &mut Vec<Action>) {
-        for _ in 0..MOVES_MAX {
-            let Some((id, here, there)) = self.spoils(slot) else { return };
+        while let Some((id, here, there)) = self.spoils(slot) {
             self.scored.clear();
             self.scored.extend([here.clone(), there]);
             self.record(id, Cause::Rescore, Some(slot));
