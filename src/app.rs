@@ -185,7 +185,7 @@ impl Gateway {
             // Streams still get their error event; a connection whose client does not read it is dropped.
             let _ = tokio::time::timeout(LAST_WORDS, self.serving.wait()).await;
             self.abort.cancel();
-            self.serving.wait().await;
+            let _ = tokio::time::timeout(LAST_WORDS, self.serving.wait()).await;
         }
         self.dispatch.stop();
         self.background.cancel();

@@ -217,6 +217,9 @@ pub enum Failure {
     /// The answer was not in the engine's protocol.
     #[error("the worker answered with bytes that are not its protocol")]
     Malformed,
+    /// The engine cannot do what is asked; nothing is wrong with the worker, and it counts as no attempt.
+    #[error("the worker's engine cannot do what is asked")]
+    Unsupported,
 }
 
 /// How the last attempt of a request ended.

@@ -27,8 +27,8 @@ pub(super) const ANSWER_FIELDS: usize = 10;
 /// What goes on to an engine as it came: trace context, and vLLM's session attribution. Everything else (keys,
 /// cookies, addresses) stays here.
 const TRACE_PARENT: HeaderName = HeaderName::from_static("traceparent");
-const FORWARDED: [HeaderName; 3] =
-    [TRACE_PARENT, HeaderName::from_static("tracestate"), HeaderName::from_static("x-session-id")];
+const TRACE_STATE: HeaderName = HeaderName::from_static("tracestate");
+const FORWARDED: [HeaderName; 3] = [TRACE_PARENT, TRACE_STATE, HeaderName::from_static("x-session-id")];
 
 /// The trace that a client's request belongs to, where it names one that can be read.
 pub(super) fn trace_parent(headers: &HeaderMap) -> Option<TraceParent> {
@@ -39,8 +39,11 @@ pub(super) fn request_id(headers: &HeaderMap) -> Option<&[u8]> {
     headers.get(&REQUEST_ID).map(HeaderValue::as_bytes)
 }
 
+/// What engines are told. Of a trace that cannot be read neither half is passed on (W3C Trace Context, 4.3).
 pub(super) fn forwarded(headers: &HeaderMap) -> HeaderMap {
-    FORWARDED.iter().filter_map(|name| headers.get(name).map(|value| (name.clone(), value.clone()))).collect()
+    let unread = trace_parent(headers).is_none();
+    let known = FORWARDED.into_iter().filter(|name| !(unread && [TRACE_PARENT, TRACE_STATE].contains(name)));
+    known.filter_map(|name| headers.get(&name).cloned().map(|value| (name, value))).collect()
 }
 
 /// The class a request asks for; `default` when it asks for none.

@@ -4,7 +4,7 @@
 //! can still be given. Keep-alive comments are no first event.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use forebay_backends::engines::{self, Answer, Prepared, Unsupported};
@@ -28,6 +28,9 @@ use crate::telemetry::metrics::RETRY_REASONS;
 const HELD_BYTES_MAX: usize = 1 << 20;
 /// Bodies up to this length are rewritten where they are: some 40 µs of JSON.
 const INLINE_BODY_BYTES_MAX: usize = 32 << 10;
+/// A reused connection that breaks so soon was closed as idle while the request was under way: a round trip, on a busy
+/// machine.
+const CLOSED_AS_IDLE: Duration = Duration::from_millis(500);
 /// An engine's error answer is read up to here.
 const ERROR_BYTES_MAX: usize = 64 << 10;
 /// Longest stream event: a chunk with the log probabilities of many tokens is some 100 KiB.
@@ -67,6 +70,7 @@ pub(super) fn reason(failure: Failure) -> usize {
         Failure::Status5xx => "status",
         Failure::Overloaded { .. } => "overloaded",
         Failure::Malformed => "malformed",
+        Failure::Unsupported => "unsupported",
     };
     RETRY_REASONS.iter().position(|reason| *reason == name).unwrap_or(0)
 }
@@ -81,10 +85,11 @@ pub(super) async fn attempt(worker: &Worker, job: &Job<'_>, number: u32) -> Resu
 
 async fn open(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Failed> {
     let Prepared { path, body, translation } = prepared(worker, job).await?;
+    let sent_at = Instant::now();
     let response = match worker.channel.send(outgoing((job, number), path, body.clone())).await {
         // An idle connection that the worker closed while the request was on its way there: no failure of the worker's,
-        // and no reason to leave its cache. What it may have begun ended with the connection, so nothing runs twice.
-        Err(forebay_backends::Error::Reset { reused: true, .. }) => {
+        // and no reason to leave its cache. Later than that the worker may have worked on it, and is to blame.
+        Err(forebay_backends::Error::Reset { reused: true, .. }) if sent_at.elapsed() < CLOSED_AS_IDLE => {
             Box::pin(worker.channel.send_fresh(outgoing((job, number), path, body))).await?
         }
         sent => sent?,
@@ -129,11 +134,12 @@ async fn prepared(worker: &Worker, job: &Job<'_>) -> Result<Prepared, Failed> {
     prepared.map_err(|Unsupported { message, param }| unsupported(message, param))
 }
 
-/// The engine cannot do what is asked, now or later: nothing is wrong with the worker.
+/// The engine cannot do what is asked, now or later: nothing is wrong with the worker, and one of another kind may.
 fn unsupported(message: String, param: Option<String>) -> Failed {
     let code = if param.is_some() { "unsupported_parameter" } else { "unsupported_api" };
     let error = ApiError { message, kind: "invalid_request_error".to_owned(), param, code: Some(code.to_owned()) };
-    Failed::Final(Box::new(Error::Engine { status: StatusCode::BAD_REQUEST, error, retry_after: None }))
+    let shown = Some(Box::new(Error::Engine { status: StatusCode::BAD_REQUEST, error, retry_after: None }));
+    Failed::Elsewhere { failure: Failure::Unsupported, shown }
 }
 
 /// The conversation as the model reads it, where its template is at hand.

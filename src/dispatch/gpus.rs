@@ -189,9 +189,12 @@ impl Intake {
         let (joins, reports) = {
             let mut state = self.nodes.0.lock();
             let State { next, nodes } = &mut *state;
+            let others = nodes.iter().filter(|node| !node.spec.is(spec)).flat_map(|node| node.gpus.values());
+            let others: BTreeSet<GpuId> = others.map(|seen| seen.id).collect();
             let Some(node) = nodes.iter_mut().find(|node| node.spec.is(spec)) else { return };
             node.take_in(next, snapshot);
-            let joins: Vec<_> = tenants.iter().filter_map(|tenant| Some((tenant, node.join(tenant)?))).collect();
+            let joins: Vec<_> =
+                tenants.iter().filter_map(|tenant| Some((tenant, node.join(tenant, &others)?))).collect();
             (joins, node.reports(&tenants))
         };
         for (tenant, gpus) in joins {
@@ -245,8 +248,8 @@ impl Node {
         }
     }
 
-    /// The GPUs under a worker, where that is another set than the core knows.
-    fn join(&self, tenant: &Tenant) -> Option<Vec<GpuId>> {
+    /// The GPUs under a worker, where that is another set than the core knows. `others`: those of other nodes.
+    fn join(&self, tenant: &Tenant, others: &BTreeSet<GpuId>) -> Option<Vec<GpuId>> {
         let runs_on = |seen: &Seen| match &tenant.configured[..] {
             [] => seen.said.processes.iter().any(|process| self.is_reached(tenant, &process.listens)),
             names => names.iter().any(|name| {
@@ -260,8 +263,7 @@ impl Node {
         }
         let known: BTreeSet<GpuId> = tenant.worker.spec.lock().gpus.iter().copied().collect();
         // A worker that spans nodes is told of by each; what was found elsewhere by its port is not its any more.
-        let elsewhere = |id: &GpuId| !self.gpus.values().any(|seen| seen.id == *id);
-        let rest = known.iter().copied().filter(|id| !tenant.configured.is_empty() && elsewhere(id));
+        let rest = known.iter().copied().filter(|id| !tenant.configured.is_empty() && others.contains(id));
         let all: BTreeSet<GpuId> = found.into_iter().chain(rest).collect();
         (all != known).then(|| all.into_iter().collect())
     }

@@ -123,7 +123,6 @@ pub(super) fn tokenized(tokenizer: &Tokenizer, asked: &Tokenize, body: &[u8]) ->
     Ok(Tokenized { ids, strings })
 }
 
-/// A conversation as its engine will render and count it.
 /// A conversation as the text that the model reads; `None` for what is no conversation.
 pub(super) fn written(tokenizer: &Tokenizer, asked: &Asked, body: &[u8]) -> Result<Option<String>, Error> {
     let Asked::Chat(chat) = asked else { return Ok(None) };
@@ -131,6 +130,7 @@ pub(super) fn written(tokenizer: &Tokenizer, asked: &Asked, body: &[u8]) -> Resu
     conversation(body, &chat.messages, chat.tools.as_ref(), &chat.template, render).map(|rendered| Some(rendered.text))
 }
 
+/// A conversation as its engine will render and count it.
 fn rendered(
     tokenizer: &Tokenizer,
     body: &[u8],

@@ -14,10 +14,11 @@ use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 use parking_lot::Mutex;
 use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-/// The body that the HTTP library gets.
-pub(super) struct Watched(Arc<Mutex<Watch>>);
+/// The body that the HTTP library gets; with it ends the task that looks after it.
+pub(super) struct Watched(Arc<Mutex<Watch>>, #[expect(dead_code, reason = "tells when it is dropped")] DropGuard);
 
 struct Watch {
     /// Taken away when nobody asks for it.
@@ -34,8 +35,10 @@ pub(super) struct Stalled;
 impl Watched {
     pub(super) fn new(body: Body, stall_max: Duration, tracker: &TaskTracker) -> Self {
         let watch = Arc::new(Mutex::new(Watch { body: Some(body), unasked: Some(Instant::now()) }));
-        tracker.spawn(look_after(Arc::downgrade(&watch), stall_max));
-        Self(watch)
+        let gone = CancellationToken::new();
+        let looking = gone.clone().run_until_cancelled_owned(look_after(Arc::downgrade(&watch), stall_max));
+        tracker.spawn(looking);
+        Self(watch, gone.drop_guard())
     }
 }
 

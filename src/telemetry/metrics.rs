@@ -41,7 +41,8 @@ const SPANS_DROPPED: &str = "forebay_spans_dropped_total";
 /// Status codes that answers can have; 499 is "the client left" (nginx's number). Others count as `other`.
 const CODES: [u16; 16] = [200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 499, 500, 501, 502, 503, 504];
 /// Reasons for a retry, as `forebay_retries_total{reason}` names them.
-pub const RETRY_REASONS: [&str; 6] = ["connect", "reset", "timeout", "status", "overloaded", "malformed"];
+pub const RETRY_REASONS: [&str; 7] =
+    ["connect", "reset", "timeout", "status", "overloaded", "malformed", "unsupported"];
 /// Request classes in the order of the scheduler's enum.
 pub const CLASSES: [&str; 3] = ["interactive", "default", "batch"];
 

@@ -388,6 +388,21 @@ fn every_engine_does_it_alike_or_says_that_it_cannot() {
     }
 }
 
+#[test]
+fn in_a_mixed_pool_those_are_asked_that_can() {
+    let flags = |engine| ["--engine", engine, "--model", "m", "--max-model-len", "2048", "--speed", "50"];
+    let workers = ["tgi", "vllm"].map(|engine| Worker::start(&flags(engine)));
+    let addresses = workers.each_ref().map(|worker| worker.address);
+    let gateway = Gateway::start(&model("m", &addresses, &format!("tokenizer = {:?}\n", tokenizer())));
+    for number in 0..12 {
+        let body = json!({"model": "m", "input": format!("text {number}")});
+        let answer = gateway.post("/v1/embeddings", &body.to_string());
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+    let listed = gateway.admin("workers").json();
+    assert!((0..2).all(|at| listed["workers"][at]["health"] == "up"), "it is nobody's fault: {listed}");
+}
+
 fn written(rows: &[Vec<String>], reasons: &BTreeMap<String, Vec<String>>) -> String {
     let mut table = String::from("| engine |");
     for (column, _) in COLUMNS {

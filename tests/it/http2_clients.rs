@@ -46,6 +46,19 @@ fn they_are_served_as_all_others() {
 }
 
 #[test]
+fn what_was_answered_holds_up_no_end() {
+    let (mut gateway, _recorder) = setting();
+    let mut client = Http2::to(gateway.client, &[]);
+    client.post(1, CHAT, chat("hello", "").as_bytes());
+    assert_eq!(answer(&mut client).0, 200);
+    drop(client);
+    gateway.process.signal("TERM");
+    assert_eq!(gateway.process.wait().code(), Some(0));
+    let log = gateway.process.err();
+    assert!(!log.contains("drain time is over"), "{log}");
+}
+
+#[test]
 fn streams_at_once_are_bounded() {
     let (gateway, recorder) = setting();
     recorder.play(vec![Step::AwaitClose]);

@@ -33,6 +33,11 @@ pub(super) trait Translator: Send {
     /// A whole answer. `None`: it is none that can be read, or tells of a failure.
     fn whole(&mut self, body: &Bytes) -> Option<Bytes>;
 
+    /// What it means that [`Translator::whole`] gave nothing.
+    fn refused(&self) -> Error {
+        Error::Unreadable
+    }
+
     /// Whether a stream is lines of JSON in place of server-sent events.
     fn lines(&self) -> bool {
         false
@@ -113,10 +118,12 @@ impl Translation {
         out.into()
     }
 
-    /// A whole answer in OpenAI's shape; `None` when it is none that can be read.
-    #[must_use]
-    pub fn whole(mut self, body: &Bytes) -> Option<Bytes> {
-        self.translator.whole(body)
+    /// A whole answer in OpenAI's shape.
+    ///
+    /// # Errors
+    /// [`Error::Unreadable`] when it is none that can be read, [`Error::Status`] when it tells of a failure.
+    pub fn whole(mut self, body: &Bytes) -> Result<Bytes, Error> {
+        self.translator.whole(body).ok_or_else(|| self.translator.refused())
     }
 }
 
@@ -192,12 +199,12 @@ impl Answer {
     /// All of an answer that is translated as a whole; one that needs no translation is given back.
     ///
     /// # Errors
-    /// As [`Body::collect`]; [`Error::Unreadable`] when it is no answer.
+    /// As [`Body::collect`] and [`Translation::whole`].
     pub async fn translated(self) -> Result<Result<Bytes, Self>, Error> {
         match self {
             Self { body: Some(body), translation: Some(translation) } => {
                 let whole = body.collect(WHOLE_BYTES_MAX).await?;
-                translation.whole(&whole).map(Ok).ok_or(Error::Unreadable)
+                translation.whole(&whole).map(Ok)
             }
             plain => Ok(Err(plain)),
         }

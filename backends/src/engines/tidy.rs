@@ -3,9 +3,11 @@
 //! They are mended in the bytes, and only where they stand: everything else goes on as it came.
 
 use bytes::Bytes;
+use http::StatusCode;
 use memchr::memmem;
 
 use super::answer::{Translator, event};
+use crate::Error;
 
 /// What is different.
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +48,11 @@ impl Translator for Tidy {
             Tidied::Changed(body) => Some(body.into()),
             Tidied::Failed => None,
         }
+    }
+
+    /// The engine threw the request out of its queue: load, as the event of a stream says it.
+    fn refused(&self) -> Error {
+        Error::Status { status: StatusCode::TOO_MANY_REQUESTS }
     }
 }
 

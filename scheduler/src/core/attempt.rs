@@ -94,6 +94,10 @@ impl Core {
         entry.at_workers += self.now.since(sent.at);
         match failure {
             Failure::Overloaded { .. } => entry.full.push(sent.worker),
+            Failure::Unsupported => {
+                entry.failed_on.push(sent.worker);
+                entry.attempts -= 1;
+            }
             _ => entry.failed_on.push(sent.worker),
         }
         let (attempts, pool) = (entry.attempts, entry.request.pool);

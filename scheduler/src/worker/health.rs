@@ -104,7 +104,7 @@ impl Health {
     /// An attempt failed.
     pub(crate) fn failed(&mut self, now: Tick, failure: Failure, config: &Config) {
         match failure {
-            Failure::Overloaded { .. } => return,
+            Failure::Overloaded { .. } | Failure::Unsupported => return,
             Failure::Connect => return self.down(now, config),
             Failure::Reset | Failure::Timeout | Failure::Status5xx | Failure::Malformed => {}
         }

@@ -20,6 +20,8 @@ const RULES: &[Rule] = &[Rule::Finish(r#""stop_sequence""#, r#""stop""#), Rule::
 pub(super) struct ToolCalls {
     /// The last chunk of a stream that calls a tool.
     last: Option<Value>,
+    /// Calls that have their id.
+    named: Vec<u64>,
     finished: bool,
 }
 
@@ -35,9 +37,8 @@ impl Translator for ToolCalls {
         };
         let says = match chunk.pointer_mut("/choices/0") {
             Some(choice) => {
-                let first = self.last.is_none();
                 if let Some(calls) = choice.pointer_mut("/delta/tool_calls") {
-                    reshape(calls, first);
+                    reshape(calls, &mut self.named);
                 }
                 if choice.get("finish_reason").is_some_and(|reason| !reason.is_null()) {
                     self.finished = true;
@@ -64,7 +65,7 @@ impl Translator for ToolCalls {
         if let Some(choice) = answer.pointer_mut("/choices/0")
             && let Some(calls) = choice.pointer_mut("/message/tool_calls")
         {
-            reshape(calls, true);
+            reshape(calls, &mut Vec::new());
             finish_reason(choice);
             if let Some(message) = choice.get_mut("message").and_then(Value::as_object_mut) {
                 message.entry("content").or_insert(Value::Null);
@@ -93,17 +94,19 @@ fn has_calls(json: &[u8]) -> bool {
     })
 }
 
-/// Releases before 2.4 write one call, not a list.
-fn reshape(calls: &mut Value, first: bool) {
+/// Releases before 2.4 write one call, not a list. `named`: the indexes of those whose id was given before.
+fn reshape(calls: &mut Value, named: &mut Vec<u64>) {
     if calls.is_object() {
         *calls = json!([calls.take()]);
     }
-    for call in calls.as_array_mut().into_iter().flatten().filter_map(Value::as_object_mut) {
-        if first {
-            call.insert("id".to_owned(), new_id("call").into());
-        } else {
+    for (at, call) in (0..).zip(calls.as_array_mut().into_iter().flatten().filter_map(Value::as_object_mut)) {
+        let index = call.get("index").and_then(Value::as_u64).unwrap_or(at);
+        if named.contains(&index) {
             call.remove("id");
             call.remove("type");
+        } else {
+            named.push(index);
+            call.insert("id".to_owned(), new_id("call").into());
         }
         let Some(function) = call.get_mut("function").and_then(Value::as_object_mut) else { continue };
         if function.get("name").is_some_and(Value::is_null) {
@@ -177,6 +180,12 @@ mod tests {
         }
         let stream = chunk(&call("\"f\"", "{}"), "\"eos_token\"") + "data: [DONE]\n\n";
         assert_eq!(read(&stream, 5)[0]["choices"][0]["finish_reason"], "tool_calls");
+
+        let two = [call("\"f\"", "{}"), call("\"g\"", "{}").replace("\"index\":0", "\"index\":1")];
+        let two: String = two.iter().map(|call| chunk(call, "null")).collect();
+        let chunks = read(&(two + "data: [DONE]\n\n"), 0);
+        let id = |at: usize| chunks[at]["choices"][0]["delta"]["tool_calls"][0]["id"].as_str();
+        assert!(id(0).is_some() && id(1).is_some() && id(0) != id(1), "each call has its own");
     }
 
     #[test]

@@ -22,6 +22,8 @@ use super::{
 
 /// After so long without a word a peer is asked whether it is still there, and after as long again it is not.
 const KEEPALIVE: Duration = Duration::from_secs(10);
+/// How long connections may take to end: one that says nothing never would.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Calls at once on one connection.
 const CALLS_MAX: u32 = 16;
 
@@ -50,7 +52,11 @@ pub async fn serve(
     }
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let service = TelemetryServer::new(Agent { readings, stop: stop.clone() });
-    server.add_service(service).serve_with_incoming_shutdown(incoming, stop.cancelled()).await
+    let serving = server.add_service(service).serve_with_incoming_shutdown(incoming, stop.cancelled());
+    tokio::select! {
+        ended = serving => ended,
+        () = async { stop.cancelled().await; tokio::time::sleep(LAST_WORDS).await } => Ok(()),
+    }
 }
 
 struct Agent {

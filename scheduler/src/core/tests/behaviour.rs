@@ -332,6 +332,12 @@ fn a_request_is_tried_elsewhere_and_the_last_failure_is_told() {
 
     let mut world = World::with_workers(9, &WorkerSpec::default());
     world.arrive(request(1, 100));
+    for _ in 0..5 {
+        // the wrong kind of engine: neither an attempt nor a mark
+        let worker = world.sent_to(1).unwrap();
+        world.fail(1, Failure::Unsupported);
+        assert_ne!(world.sent_to(1), Some(worker));
+    }
     for _ in 0..3 {
         assert!(world.sent_to(1).is_some());
         world.fail(1, Failure::Reset);
