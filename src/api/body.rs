@@ -34,9 +34,12 @@ pub(super) async fn read(api: &Api, request: Request) -> Result<Bytes, Error> {
     {
         return Err(Error::ContentType);
     }
-    let coding = match headers.get(header::CONTENT_ENCODING).map(|coding| coding.as_bytes()) {
-        None | Some(b"identity") => None,
-        Some(name) => Some(Coding::named(name).ok_or(Error::ContentEncoding)?),
+    let mut codings = headers.get_all(header::CONTENT_ENCODING).iter().map(|coding| coding.as_bytes());
+    let coding = match (codings.next(), codings.next()) {
+        (None, _) => None,
+        (Some(name), None) if name.eq_ignore_ascii_case(b"identity") => None,
+        (Some(name), None) => Some(Coding::named(name).ok_or(Error::ContentEncoding)?),
+        (Some(_), Some(_)) => return Err(Error::ContentEncoding),
     };
     let bytes_max = api.body_bytes_max;
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());

@@ -40,14 +40,20 @@ fn name(raw: &Raw<'_>) -> Result<Name, Refusal> {
 }
 
 fn agent(raw: &Raw<'_>) -> Result<Url, Refusal> {
-    const FORM: &str = "must be http:// or https://, a host and a port, and nothing more, as in http://gpu-a:7072";
+    grpc_address(raw, "http://gpu-a:7072")
+}
+
+/// Where a gRPC server is.
+pub(super) fn grpc_address(raw: &Raw<'_>, example: &str) -> Result<Url, Refusal> {
     let text = raw.text()?;
     let url = Url::parse(text).ok().filter(|url| {
         let bare = url.username().is_empty() && url.password().is_none() && url.query().is_none();
-        matches!(url.scheme(), "http" | "https") && bare && url.path() == "/" && url.fragment().is_none()
+        let whole = url.has_host() && url.path() == "/" && url.fragment().is_none();
+        matches!(url.scheme(), "http" | "https") && bare && whole
     });
+    let form = format!("must be http:// or https://, a host and its port, and nothing more, as in {example}");
     let shown = if text.contains(['@', '?', '#']) { "(redacted)".to_owned() } else { quoted(text) };
-    url.ok_or_else(|| Refusal::showing(shown, FORM))
+    url.ok_or_else(|| Refusal::showing(shown, form))
 }
 
 /// A GPU of one of `nodes`, or of this machine where there are none.

@@ -8,6 +8,7 @@ use url::Url;
 use super::Server;
 use super::defaults::{BODY_BYTES, MAX_CONNECTIONS_LIMIT};
 use super::mistake::quoted;
+use super::node::grpc_address;
 use super::tree::{Found, Raw, Refusal, Section};
 
 pub(super) fn read(mut section: Section<'_>) -> Server {
@@ -72,8 +73,7 @@ fn same_place(a: SocketAddr, b: SocketAddr) -> bool {
 }
 
 fn collector(raw: &Raw<'_>) -> Result<Url, Refusal> {
-    let url = raw.text()?.parse().ok().filter(|url| forebay_backends::transport::Endpoint::new(url, None).is_ok());
-    url.ok_or_else(|| Refusal::new("must be a collector's address, as in \"http://127.0.0.1:4317\""))
+    grpc_address(raw, "http://127.0.0.1:4317")
 }
 
 fn data_dir(raw: &Raw<'_>) -> Result<PathBuf, Refusal> {

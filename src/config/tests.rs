@@ -265,7 +265,7 @@ fn nodes_and_the_gpus_that_workers_name() {
             "f.toml:5:14: model[0].worker[0].gpus[1] is \"gpu-a/0\": must begin with a `[[node]]`'s name; without one with \"local/\", this machine's",
         ],
     );
-    let form = "must be http:// or https://, a host and a port, and nothing more, as in http://gpu-a:7072";
+    let form = "must be http:// or https://, a host and its port, and nothing more, as in http://gpu-a:7072";
     check(
         &format!(
             "[[node]]\nname = 'a'\nagent = 'http://a:7072'\n[[node]]\nname = 'a'\nagent = 'http://u:p@b:7072'\n[[node]]\nagent = 'b:7072'\n{MODEL}gpus = ['local/0']\n"
@@ -278,6 +278,19 @@ fn nodes_and_the_gpus_that_workers_name() {
             "f.toml:13:9: model[0].worker[0].gpus[0] is \"local/0\": must begin with the name of a `[[node]]`: a",
         ],
     );
+}
+
+#[test]
+fn the_collector_of_traces() {
+    let form = "must be http:// or https://, a host and its port, and nothing more, as in http://127.0.0.1:4317";
+    for (address, shown) in
+        [("http://h:4318/v1/traces", "\"http://h:4318/v1/traces\""), ("http://u:p@h:4317", "(redacted)")]
+    {
+        check(
+            &format!("[server]\notlp = '{address}'\n{MODEL}"),
+            &[&format!("f.toml:2:8: server.otlp is {shown}: {form}")],
+        );
+    }
 }
 
 #[test]

@@ -58,6 +58,7 @@ fn content_types_and_encodings_that_are_not_read() {
         "content-encoding: \r\n",
         "content-encoding: gzip, gzip\r\n",
         "content-encoding: identity, gzip\r\n",
+        "content-encoding: gzip\r\ncontent-encoding: identity\r\n",
     ] {
         refused(&send(headers), 415, "", "", headers);
     }
