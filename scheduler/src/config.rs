@@ -15,7 +15,7 @@ pub struct Config {
     pub speculative_ttl: Duration,
     /// Seconds that KV pressure `k` costs, times `k/(1-k)` (0.3 s).
     pub kv_pressure_seconds: f64,
-    /// What a second more of decoding costs against one of waiting for the first token (0.05: keeps batches even, and
+    /// What a second more of decoding costs against one of waiting for the first token (0.03: keeps batches even, and
     /// the first tokens as early as without it).
     pub decode_weight: f64,
     /// Standard deviations of the expected output that a KV cache keeps free beyond its mean (1).
@@ -34,8 +34,13 @@ pub struct Config {
     pub patience_min: Duration,
     /// Prefill time of a prompt that gives way for half of that (5 s).
     pub patience_half: Duration,
-    /// How much prefill to have at a worker at most, in time at its speed (1.2 s: a full step of most engines, and a little of the next).
+    /// How much prefill to have at a worker at most, in time at its speed, while hardly anything waits (700 ms: more is
+    /// out of our hands too early, less leaves engines without work).
     pub window: Duration,
+    /// The same when much waits (1.2 s: a full step of most engines, and a little of the next).
+    pub window_busy: Duration,
+    /// What waits for each worker then, in time at its speed (500 ms).
+    pub window_busy_from: Duration,
     /// The same for batch work beside other classes, and for a tenant that floods a pool of several (120 ms: a light
     /// tenant's p99 is 1.4 times what it is alone; larger costs it more, smaller costs the flood throughput).
     pub window_yielding: Duration,
@@ -92,7 +97,7 @@ impl Default for Config {
             speculative_lease: Duration::from_secs(5),
             speculative_ttl: Duration::from_secs(120),
             kv_pressure_seconds: 0.3,
-            decode_weight: 0.05,
+            decode_weight: 0.03,
             kv_deviations: 1.0,
             overlap_gain_calm: 1.2,
             overlap_gain_busy: 6.0,
@@ -100,7 +105,9 @@ impl Default for Config {
             patience_half_life: Duration::from_secs(60),
             patience_min: Duration::from_secs(2),
             patience_half: Duration::from_secs(5),
-            window: Duration::from_millis(1200),
+            window: Duration::from_millis(700),
+            window_busy: Duration::from_millis(1200),
+            window_busy_from: Duration::from_millis(500),
             window_yielding: Duration::from_millis(120),
             rescore_every: Duration::from_millis(500),
             move_gain: 0.3,

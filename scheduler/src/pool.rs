@@ -199,6 +199,15 @@ impl Pool {
         let share = ((self.busy - CALM) / (BUSY - CALM)).clamp(0.0, 1.0);
         config.overlap_gain_calm + share * (config.overlap_gain_busy - config.overlap_gain_calm)
     }
+
+    /// How much prefill to have at a worker at most: engines with full steps serve most, and what waits here can still be
+    /// moved.
+    pub(crate) fn window(&self, config: &Config) -> Duration {
+        let waiting = self.queue.tokens.iter().sum::<u64>() as f64;
+        let busy = config.window_busy_from.as_secs_f64() * self.fleet_rate() * self.workers.len().max(1) as f64;
+        let more = config.window_busy.saturating_sub(config.window);
+        config.window + more.mul_f64((waiting / busy.max(1.0)).min(1.0))
+    }
 }
 
 impl Queue {

@@ -180,7 +180,8 @@ impl Worker {
     pub(crate) fn may_have_room(&self, now: Tick, fleet_rate: f64, config: &Config) -> bool {
         let window = || {
             let speed = self.speed(now, fleet_rate, config);
-            self.backlog_tokens(now, speed) <= self.full(speed, config.window.max(config.window_yielding))
+            self.backlog_tokens(now, speed)
+                <= self.full(speed, config.window.max(config.window_busy).max(config.window_yielding))
         };
         self.may_send() && self.busy_until <= now && (self.sent.is_empty() || window())
     }
@@ -200,7 +201,7 @@ impl Worker {
     fn prefill_has_room(&self, now: Tick, request: &Request, uncached: u32, pool: &Pool, config: &Config) -> bool {
         let speed = self.speed(now, pool.fleet_rate(), config);
         let yields = pool.yields(now, request);
-        let full = self.full(speed, if yields { config.window_yielding } else { config.window });
+        let full = self.full(speed, if yields { config.window_yielding } else { pool.window(config) });
         let backlog = self.backlog_tokens(now, speed);
         if yields {
             backlog <= full * EMPTY || (self.filling == now && backlog + f64::from(uncached) <= full)

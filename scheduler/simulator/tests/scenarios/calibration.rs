@@ -6,7 +6,7 @@ use crate::load::{Chance, poisson, row, run, trace};
 
 /// Output tokens, and how far a measured speed may be off. Where output takes most of the time its noise hides the prompt's.
 const KINDS: [(&str, (u32, u32), f64); 3] =
-    [("chat", (30, 200), 0.4), ("classification", (1, 4), 0.25), ("embeddings", (0, 0), 0.15)];
+    [("chat", (30, 200), 0.4), ("classification", (1, 4), 0.3), ("embeddings", (0, 0), 0.15)];
 
 #[test]
 fn engines_of_mixed_speed_are_measured_by_whole_answers_alone() {
