@@ -111,8 +111,10 @@ impl GpuName {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Model {
     pub name: Name,
-    /// Other names for the same model.
+    /// Other names for the same model; a `*` in one stands for any text.
     pub aliases: Vec<Name>,
+    /// Whether requests that name no model are for this one; at most one is.
+    pub is_default: bool,
     /// A directory that holds `tokenizer.json`; `None`: to be found at the workers.
     pub tokenizer: Option<PathBuf>,
     /// How its workers are chosen.
@@ -149,6 +151,7 @@ impl Model {
         Self {
             name,
             aliases: Vec::new(),
+            is_default: false,
             tokenizer: None,
             policy: Policy::default(),
             max_model_len: None,

@@ -273,9 +273,7 @@ impl Prepare {
                 let counted = self.pool.run(move || count::tokenized(&tokenizer, &asked, &body)).await;
                 Ok(Answered::Here(counted.ok_or(Error::Busy)??))
             }
-            Counting::Engines(engines) => {
-                engines_answer(engines, tokenize::TOKENIZE, asked.model.as_ref(), &body).await
-            }
+            Counting::Engines(engines) => engines_answer(engines, tokenize::TOKENIZE, &asked.model, &body).await,
             Counting::Estimate => Err(Error::NoTokenizer),
         }
     }
@@ -296,9 +294,7 @@ impl Prepare {
                 let text = self.pool.run(move || tokenizer.decode(&asked.tokens, Special::Add)).await;
                 Ok(Answered::Here(text.ok_or(Error::Busy)??))
             }
-            Counting::Engines(engines) => {
-                engines_answer(engines, tokenize::DETOKENIZE, asked.model.as_ref(), &body).await
-            }
+            Counting::Engines(engines) => engines_answer(engines, tokenize::DETOKENIZE, &asked.model, &body).await,
             Counting::Estimate => Err(Error::NoTokenizer),
         }
     }
@@ -314,15 +310,13 @@ pub enum Answered<T> {
 async fn engines_answer<T>(
     engines: &[EngineTokenizer],
     path: &'static str,
-    asked: Option<&peek::Model>,
+    asked: &peek::Model,
     body: &Bytes,
 ) -> Result<Answered<T>, Error> {
     let mut failed = Error::NoAnswer;
     for EngineTokenizer { channel, model } in engines {
         let mut edits = Edits::new();
-        if let Some(asked) = asked {
-            edits.model(asked, model);
-        }
+        edits.model(asked, model);
         match tokenize::ask(channel, path, edits.apply(body)).await {
             Ok((status, answer)) if status.is_success() => return Ok(Answered::Engine(answer)),
             Ok((status @ (StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY), answer)) => {

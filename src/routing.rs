@@ -1,14 +1,15 @@
-//! Which model answers: configured names and aliases.
+//! Which model answers: what a name means among the configured ones ([`names`]).
 //!
 //! A [`Route`] proves that the name is one we serve. The table is a snapshot, swapped whole when configuration or
 //! what the workers say about themselves changes; a request keeps the snapshot's model it began with.
 //!
 //! Not here: which worker (`dispatch`), and how long the prompt is (`prepare`).
 
+mod names;
+
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use foldhash::HashMap;
 use forebay_backends::transport::Channel;
 use forebay_scheduler::PoolId;
 use forebay_tokens::Tokenizer;
@@ -37,7 +38,10 @@ pub struct EngineTokenizer {
 /// One configured model with its pool of workers.
 pub struct Model {
     pub name: Arc<str>,
+    /// Other names; a `*` in one stands for any text.
     pub aliases: Vec<Arc<str>>,
+    /// Whether requests that name no model are for this one.
+    pub is_default: bool,
     pub pool: PoolId,
     pub counting: Counting,
     /// Prompt and output tokens together; `None` while no configuration or worker has said.
@@ -53,6 +57,13 @@ pub struct Model {
 #[derive(Clone)]
 pub struct Route {
     pub model: Arc<Model>,
+}
+
+impl Model {
+    /// Its name, and the aliases that are whole names.
+    pub fn listed(&self) -> impl Iterator<Item = &Arc<str>> {
+        std::iter::once(&self.name).chain(self.aliases.iter().filter(|alias| !alias.contains('*')))
+    }
 }
 
 /// Nobody configured a model of that name.
@@ -71,25 +82,25 @@ pub struct Routing {
 #[derive(Default)]
 struct Table {
     models: Vec<Arc<Model>>,
-    by_name: HashMap<Arc<str>, Arc<Model>>,
+    names: names::Names,
 }
 
 impl Routing {
     /// Replaces the table. Names and aliases are unique by configuration.
     pub fn apply(&self, models: Vec<Arc<Model>>) {
-        let by_name = models
-            .iter()
-            .flat_map(|model| {
-                std::iter::once(&model.name).chain(&model.aliases).map(|name| (Arc::clone(name), Arc::clone(model)))
-            })
-            .collect();
-        self.table.store(Arc::new(Table { models, by_name }));
+        let names = names::Names::new(
+            models.iter().map(|model| (&*model.name, model.aliases.iter().map(|alias| &**alias), model.is_default)),
+        );
+        self.table.store(Arc::new(Table { models, names }));
     }
 
+    /// The model that `name` means; empty: the default.
+    ///
     /// # Errors
-    /// [`UnknownModel`] when no model has this name or alias.
+    /// [`UnknownModel`] when it means none.
     pub fn route(&self, name: &str) -> Result<Route, UnknownModel> {
-        match self.table.load().by_name.get(name) {
+        let table = self.table.load();
+        match table.names.find(name).and_then(|number| table.models.get(number)) {
             Some(model) => Ok(Route { model: Arc::clone(model) }),
             None => Err(UnknownModel { name: name.to_owned() }),
         }

@@ -31,10 +31,10 @@ pub const CHOICES_MAX: u32 = 128;
 /// The model a request asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Model {
-    /// Never empty.
+    /// Empty where the body names none.
     pub name: String,
-    /// The JSON string, quotes included.
-    pub span: Span,
+    /// The JSON string, quotes included, or where it would stand.
+    pub at: Place,
 }
 
 /// Whether and how the answer is streamed.
@@ -178,7 +178,7 @@ pub struct Ranking {
 /// `POST /tokenize`, in vLLM's shape.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tokenize {
-    pub model: Option<Model>,
+    pub model: Model,
     pub prompt: Source<String>,
     /// An array.
     pub tools: Option<Span>,
@@ -190,7 +190,7 @@ pub struct Tokenize {
 /// `POST /detokenize`, in vLLM's shape.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Detokenize {
-    pub model: Option<Model>,
+    pub model: Model,
     /// May be empty.
     pub tokens: Vec<u32>,
 }
@@ -272,7 +272,7 @@ impl Chat {
     pub fn peek(body: &[u8]) -> Result<Self, Refusal> {
         let (keys, open) = keys::read::<ChatKeys<'_>>(body)?;
         Ok(Self {
-            model: model(&keys.model)?.ok_or_else(|| keys.model.missing())?,
+            model: model(&keys.model, open)?,
             streaming: streaming(open, &keys.stream, &keys.stream_options)?,
             messages: messages::read(&keys.messages)?.ok_or_else(|| keys.messages.missing())?,
             tools: keys.tools.array()?,
@@ -302,7 +302,7 @@ impl Completion {
         let (keys, open) = keys::read::<CompletionKeys<'_>>(body)?;
         let echo = keys.echo.boolean()?.unwrap_or(false);
         Ok(Self {
-            model: model(&keys.model)?.ok_or_else(|| keys.model.missing())?,
+            model: model(&keys.model, open)?,
             streaming: streaming(open, &keys.stream, &keys.stream_options)?,
             prompt: input::read(&keys.prompt)?.ok_or_else(|| keys.prompt.missing())?,
             prompt_at: keys.prompt.span().ok_or_else(|| keys.prompt.missing())?,
@@ -323,7 +323,7 @@ impl Embedding {
     pub fn peek(body: &[u8]) -> Result<Self, Refusal> {
         let (keys, open) = keys::read::<EmbeddingKeys<'_>>(body)?;
         Ok(Self {
-            model: model(&keys.model)?.ok_or_else(|| keys.model.missing())?,
+            model: model(&keys.model, open)?,
             input: source(&keys.input, input::read(&keys.input)?, &keys.messages)?,
             template: TemplateFields {
                 add_generation_prompt: keys.add_generation_prompt.boolean()?,
@@ -344,21 +344,18 @@ impl Embedding {
 impl Ranking {
     /// Reads a request to rank documents by a query.
     pub fn rerank(body: &[u8]) -> Result<Self, Refusal> {
-        let (keys, _) = keys::read::<RankingKeys<'_>>(body)?;
+        let (keys, open) = keys::read::<RankingKeys<'_>>(body)?;
         let query = keys.query.span().ok_or_else(|| keys.query.missing())?;
         let documents = keys.documents.array()?.ok_or_else(|| keys.documents.missing())?;
-        Ok(Self {
-            model: model(&keys.model)?.ok_or_else(|| keys.model.missing())?,
-            text_bytes: query.len() + documents.len(),
-        })
+        Ok(Self { model: model(&keys.model, open)?, text_bytes: query.len() + documents.len() })
     }
 
     /// Reads a request to score pairs of texts, which engines and their releases name differently.
     pub fn score(body: &[u8]) -> Result<Self, Refusal> {
-        let (keys, _) = keys::read::<RankingKeys<'_>>(body)?;
+        let (keys, open) = keys::read::<RankingKeys<'_>>(body)?;
         let named = [&keys.text_1, &keys.text_2, &keys.query, &keys.queries, &keys.documents, &keys.items];
         Ok(Self {
-            model: model(&keys.model)?.ok_or_else(|| keys.model.missing())?,
+            model: model(&keys.model, open)?,
             text_bytes: named.into_iter().filter_map(Field::span).map(|span| span.len()).sum(),
         })
     }
@@ -367,9 +364,9 @@ impl Ranking {
 impl Tokenize {
     /// Reads a request to tokenize.
     pub fn peek(body: &[u8]) -> Result<Self, Refusal> {
-        let (keys, _) = keys::read::<TokenizeKeys<'_>>(body)?;
+        let (keys, open) = keys::read::<TokenizeKeys<'_>>(body)?;
         Ok(Self {
-            model: model(&keys.model)?,
+            model: model(&keys.model, open)?,
             prompt: source(&keys.prompt, keys.prompt.string()?, &keys.messages)?,
             tools: keys.tools.array()?,
             template: TemplateFields {
@@ -388,20 +385,20 @@ impl Tokenize {
 impl Detokenize {
     /// Reads a request to turn token ids into text.
     pub fn peek(body: &[u8]) -> Result<Self, Refusal> {
-        let (keys, _) = keys::read::<DetokenizeKeys<'_>>(body)?;
+        let (keys, open) = keys::read::<DetokenizeKeys<'_>>(body)?;
         Ok(Self {
-            model: model(&keys.model)?,
+            model: model(&keys.model, open)?,
             tokens: input::read_ids(&keys.tokens)?.ok_or_else(|| keys.tokens.missing())?,
         })
     }
 }
 
-fn model(field: &Field<'_>) -> Result<Option<Model>, Refusal> {
-    let (Some(name), Some(span)) = (field.string()?, field.span()) else { return Ok(None) };
-    if name.is_empty() {
+fn model(field: &Field<'_>, open: usize) -> Result<Model, Refusal> {
+    let name = field.string()?;
+    if name.as_ref().is_some_and(String::is_empty) {
         return Err(Refusal::value(field.name(), format_args!("empty string")));
     }
-    Ok(Some(Model { name, span }))
+    Ok(Model { name: name.unwrap_or_default(), at: place(field, open) })
 }
 
 fn streaming(open: usize, stream: &Field<'_>, options: &Field<'_>) -> Result<Streaming, Refusal> {

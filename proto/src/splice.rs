@@ -35,7 +35,7 @@ impl Edits {
     /// Asks the engine for `name` instead of what the client called the model.
     pub fn model(&mut self, model: &Model, name: &str) {
         if model.name != name {
-            self.replace(model.span.clone(), quoted(name));
+            self.member("model", &model.at, name);
         }
     }
 
@@ -56,11 +56,15 @@ impl Edits {
 
     /// Sets `cache_salt`, which isolates the engine's prefix cache. `at` is the `cache_salt_at` of the peek.
     pub fn cache_salt(&mut self, at: &Place, salt: &str) {
-        let salt = quoted(salt);
+        self.member("cache_salt", at, salt);
+    }
+
+    fn member(&mut self, key: &str, at: &Place, text: &str) {
+        let value = quoted(text);
         match at {
-            Place::Value(span) => self.replace(span.clone(), salt),
+            Place::Value(span) => self.replace(span.clone(), value),
             // A body that was peeked at has other members, hence the comma.
-            Place::Free(open) => self.replace(*open..*open, format!(r#""cache_salt":{salt},"#)),
+            Place::Free(open) => self.replace(*open..*open, format!(r#""{key}":{value},"#)),
         }
     }
 

@@ -1,4 +1,4 @@
-//! `GET /v1/models` and `GET /v1/models/{id}`: configured models and their aliases.
+//! `GET /v1/models` and `GET /v1/models/{id}`: configured models and their aliases, those with a `*` left out.
 
 use std::sync::Arc;
 
@@ -46,10 +46,7 @@ fn entry(id: &Arc<str>, model: &Model) -> Entry {
 
 pub(super) async fn list(State(api): State<Arc<Api>>, request: HeaderMap) -> Response {
     let models = api.pipeline.routing.models();
-    let data = models
-        .iter()
-        .flat_map(|model| std::iter::once(&model.name).chain(&model.aliases).map(|id| entry(id, model)))
-        .collect();
+    let data = models.iter().flat_map(|model| model.listed().map(|id| entry(id, model))).collect();
     named(Json(List { object: "list", data }).into_response(), &request)
 }
 
@@ -63,7 +60,7 @@ pub(super) async fn one(
     match api.pipeline.routing.route(&id) {
         Ok(route) => {
             let model = &route.model;
-            let id = model.aliases.iter().find(|alias| ***alias == *id).unwrap_or(&model.name);
+            let id = model.listed().find(|name| ***name == *id).unwrap_or(&model.name);
             named(Json(entry(id, model)).into_response(), &request)
         }
         Err(unknown) => Error::Pipeline(pipeline::Error::Route(unknown))

@@ -36,7 +36,7 @@ pub(super) async fn tokenize(State(api): State<Arc<Api>>, request: Request) -> R
     serve(&api, request, ApiName::Tokenize, async |entry, request| {
         let body = body::read(&api, request).await?;
         let asked = peek::Tokenize::peek(&body)?;
-        let route = find(&api, asked.model.as_ref(), entry)?;
+        let route = find(&api, &asked.model, entry)?;
         let max_model_len = route.model.max_model_len;
         let answered = api.pipeline.prepare.tokenize(&route.model, asked, body).await.map_err(pipeline::Error::from)?;
         Ok(respond(answered, |Tokenized { ids: tokens, strings: token_strs }| Tokens {
@@ -53,7 +53,7 @@ pub(super) async fn detokenize(State(api): State<Arc<Api>>, request: Request) ->
     serve(&api, request, ApiName::Detokenize, async |entry, request| {
         let body = body::read(&api, request).await?;
         let asked = peek::Detokenize::peek(&body)?;
-        let route = find(&api, asked.model.as_ref(), entry)?;
+        let route = find(&api, &asked.model, entry)?;
         let answered =
             api.pipeline.prepare.detokenize(&route.model, asked, body).await.map_err(pipeline::Error::from)?;
         Ok(respond(answered, |prompt| Text { prompt }))
@@ -69,12 +69,10 @@ fn respond<T, J: Serialize>(answered: Answered<T>, shape: impl FnOnce(T) -> J) -
 }
 
 /// vLLM takes a missing model as its own; we do so where there is only one.
-fn find(api: &Api, model: Option<&peek::Model>, entry: &mut Entry) -> Result<Route, Error> {
+fn find(api: &Api, model: &peek::Model, entry: &mut Entry) -> Result<Route, Error> {
     let routing = &api.pipeline.routing;
-    let route = match model {
-        Some(model) => routing.route(&model.name),
-        None => routing.only(),
-    };
+    let route =
+        routing.route(&model.name).or_else(|unknown| if model.name.is_empty() { routing.only() } else { Err(unknown) });
     let route = route.map_err(pipeline::Error::from)?;
     entry.routed(&route.model.name, &route.model.metrics);
     Ok(route)

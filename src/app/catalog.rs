@@ -182,6 +182,7 @@ impl State {
         Model {
             name: model.name.as_str().into(),
             aliases: model.aliases.iter().map(|alias| alias.as_str().into()).collect(),
+            is_default: model.is_default,
             pool: known.pool,
             counting,
             max_model_len: model.max_model_len.map(Into::into).or_else(|| known.max_model_len()),

@@ -17,6 +17,28 @@ use super::{Model, Name, Node, Reader, Worker, defaults, node, secret, tokenizer
 #[derive(Default)]
 struct Taken(BTreeMap<Name, At>);
 
+/// What only one model may have.
+#[derive(Default)]
+struct Owned {
+    /// Names and aliases.
+    names: Taken,
+    /// Where `default` stands.
+    default: Option<At>,
+}
+
+impl Owned {
+    fn take_default(&mut self, log: &Log<'_>, found: &Found<bool>) {
+        match &self.default {
+            _ if !found.value => {}
+            Some(first) => {
+                let remedy = format!("must stand at one model only: {} is it already", log.mention(first));
+                log.refuse(&found.at, "true", remedy);
+            }
+            None => self.default = Some(found.at.clone()),
+        }
+    }
+}
+
 impl Taken {
     /// `rule` is what a second owner of the name breaks.
     fn take(&mut self, log: &Log<'_>, name: &Found<Name>, rule: &str) {
@@ -34,10 +56,10 @@ impl Taken {
 
 /// Every model that could be read; what could not is in the log.
 pub(super) fn read_all(root: &mut Section<'_>, reader: &Reader, nodes: &[Node], body_bytes_max: usize) -> Vec<Model> {
-    let (mut names, mut worker_names) = (Taken::default(), Taken::default());
+    let (mut owned, mut worker_names) = (Owned::default(), Taken::default());
     let sections = root.tables("model", "model").into_iter();
     sections
-        .filter_map(|section| read(section, (reader, nodes), body_bytes_max, &mut names, &mut worker_names))
+        .filter_map(|section| read(section, (reader, nodes), body_bytes_max, &mut owned, &mut worker_names))
         .collect()
 }
 
@@ -45,15 +67,17 @@ fn read(
     mut section: Section<'_>,
     (reader, nodes): (&Reader, &[Node]),
     body_bytes_max: usize,
-    names: &mut Taken,
+    owned: &mut Owned,
     worker_names: &mut Taken,
 ) -> Option<Model> {
     let log = section.log;
-    let own_name = section.required("name", "write the name that clients ask for", name);
+    let own_name = section.required("name", "write the name that clients ask for", model_name);
     let aliases = section.list("aliases", name);
     for name in own_name.iter().chain(&aliases) {
-        names.take(log, name, "must be unique among names and aliases");
+        owned.names.take(log, name, "must be unique among names and aliases");
     }
+    let default = section.read("default", |raw| raw.boolean());
+    default.iter().for_each(|found| owned.take_default(log, found));
     let tokenizer = section.read("tokenizer", |raw| tokenizer::directory(raw.text()?, &reader.environment));
     let max_model_len = section.optional_count("max_model_len", u32::MAX, "to take what the workers report");
     let policy = section.read("policy", policy);
@@ -76,6 +100,7 @@ fn read(
     Some(Model {
         name: own_name?.value,
         aliases: aliases.into_iter().map(|found| found.value).collect(),
+        is_default: default.is_some_and(|found| found.value),
         tokenizer: tokenizer.map(|found| found.value),
         policy: policy.map(|found| found.value).unwrap_or_default(),
         max_model_len,
@@ -169,6 +194,13 @@ fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: 
 
 fn name(raw: &Raw<'_>) -> Result<Name, Refusal> {
     Name::new(raw.text()?).map_err(|bad| Refusal::new(bad.to_string()))
+}
+
+fn model_name(raw: &Raw<'_>) -> Result<Name, Refusal> {
+    match name(raw)? {
+        name if name.contains('*') => Err(Refusal::new("must be a whole name: write what holds a `*` among `aliases`")),
+        name => Ok(name),
+    }
 }
 
 fn policy(raw: &Raw<'_>) -> Result<Policy, Refusal> {

@@ -389,6 +389,23 @@ fn model_values() {
 }
 
 #[test]
+fn one_model_is_the_default_and_names_are_whole() {
+    let model =
+        |name: &str| format!("[[model]]\nname = '{name}'\ndefault = true\n[[model.worker]]\nurl = 'http://{name}:1'\n");
+    check(
+        &(model("a") + &model("b")),
+        &[
+            "f.toml:8:11: model[1].default is true: must stand at one model only: `model[0].default` (f.toml:3:11) is it already",
+        ],
+    );
+    check(
+        "[[model]]\nname = 'gpt-*'\n[[model.worker]]\nurl = 'http://w:1'\n",
+        &["f.toml:2:8: model[0].name is \"gpt-*\": must be a whole name: write what holds a `*` among `aliases`"],
+    );
+    check_model("aliases = ['*', 'gpt-*']", &[]);
+}
+
+#[test]
 fn names_are_unique() {
     check(
         "[[model]]\nname = 'a'\naliases = ['b', 'b']\n[[model.worker]]\nurl = 'http://w:1'\n\

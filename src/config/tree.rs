@@ -58,7 +58,7 @@ impl Raw<'_> {
         }
     }
 
-    fn boolean(&self) -> Result<bool, Refusal> {
+    pub(super) fn boolean(&self) -> Result<bool, Refusal> {
         let parsed = match self {
             Raw::Toml(value, _) => value.as_bool(),
             Raw::Text(text) => text.trim().parse().ok(),

@@ -82,3 +82,42 @@ fn other_names_are_not_found() {
     assert_eq!(client::get(gateway.client, "/v1/models/").status, 404);
     assert!(recorder.posts().is_empty());
 }
+
+#[test]
+fn a_name_means_what_fits_it_best() {
+    let recorder = Recorder::start("upstream-name", vec![json("200 OK", "{}")]);
+    let named = |name: &str, extra: &str| {
+        let worker = format!("[[model.worker]]\nname = \"{name}'s\"\nurl = \"http://{}\"\n", recorder.address);
+        format!("[[model]]\nname = \"{name}\"\n{extra}\n{worker}")
+    };
+    let models = named("any", "aliases = [\"gpt-*\"]\ndefault = true")
+        + &named("mini", "aliases = [\"gpt-*-mini\"]")
+        + &named("llama@2", "")
+        + &named("llama@10", "");
+    let gateway = Gateway::start(&models);
+    for (asked, model) in [
+        (r#""model":"any","#, "any"),
+        (r#""model":"gpt-4o","#, "any"),
+        (r#""model":"gpt-4o-mini","#, "mini"),
+        (r#""model":"local/mini","#, "mini"),
+        (r#""model":"llama","#, "llama@10"),
+        (r#""model":"llama@latest","#, "llama@10"),
+        (r#""model":"llama@2","#, "llama@2"),
+        ("", "any"),
+        (r#""model":null,"#, "any"),
+    ] {
+        let answer = gateway.post("/v1/completions", &format!("{{{asked}\"prompt\":\"a\"}}"));
+        assert_eq!((answer.status, answer.header("x-forebay-model")), (200, Some(model)), "{asked}: {}", answer.text());
+        let sent: serde_json::Value =
+            serde_json::from_slice(&recorder.posts().last().expect("it came").body).expect("JSON");
+        assert_eq!((&sent["model"], &sent["prompt"]), (&"upstream-name".into(), &"a".into()), "{asked}");
+    }
+    for asked in ["gpt", "llama@3", "cloud/mini", "*"] {
+        let answer = gateway.post("/v1/completions", &format!(r#"{{"model":"{asked}","prompt":"a"}}"#));
+        assert_eq!((answer.status, &answer.error()["code"]), (404, &"model_not_found".into()), "{asked}");
+    }
+    let list = shown(&client::get(gateway.client, "/v1/models"));
+    let ids: Vec<_> = list["data"].as_array().expect("an array").iter().map(|entry| entry["id"].clone()).collect();
+    assert_eq!(ids, ["any", "mini", "llama@2", "llama@10"], "a pattern is no name");
+    assert_eq!(shown(&client::get(gateway.client, "/v1/models/gpt-4o-mini"))["id"], "mini");
+}

@@ -184,7 +184,7 @@ fn missing_and_doubled_fields() {
         (CHAT, r#"{"model":"m","prompt":"a"}"#, "messages"),
         (CHAT, r#"{"model":"m","messages":null}"#, "messages"),
         (CHAT, r#"{"model":"m","messages":[{"content":"a"}]}"#, "messages[0].role"),
-        (CHAT, "{}", "model"),
+        (CHAT, "{}", "messages"),
         (COMPLETIONS, r#"{"model":"m"}"#, "prompt"),
         (COMPLETIONS, r#"{"model":"m","prompt":null}"#, "prompt"),
         (EMBEDDINGS, r#"{"model":"m"}"#, "input"),

@@ -2,6 +2,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::splice::Edits;
 
 fn chat(body: &str) -> Chat {
     Chat::peek(body.as_bytes()).unwrap()
@@ -23,12 +24,26 @@ fn with(fields: &str) -> String {
 fn the_least_chat_request() {
     let body = with("");
     let got = chat(&body);
-    assert_eq!(got.model, Model { name: "m".into(), span: 9..12 });
+    assert_eq!(got.model, Model { name: "m".into(), at: Place::Value(9..12) });
     assert_eq!(&body[got.messages.clone()], r#"[{"role":"user","content":"Hi"}]"#);
     assert_eq!((got.n, got.max_tokens, got.streaming.stream), (1, None, false));
     assert_eq!((got.tools, got.tool_choice, got.user, got.cache_salt), (None, None, None, None));
     assert_eq!(got.cache_salt_at, Place::Free(1));
     assert_eq!((got.template, got.truncation), (TemplateFields::default(), Truncation::default()));
+}
+
+#[test]
+fn a_model_may_be_named_later() {
+    let free = format!("{{{MESSAGES}}}");
+    let null = format!(r#"{{"model":null,{MESSAGES}}}"#);
+    assert_eq!(chat(&free).model, Model { name: String::new(), at: Place::Free(1) });
+    assert_eq!(chat(&null).model, Model { name: String::new(), at: Place::Value(9..13) });
+    for body in [free, null] {
+        let mut edits = Edits::new();
+        edits.model(&chat(&body).model, "a \"b\"");
+        let named = edits.apply(&body.into());
+        assert_eq!(serde_json::from_slice::<Value>(&named).unwrap()["model"], "a \"b\"");
+    }
 }
 
 #[test]
@@ -44,7 +59,8 @@ fn a_full_chat_request() {
     let got = chat(&body);
     let text = |span: &Option<Span>| span.clone().map(|span| body[span].to_owned());
     assert_eq!(got.model.name, "org/mé");
-    assert_eq!(&body[got.model.span.clone()], "\"org/m\\u00e9\"");
+    let Place::Value(span) = &got.model.at else { panic!("{:?}", got.model) };
+    assert_eq!(&body[span.clone()], "\"org/m\\u00e9\"");
     assert!(got.streaming.stream && got.streaming.include_usage);
     assert_eq!(text(&got.streaming.options).unwrap(), "{\"include_usage\" : true}");
     assert_eq!(text(&got.tools).unwrap(), "[ {} ]");
@@ -143,8 +159,6 @@ fn every_key_we_act_on_may_stand_once_only() {
 #[test]
 fn chat_refusals() {
     let cases = [
-        (r#"{"messages":[]}"#, "missing_required_parameter", "model", "Missing required parameter: 'model'."),
-        (r#"{"model":null,"messages":[]}"#, "missing_required_parameter", "model", ""),
         (r#"{"model":"","messages":[]}"#, "invalid_value", "model", "Invalid 'model': empty string."),
         (
             r#"{"model":7}"#,
@@ -352,14 +366,14 @@ fn embeddings_and_tokenize_take_a_plain_input_or_messages() {
     assert_eq!(refused(Tokenize::peek(br#"{"model":"m"}"#)).1.as_deref(), Some("prompt"));
     assert_eq!(refused(Tokenize::peek(br#"{"prompt":["a"]}"#)).0, "invalid_type");
     let got = Tokenize::peek(br#"{"prompt":"a b","add_special_tokens":false,"return_token_strs":true}"#).unwrap();
-    assert_eq!((got.model, got.prompt, got.return_token_strs), (None, Source::Plain("a b".into()), true));
+    assert_eq!((&*got.model.name, got.prompt, got.return_token_strs), ("", Source::Plain("a b".into()), true));
     assert_eq!(got.template.add_special_tokens, Some(false));
 }
 
 #[test]
 fn detokenize() {
     let got = Detokenize::peek(br#"{"model":"m","tokens":[1,2]}"#).unwrap();
-    assert_eq!((got.model.unwrap().name.as_str(), got.tokens), ("m", vec![1, 2]));
+    assert_eq!((got.model.name.as_str(), got.tokens), ("m", vec![1, 2]));
     assert!(Detokenize::peek(br#"{"tokens":[]}"#).unwrap().tokens.is_empty());
     for body in [r#"{"tokens":"a"}"#, r#"{"tokens":[-1]}"#, r#"{"tokens":[[1]]}"#, "{}", r#"{"tokens":null}"#] {
         assert_eq!(refused(Detokenize::peek(body.as_bytes())).1.as_deref(), Some("tokens"), "{body}");
@@ -429,8 +443,10 @@ proptest! {
         let _ = Detokenize::peek(body.as_bytes());
         if let Ok(got) = Chat::peek(body.as_bytes()) {
             let at = |span: Span| serde_json::from_str::<Value>(&body[span]).unwrap();
-            prop_assert_eq!(&whole["model"], &json!(got.model.name));
-            prop_assert_eq!(at(got.model.span), whole["model"].clone());
+            prop_assert_eq!(whole.get("model").and_then(Value::as_str).unwrap_or_default(), got.model.name);
+            if let Place::Value(span) = got.model.at {
+                prop_assert_eq!(at(span), whole["model"].clone());
+            }
             prop_assert_eq!(at(got.messages), whole["messages"].clone());
             prop_assert_eq!(got.tools.map(at).unwrap_or(Value::Null), whole.get("tools").cloned().unwrap_or(Value::Null));
             prop_assert_eq!(got.user.as_deref(), whole.get("user").and_then(Value::as_str));
