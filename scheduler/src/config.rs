@@ -6,7 +6,7 @@ use std::time::Duration;
 /// public conversation traces.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Bytes that one pool's prefix index may take (64 MiB: some 600,000 blocks).
+    /// Bytes that one pool's prefix index may take (64 MiB: some 3 million blocks).
     pub index_bytes_max: usize,
     /// How long a routed prompt is believed to be in the cache of a worker that publishes events (5 s: time for the
     /// event to come).

@@ -1,6 +1,7 @@
 //! Why a request went where it went: the candidates, each term in seconds, and the winner.
 //!
-//! A bounded ring of the latest decisions; the oldest is overwritten. Nothing is formatted here.
+//! A bounded ring of the latest decisions; the oldest is overwritten. Each decision is written to it and hardly any is
+//! ever read, so that it is kept small, and made what it looks like when asked for.
 
 use std::collections::VecDeque;
 
@@ -8,6 +9,9 @@ use smallvec::SmallVec;
 
 use crate::placement::TERMS;
 use crate::{HealthState, RequestId, Tick, WorkerId};
+
+/// Digits of a second that are told.
+const TOLD: f64 = 1e6;
 
 /// What a decision was taken for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +33,7 @@ pub struct Candidate {
     pub worker: WorkerId,
     /// Prompt tokens it is believed to hold.
     pub matched_tokens: u32,
-    /// Each term in seconds, in the order of [`crate::term_names`].
+    /// Each term in seconds to the microsecond, in the order of [`crate::term_names`].
     pub terms: [f64; TERMS.len()],
 }
 
@@ -78,9 +82,39 @@ pub struct Decision {
     pub winner: Option<WorkerId>,
 }
 
+/// A [`Candidate`], kept.
+#[derive(Debug)]
+pub(crate) struct Weighed {
+    worker: WorkerId,
+    matched_tokens: u32,
+    terms: [f32; TERMS.len()],
+}
+
+impl Weighed {
+    pub(crate) fn new(worker: WorkerId, matched_tokens: u32, terms: [f64; TERMS.len()]) -> Self {
+        Self { worker, matched_tokens, terms: terms.map(|seconds| seconds as f32) }
+    }
+
+    fn told(&self) -> Candidate {
+        let terms = self.terms.map(|seconds| (f64::from(seconds) * TOLD).round() / TOLD);
+        Candidate { worker: self.worker, matched_tokens: self.matched_tokens, terms }
+    }
+}
+
+/// A [`Decision`], kept.
+#[derive(Debug)]
+struct Kept {
+    request: RequestId,
+    at: Tick,
+    cause: Cause,
+    candidates: Vec<Weighed>,
+    left_out: SmallVec<[LeftOut; 2]>,
+    winner: Option<WorkerId>,
+}
+
 #[derive(Debug)]
 pub(crate) struct Decisions {
-    kept: VecDeque<Decision>,
+    kept: VecDeque<Kept>,
     kept_max: usize,
 }
 
@@ -92,7 +126,7 @@ impl Decisions {
     pub(crate) fn record(
         &mut self,
         (request, at, cause): (RequestId, Tick, Cause),
-        candidates: impl Iterator<Item = Candidate>,
+        candidates: impl Iterator<Item = Weighed>,
         left_out: SmallVec<[LeftOut; 2]>,
         winner: Option<WorkerId>,
     ) {
@@ -105,11 +139,18 @@ impl Decisions {
         };
         list.clear();
         list.extend(candidates);
-        self.kept.push_back(Decision { request, at, cause, candidates: list, left_out, winner });
+        self.kept.push_back(Kept { request, at, cause, candidates: list, left_out, winner });
     }
 
     /// The decisions still kept for a request, oldest first.
-    pub(crate) fn of(&self, request: RequestId) -> impl Iterator<Item = &Decision> {
-        self.kept.iter().filter(move |decision| decision.request == request)
+    pub(crate) fn of(&self, request: RequestId) -> impl Iterator<Item = Decision> {
+        self.kept.iter().filter(move |kept| kept.request == request).map(move |kept| Decision {
+            request,
+            at: kept.at,
+            cause: kept.cause,
+            candidates: kept.candidates.iter().map(Weighed::told).collect(),
+            left_out: kept.left_out.clone(),
+            winner: kept.winner,
+        })
     }
 }

@@ -164,8 +164,6 @@ impl<'a> Scene<'a> {
             return if scored.is_empty() { Choice::Nobody } else { Choice::Winner(0) };
         }
         let matches = self.pool.index.lookup(self.now, &request.blocks);
-        let mut ends: SmallVec<[u32; 32]> = matches.iter().map(|(_, held)| *held).collect();
-        ends.sort_unstable();
         let bound = at_head.map(|(slot, _)| slot);
         let asked = self.asked(request, plan);
         for slot in candidates::gather(self, request, failed_on, bound, &matches, rng) {
@@ -174,7 +172,7 @@ impl<'a> Scene<'a> {
                 _ => (self.matched_tokens(request, held(&matches, slot)), Ahead::Lane),
             };
             let blocks = tokens / self.pool.limits.block_tokens.max(1);
-            let copies = if blocks > 0 { ends.len() - ends.partition_point(|held| *held < blocks) } else { 0 };
+            let copies = if blocks > 0 { matches.iter().filter(|(_, held)| *held >= blocks).count() } else { 0 };
             scored.extend(self.score(&asked, slot, Match { tokens, copies }, ahead));
         }
         let left = request.deadline.map(|deadline| deadline.seconds_since(self.now));

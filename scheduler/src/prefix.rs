@@ -25,7 +25,7 @@ use smallvec::SmallVec;
 
 use crate::Tick;
 use crate::worker::Slot;
-use table::{Holders, Part, Table};
+use table::Table;
 
 /// Tokens from one milestone to the next.
 const MILESTONE_TOKENS: u32 = 128;
@@ -39,14 +39,18 @@ const HOLDERS_USUAL: usize = 32;
 /// A lease is renewed only when so small a part of it is left to gain: 1/8. Blocks that were renewed a short time ago
 /// are not written again, so that a prompt costs what is new of it.
 const RENEW_PART: u64 = 8;
+/// Leases end at a multiple of so many microseconds (65 ms), the next one, so that their ends fit in 32 bits.
+const LEASE_STEP: u64 = 1 << 16;
+/// Stamps have 24 bits: as many blocks are not sent to one worker within a lease.
+const STAMP_MAX: u32 = (1 << 24) - 1;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Holder {
     slot: Slot,
-    epoch: u32,
-    /// Until when it is believed to hold the block, by what we sent.
-    until: Tick,
-    /// Blocks sent there until it was last used (wraps).
+    epoch: u16,
+    /// Until when it is believed to hold the block, by what we sent, in [`LEASE_STEP`]s.
+    until: u32,
+    /// Blocks sent there until it was last used (wraps at [`STAMP_MAX`]).
     stamp: u32,
     /// It says so itself.
     confirmed: bool,
@@ -55,8 +59,8 @@ struct Holder {
 /// A worker's cache as a whole.
 #[derive(Debug, Clone, Copy)]
 struct Cache {
-    /// What was known in another epoch is void.
-    epoch: u32,
+    /// What was known in another epoch is void (wraps: by then that was overwritten).
+    epoch: u16,
     /// Blocks sent there that it was not believed to hold (wraps).
     sent: u32,
     /// Blocks that it holds.
@@ -66,6 +70,13 @@ struct Cache {
 impl Default for Cache {
     fn default() -> Self {
         Self { epoch: 0, sent: 0, capacity: u32::MAX }
+    }
+}
+
+impl Cache {
+    /// Blocks sent there since the moment of a stamp.
+    fn since(&self, stamp: u32) -> u32 {
+        self.sent.wrapping_sub(stamp) & STAMP_MAX
     }
 }
 
@@ -113,34 +124,33 @@ impl PrefixIndex {
         self.table.bytes()
     }
 
-    /// Who holds the beginning of `blocks`, and how much of it. Who holds less than the first milestone is named only
-    /// where nobody holds more.
+    /// Who holds the beginning of `blocks`, and how much of it, sorted. Who holds less than the first milestone is named
+    /// only where nobody holds more.
     pub(crate) fn lookup(&self, now: Tick, blocks: &[u64]) -> Matches {
         let mut matches = Matches::new();
         let miles = blocks.len() / self.mile;
         if miles <= BATCH {
-            self.table.fetch(blocks.chunks_exact(self.mile).filter_map(|mile| mile.last()), Part::All);
+            self.table.fetch(blocks.chunks_exact(self.mile).filter_map(|mile| mile.last()));
         }
         // the last milestone that someone held, and often holds
         let is_known = |mile| blocks.get(mile * self.mile - 1).is_some_and(|hash| self.table.has(*hash));
         let last = last_in_row(miles, is_known);
         let group = self.holders(now, blocks, last * self.mile);
-        let first = self.holders(now, blocks, last.min(1) * self.mile);
+        let first = if last > 1 { self.holders(now, blocks, self.mile) } else { Group::new() };
         if group.is_empty() && first.is_empty() {
             self.begin(now, blocks, &mut matches);
+            return matches;
         }
-        let (_, out) = split(&first, &group);
+        let (_, out) = split(first, &group);
         self.finish(now, blocks, last, group, &mut matches);
         self.narrow(now, blocks, (1, last), out, &mut matches);
-        matches.sort_unstable();
         matches
     }
 
     /// How many of `blocks` one worker holds.
     pub(crate) fn held_by(&self, now: Tick, slot: Slot, blocks: &[u64]) -> u32 {
-        let holds = |hash: &u64| {
-            self.table.get(*hash).iter().any(|holder| holder.slot == slot && holder.is_valid(now, &self.caches))
-        };
+        let holds =
+            |hash: &u64| self.table.holder(*hash, slot).is_some_and(|holder| holder.is_valid(now, &self.caches));
         let miles = blocks.len() / self.mile;
         let held = last_in_row(miles, |mile| blocks.get(mile * self.mile - 1).is_some_and(holds)) * self.mile;
         let mut rest = blocks.get(held..).unwrap_or_default().iter().take(self.mile);
@@ -157,11 +167,12 @@ impl PrefixIndex {
     /// We sent, or will send, a prompt with these blocks there.
     pub(crate) fn expect(&mut self, now: Tick, slot: Slot, blocks: &[u64], until: Tick) {
         let mut cache = self.cache_mut(slot, |_| ());
+        let until = u32::try_from(until.0.div_ceil(LEASE_STEP)).unwrap_or(u32::MAX);
         // from the end, which an engine evicts first: no block is believed to be there longer than the one before it
         for (at, mile) in blocks.chunks(self.mile).rev().enumerate() {
             if at.is_multiple_of(BATCH) {
                 let next = blocks.chunks(self.mile).rev().skip(at).take(BATCH);
-                self.table.fetch(next.filter_map(|mile| mile.last()), Part::All);
+                self.table.fetch(next.filter_map(|mile| mile.last()));
             }
             let Some(hash) = mile.last() else { break };
             let written = self.table.hold(*hash, slot, &self.caches, |known| {
@@ -187,9 +198,9 @@ impl PrefixIndex {
     /// The worker says that it holds these.
     pub(crate) fn confirm(&mut self, slot: Slot, blocks: &[u64]) {
         let cache = self.cache_mut(slot, |_| ());
-        let holder = Holder { slot, epoch: cache.epoch, until: Tick::ZERO, stamp: cache.sent, confirmed: true };
+        let holder = Holder { slot, epoch: cache.epoch, until: 0, stamp: cache.sent, confirmed: true };
         for batch in blocks.chunks(BATCH) {
-            self.table.fetch(batch, Part::All);
+            self.table.fetch(batch);
             for hash in batch {
                 self.table.hold(*hash, slot, &self.caches, |_| Some(holder));
             }
@@ -199,7 +210,7 @@ impl PrefixIndex {
     /// The worker says that it dropped these. What we sent since ends by its lease.
     pub(crate) fn drop_blocks(&mut self, slot: Slot, blocks: &[u64]) {
         for hash in blocks {
-            self.table.change(*hash, slot, |holder| holder.confirmed = false);
+            self.table.change(*hash, slot, |holder| Holder { confirmed: false, ..holder });
         }
     }
 
@@ -218,11 +229,13 @@ impl PrefixIndex {
         *cache
     }
 
-    /// Who holds the first `held` blocks; everyone holds none, and nobody is named for it.
+    /// Who holds the first `held` blocks, sorted; everyone holds none, and nobody is named for it.
     fn holders(&self, now: Tick, blocks: &[u64], held: usize) -> Group {
-        let hash = held.checked_sub(1).and_then(|last| blocks.get(last));
-        let holders = hash.map_or(Holders::One(None), |hash| self.table.get(*hash));
-        holders.iter().filter(|holder| holder.is_valid(now, &self.caches)).map(|holder| holder.slot).collect()
+        let Some(hash) = held.checked_sub(1).and_then(|last| blocks.get(last)) else { return Group::new() };
+        let holders = self.table.get(*hash);
+        let mut group = Group::with_capacity(holders.len());
+        group.extend(holders.filter(|holder| holder.is_valid(now, &self.caches)).map(|holder| holder.slot));
+        group
     }
 
     /// Who holds a beginning that has no milestone.
@@ -234,6 +247,7 @@ impl PrefixIndex {
                 }
             }
         }
+        matches.sort_unstable();
     }
 
     /// Finds where each of `group` ends, who all hold milestone `from` and not milestone `to`.
@@ -245,10 +259,11 @@ impl PrefixIndex {
             return self.finish(now, blocks, from, group, matches);
         }
         let middle = from.midpoint(to);
-        let mut on = self.holders(now, blocks, middle * self.mile);
         // all who hold this block, also such as a block before it could not name, since it names but so many
-        on.retain(|slot| !matches.iter().any(|(known, _)| known == slot));
-        let (_, out) = split(&group, &on);
+        let on = self.holders(now, blocks, middle * self.mile);
+        let known: Group = matches.iter().map(|(slot, _)| *slot).collect();
+        let (_, on) = split(on, &known);
+        let (_, out) = split(group, &on);
         self.narrow(now, blocks, (middle, to), on, matches);
         self.narrow(now, blocks, (from, middle), out, matches);
     }
@@ -257,16 +272,21 @@ impl PrefixIndex {
     fn finish(&self, now: Tick, blocks: &[u64], from: usize, mut group: Group, matches: &mut Matches) {
         let from = from * self.mile;
         let behind = blocks.get(from..).unwrap_or_default().iter().take(self.mile - 1);
-        self.table.fetch(behind, Part::Hashes);
+        self.table.fetch(behind);
         for held in (from + 1..=blocks.len().min(from + self.mile - 1)).rev() {
             if group.is_empty() {
-                return;
+                break;
             }
-            let (on, out) = split(&group, &self.holders(now, blocks, held));
-            matches.extend(on.into_iter().map(|slot| (slot, count(held))));
-            group = out;
+            let holders = self.holders(now, blocks, held);
+            if !holders.is_empty() {
+                let (on, out) = split(group, &holders);
+                matches.extend(on.into_iter().map(|slot| (slot, count(held))));
+                group = out;
+            }
         }
         matches.extend(group.into_iter().map(|slot| (slot, count(from))));
+        // of a few rows that are sorted, which costs this sort little
+        matches.sort();
     }
 }
 
@@ -284,16 +304,15 @@ impl Holder {
     }
 
     /// Whether renewing it until `until` would change next to nothing.
-    fn is_young(&self, now: Tick, until: Tick, cache: &Cache) -> bool {
-        let lease = until.0.saturating_sub(now.0);
-        let left = self.until.0.saturating_sub(now.0);
+    fn is_young(&self, now: Tick, until: u32, cache: &Cache) -> bool {
+        let [lease, left] = [until, self.until].map(|until| (u64::from(until) * LEASE_STEP).saturating_sub(now.0));
         left >= lease - lease / RENEW_PART
-            && u64::from(cache.sent.wrapping_sub(self.stamp)) <= u64::from(cache.capacity) / RENEW_PART
+            && u64::from(cache.since(self.stamp)) <= u64::from(cache.capacity) / RENEW_PART
     }
 
     fn is_valid(&self, now: Tick, caches: &[Cache]) -> bool {
         caches.get(self.slot.0 as usize).is_some_and(|cache| {
-            let there = self.until > now && cache.sent.wrapping_sub(self.stamp) < cache.capacity;
+            let there = u64::from(self.until) * LEASE_STEP > now.0 && cache.since(self.stamp) < cache.capacity;
             cache.epoch == self.epoch && (self.confirmed || there)
         })
     }
@@ -310,8 +329,15 @@ fn last_in_row(most: usize, is: impl Fn(usize) -> bool) -> usize {
 }
 
 /// `group` into who is in `holders` and who is not; both are sorted.
-fn split(group: &[Slot], holders: &[Slot]) -> (Group, Group) {
-    group.iter().copied().partition(|slot| holders.binary_search(slot).is_ok())
+fn split(group: Group, holders: &[Slot]) -> (Group, Group) {
+    if holders.is_empty() {
+        return (Group::new(), group);
+    }
+    let mut holders = holders.iter().peekable();
+    group.into_iter().partition(|slot| {
+        while holders.next_if(|holder| *holder < slot).is_some() {}
+        holders.peek() == Some(&slot)
+    })
 }
 
 /// A number of blocks.

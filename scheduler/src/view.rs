@@ -130,7 +130,7 @@ impl Core {
     }
 
     /// The latest decisions about a request, oldest first, as far as they are kept.
-    pub fn explain(&self, request: RequestId) -> impl Iterator<Item = &Decision> {
+    pub fn explain(&self, request: RequestId) -> impl Iterator<Item = Decision> {
         self.decisions.of(request)
     }
 

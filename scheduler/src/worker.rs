@@ -244,7 +244,7 @@ impl Worker {
     /// Prefill speed in tokens/s with GPUs of its own that are well; `fleet_rate` where its own was not measured yet.
     pub(crate) fn usual_speed(&self, fleet_rate: f64) -> f64 {
         let own = self.measured_rate().or(self.spec.rate_hint).filter(|rate| *rate > 0.0).unwrap_or(fleet_rate);
-        let rate = if (own / fleet_rate - 1.0).abs() < ALIKE { fleet_rate } else { own };
+        let rate = if (own - fleet_rate).abs() < ALIKE * fleet_rate { fleet_rate } else { own };
         rate.max(1.0)
     }
 

@@ -141,7 +141,7 @@ impl Dispatch {
         let known = self.recent.find(name).ok_or(NotKept { kept: KEPT })?;
         let request = known.request;
         let (now, under_way, decisions) = self.driver.read(|core, now| {
-            let decisions: Vec<Decision> = core.explain(request).cloned().collect();
+            let decisions: Vec<Decision> = core.explain(request).collect();
             (now, core.request(request).is_some(), decisions)
         });
         let mut explained = self.course(&known, under_way);

@@ -6,7 +6,7 @@ use smallvec::SmallVec;
 
 use super::{Core, Entry, Place, Sent};
 use crate::config::Config;
-use crate::explain::{Candidate, Cause, LeftOut, Unfit};
+use crate::explain::{Cause, LeftOut, Unfit, Weighed};
 use crate::lane::Standing;
 use crate::outputs::Plan;
 use crate::placement::{Choice, Scene, Scored};
@@ -120,7 +120,7 @@ impl Core {
         let workers = &self.workers;
         let candidates = self.scored.iter().filter_map(|scored| {
             let worker = workers.get(scored.slot)?.id;
-            Some(Candidate { worker, matched_tokens: scored.matched_tokens, terms: scored.terms })
+            Some(Weighed::new(worker, scored.matched_tokens, scored.terms))
         });
         self.decisions.record((id, self.now, cause), candidates, self.left_out(id), winner);
     }

@@ -32,25 +32,26 @@ pub(super) fn gather(
 ) -> Slots {
     let pool = scene.pool;
     let may = |slot: &Slot| scene.may_take(request, failed_on, *slot);
-    let mut slots: Slots;
     if pool.workers.len() <= ALL_MAX {
-        slots = pool.workers.iter().copied().filter(may).collect();
-        slots.extend(kept);
-    } else {
-        let mut holders = matches.clone();
-        holders.sort_unstable_by_key(|(slot, held)| (std::cmp::Reverse(*held), *slot));
-        slots = holders.iter().map(|(slot, _)| *slot).filter(may).take(HOLDERS).collect();
-        slots.extend(pool.by_ready.iter().take(READY_SEEN).map(|(_, slot)| *slot).filter(may).take(READY));
-        // slots are dense, so a random one is usually a worker, of some pool
-        let highest = pool.workers.last().map_or(0, |slot| slot.0 as usize + 1);
-        for _ in 0..RANDOM {
-            let at = Slot(u32::try_from(rng.below(highest)).unwrap_or_default());
-            slots.extend(pool.workers.range(at..).next().copied().filter(may));
-        }
-        slots.extend(kept);
-        if slots.is_empty() {
-            slots.extend(pool.workers.iter().copied().find(may));
-        }
+        return pool.workers.iter().copied().filter(|slot| Some(*slot) == kept || may(slot)).collect();
+    }
+    let mut slots = Slots::new();
+    let mut most = matches.iter().map(|(_, held)| *held).max();
+    while let Some(held) = most.filter(|_| slots.len() < HOLDERS) {
+        let best = matches.iter().filter(|(_, other)| *other == held).map(|(slot, _)| *slot);
+        slots.extend(best.filter(may).take(HOLDERS - slots.len()));
+        most = matches.iter().map(|(_, other)| *other).filter(|other| *other < held).max();
+    }
+    slots.extend(pool.by_ready.iter().take(READY_SEEN).map(|(_, slot)| *slot).filter(may).take(READY));
+    // slots are dense, so a random one is usually a worker, of some pool
+    let highest = pool.workers.last().map_or(0, |slot| slot.0 as usize + 1);
+    for _ in 0..RANDOM {
+        let at = Slot(u32::try_from(rng.below(highest)).unwrap_or_default());
+        slots.extend(pool.workers.range(at..).next().copied().filter(may));
+    }
+    slots.extend(kept);
+    if slots.is_empty() {
+        slots.extend(pool.workers.iter().copied().find(may));
     }
     slots.sort_unstable();
     slots.dedup();

@@ -2,7 +2,7 @@ use super::table::BLOCK_BYTES;
 use super::*;
 use proptest::prelude::*;
 
-const LATER: Tick = Tick(1_000_000);
+const LATER: Tick = Tick(16 * LEASE_STEP);
 const NOW: Tick = Tick(1);
 
 fn chain(seed: u64, len: usize) -> Vec<u64> {
@@ -93,7 +93,7 @@ fn a_block_that_all_hold_names_a_bounded_number() {
     let blocks = chain(1, 4);
     let mut index = PrefixIndex::new(1 << 20, 16);
     for slot in 0..1000 {
-        index.expect(Tick(0), Slot(slot), &blocks, Tick(100 + u64::from(slot)));
+        index.expect(Tick(0), Slot(slot), &blocks, Tick((100 + u64::from(slot)) * LEASE_STEP));
     }
     let found = matches(&index, NOW, &blocks);
     assert_eq!(found.len(), HOLDERS_MAX);
@@ -166,12 +166,13 @@ proptest! {
     #[test]
     fn lookups_equal_a_plain_model(changes in prop::collection::vec(change(), 0..60), now in 0..1200_u64) {
         let mut index = PrefixIndex::new(1 << 24, 16);
+        let at = Tick(now * LEASE_STEP);
         // (slot, chain) -> (confirmed length, [(length, until)])
         let mut model = std::collections::BTreeMap::<(u32, u64), (usize, Vec<(usize, u64)>)>::new();
         for change in changes {
             match change {
                 Change::Expect(slot, seed, len, until) => {
-                    index.expect(Tick(0), Slot(slot), &chain(seed, len), Tick(until));
+                    index.expect(Tick(0), Slot(slot), &chain(seed, len), Tick(until * LEASE_STEP));
                     model.entry((slot, seed)).or_default().1.push((len, until));
                 }
                 Change::Confirm(slot, seed, len) => {
@@ -200,14 +201,14 @@ proptest! {
                     guesses.iter().filter(|(_, until)| *until > now).map(|(len, _)| *len).max().unwrap_or(0).max(*confirmed)
                 });
                 let held = u32::try_from(held).unwrap();
-                prop_assert_eq!(index.held_by(Tick(now), Slot(slot), &blocks) , held);
+                prop_assert_eq!(index.held_by(at, Slot(slot), &blocks), held);
                 if held > 0 {
                     expect.push((slot, held));
                 }
             }
             let longest = expect.iter().map(|(_, held)| *held).max();
             expect.retain(|(_, held)| *held >= 8 || longest < Some(8));
-            prop_assert_eq!(matches(&index, Tick(now), &blocks), expect);
+            prop_assert_eq!(matches(&index, at, &blocks), expect);
         }
     }
 

@@ -115,13 +115,14 @@ impl Held {
         if n < 1.0 || self.output_tokens == 0 {
             return used;
         }
-        let (mean, variance) = (self.output_tokens as f64 / n, self.variance as f64 / n);
+        let each = 1.0 / n;
+        let (mean, variance) = (self.output_tokens as f64 * each, self.variance as f64 * each);
         // what is exactly known shortens with every token; what is random (exponential) is always as long as at first
         let random = (variance / (mean * mean)).min(1.0);
-        let progress = generated / n;
+        let progress = generated * each;
         let rest = ((mean - progress) * (1.0 - random) + mean * random).max(mean * REST_MIN).max(1.0);
-        let spread = (variance + (squares / n - progress * progress).max(0.0)) / (rest * rest);
-        let peak = n * peak_each(used / n, rest, spread.min(1.0));
+        let spread = (variance + (squares * each - progress * progress).max(0.0)) / (rest * rest);
+        let peak = n * peak_each(used * each, rest, spread.min(1.0));
         let sure = (peak - used) / (n * rest);
         peak + deviations * (self.variance as f64).sqrt() * sure.clamp(0.0, 1.0)
     }

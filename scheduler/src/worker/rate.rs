@@ -30,6 +30,8 @@ pub(crate) struct Rate {
     seconds: f64,
     at: Tick,
     measured: u32,
+    /// Tokens/s, once something was measured.
+    mean: Option<f64>,
     period: Option<Period>,
 }
 
@@ -43,7 +45,7 @@ struct Period {
 impl Rate {
     /// Tokens/s, once enough was measured.
     pub(crate) fn value(&self) -> Option<f64> {
-        (self.measured >= TRUSTED_AFTER).then(|| self.mean()).flatten()
+        self.mean.filter(|_| self.measured >= TRUSTED_AFTER)
     }
 
     /// A prompt was sent to a worker that had others to prefill, or none: that begins a period. `visible` when its
@@ -79,7 +81,7 @@ impl Rate {
 
     fn measure(&mut self, now: Tick, tokens: f64, seconds: f64) {
         let mut rate = (tokens / seconds.max(1e-6)).clamp(RATE_BOUNDS.0, RATE_BOUNDS.1);
-        if let Some(mean) = self.mean() {
+        if let Some(mean) = self.mean {
             rate = rate.clamp(mean / STEP_MAX, mean * STEP_MAX);
         }
         let keep = (-now.seconds_since(self.at) / HALF_LIFE.as_secs_f64()).exp2();
@@ -87,10 +89,7 @@ impl Rate {
         self.seconds = self.seconds * keep + tokens / rate;
         self.at = self.at.max(now);
         self.measured = self.measured.saturating_add(1);
-    }
-
-    fn mean(&self) -> Option<f64> {
-        (self.seconds > 0.0).then(|| self.tokens / self.seconds)
+        self.mean = Some(self.tokens / self.seconds);
     }
 }
 

@@ -25,6 +25,8 @@ pub(crate) struct Pace {
     squares: f64,
     seconds: f64,
     products: f64,
+    /// Seconds for one output token; asked far more often than it changes.
+    token: Option<f64>,
 }
 
 impl Pace {
@@ -39,11 +41,12 @@ impl Pace {
         self.squares = self.squares * KEEP + sequences * sequences;
         self.seconds = self.seconds * KEEP + each;
         self.products = self.products * KEEP + sequences * each;
+        self.token = Some((self.seconds / self.weight).max(1e-6));
     }
 
     /// Seconds for one output token, of late.
     pub(crate) fn token_seconds(&self) -> f64 {
-        if self.weight > 0.0 { (self.seconds / self.weight).max(1e-6) } else { ASSUMED_SECONDS }
+        self.token.unwrap_or(ASSUMED_SECONDS)
     }
 
     /// Seconds that one more sequence adds to every token of the others.

@@ -94,7 +94,7 @@ fn a_fault_ejects_and_a_trial_brings_back() {
         world.probed(0, true);
     }
     assert_eq!(share_of(&mut world, 0, 1..=10), 0.0);
-    let decision = world.core.explain(RequestId(10)).last().unwrap().clone();
+    let decision = world.core.explain(RequestId(10)).last().unwrap();
     assert_eq!(decision.left_out.as_slice(), [LeftOut { worker: WorkerId(0), why: Unfit::Gpu }]);
     assert!(view(&world, 0).gpu_fault);
     (1..=10).for_each(|id| drop(world.finish(id)));

@@ -4,5 +4,8 @@
 use crate::placement::Prospect;
 
 pub(super) fn seconds(prospect: &Prospect<'_>) -> f64 {
+    if prospect.gpu_share == 1.0 {
+        return 0.0;
+    }
     prospect.work_seconds() / prospect.derate * (1.0 / prospect.gpu_share - 1.0)
 }

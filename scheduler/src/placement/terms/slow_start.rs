@@ -5,5 +5,8 @@ use crate::placement::Prospect;
 
 pub(super) fn seconds(prospect: &Prospect<'_>) -> f64 {
     let ramp = prospect.worker.health.ramp(prospect.now, prospect.config);
+    if ramp == 1.0 {
+        return 0.0;
+    }
     (1.0 / ramp - 1.0) * (prospect.ahead_tokens + f64::from(prospect.uncached_tokens())) / prospect.speed
 }
