@@ -196,7 +196,8 @@ impl Dispatch {
             };
             on_send(&worker, waited);
             let span = tracing::debug_span!("attempt", worker = &*worker.name, number = attempts);
-            match attempt::attempt(&worker, job, attempts).instrument(span).await {
+            // By far the largest of the futures here; each that holds it would be copied with it.
+            match Box::pin(attempt::attempt(&worker, job, attempts)).instrument(span).await {
                 Ok(reply) => {
                     place.first_token();
                     return Ok(Opened {

@@ -160,8 +160,9 @@ impl Entry {
         self.row.ttft_ms = Some(milliseconds(now.duration_since(self.arrived)));
     }
 
-    /// Notes what the engine says it used; it wins over our own counts.
-    pub fn used(&mut self, usage: &Usage) {
+    /// Notes what the engine says it used, if it says anything; it wins over our own counts.
+    pub fn used(&mut self, usage: Option<Usage>) {
+        let Some(usage) = usage else { return };
         if usage.prompt_tokens.max(usage.completion_tokens) > TOKENS_PLAUSIBLE_MAX {
             return; // one absurd answer must not spoil every sum it goes into
         }

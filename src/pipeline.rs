@@ -66,8 +66,8 @@ impl Pipeline {
         entry.routed(&model.name, &model.metrics);
         let asked = Arc::new(asked);
         let prompt = {
-            let counting = self.prepare.prompt(model, &asked, &body).instrument(tracing::debug_span!("prepare"));
-            let counting = std::pin::pin!(counting);
+            let counting = std::pin::pin!(self.prepare.prompt(model, &asked, &body));
+            let counting = counting.instrument(tracing::debug_span!("prepare"));
             match deadline {
                 Some(deadline) => match tokio::time::timeout_at(deadline, counting).await {
                     Ok(prompt) => prompt?,

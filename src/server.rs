@@ -37,7 +37,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Between two looks at the beginning of an HTTP/2 preface.
 const PREFACE_PAUSE: Duration = Duration::from_millis(20);
 const HEADER_BYTES_MAX: usize = 64 << 10;
-const HEADERS_MAX: usize = 100;
 const HTTP2_STREAMS_MAX: u32 = 256;
 /// What the kernel takes for a client that does not read it, beyond what is on its way. Else it is megabytes, and a slow
 /// client looks like one that reads nothing.
@@ -163,12 +162,8 @@ fn turn_away(listener: &TcpListener) {
 
 fn protocol() -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT)
-        .max_buf_size(HEADER_BYTES_MAX)
-        .max_headers(HEADERS_MAX);
+    // At most 100 header fields, by itself: to say so would make it fill tables of them for every request (hyper 1.12).
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(HEADER_BYTES_MAX);
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -315,5 +310,19 @@ mod tests {
         stop.cancel();
         tracker.close();
         tracker.wait().await;
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn at_the_end_those_at_the_door_are_let_in_and_who_knocks_then_is_not_answered() {
+        use std::net::TcpStream;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let early = TcpStream::connect(address).unwrap();
+        turn_away(&listener);
+        // Neither let in nor refused: it knocks again, when another process may listen.
+        let late = TcpStream::connect_timeout(&address, Duration::from_millis(100));
+        assert_eq!(late.unwrap_err().kind(), std::io::ErrorKind::TimedOut);
+        assert_eq!(listener.accept().await.unwrap().1, early.local_addr().unwrap());
     }
 }

@@ -16,13 +16,18 @@ use anyhow::{Context, ensure};
 use crate::load::{Enough, Form, drive};
 use crate::proxy::Proxy;
 use crate::upstream::MODELS;
-use crate::{WAYS, answers, machine};
+use crate::{Arguments, WAYS, answers, machine};
 
 /// Requests before the counting, enough for every connection to be made and reused.
 const WARM_UP: u32 = 200;
 
-/// Prints a table of all paths whose name contains `only`, without those that take their time on purpose.
-pub(crate) async fn count(program: &Path, upstream: SocketAddr, only: &str, requests: u32) -> anyhow::Result<()> {
+/// Prints a table of the wanted paths, without those that take their time on purpose.
+pub(crate) async fn count(
+    program: &Path,
+    upstream: SocketAddr,
+    wanted: &Arguments,
+    requests: u32,
+) -> anyhow::Result<()> {
     let valgrind = machine::on_path("valgrind").context("valgrind is needed (apt-get install valgrind)")?;
     let counts = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).with_file_name("instructions");
     std::fs::create_dir_all(&counts)?;
@@ -32,19 +37,25 @@ pub(crate) async fn count(program: &Path, upstream: SocketAddr, only: &str, requ
     let mut proxy = Proxy::forebay("forebay", command, &[upstream])?;
     answers(&mut proxy).await?;
 
-    let [_, guessed] = MODELS;
-    println!("{}; {}\n\n| path | instructions a request |\n| --- | --- |", machine::description(), program.display());
+    println!(
+        "{}; {}\n\n| path | through | instructions a request |\n| --- | --- | --- |",
+        machine::description(),
+        program.display()
+    );
     let mut dumps = 0;
-    for way in WAYS.iter().filter(|way| way.name.contains(only) && !matches!(way.question.form, Form::PacedStream(_))) {
-        let ask = |count| drive(proxy.address, guessed, way.question, way.connections, Enough::Requests(count));
-        ask(WARM_UP).await?;
-        control(&["--zero"], &proxy)?;
-        let answered = ask(requests).await?.len();
-        dumps += 1;
-        control(&["--dump"], &proxy)?;
-        let dump = file.with_extension(format!("out.{dumps}"));
-        let total = total(&dump).with_context(|| format!("no count in {}", dump.display()))?;
-        println!("| {} | {:.0} |", way.name, total / answered as f64);
+    let ways = WAYS.iter().filter(|way| way.name.contains(&wanted.only));
+    for way in ways.filter(|way| !matches!(way.question.form, Form::PacedStream(_))) {
+        for model in MODELS.into_iter().filter(|model| model.contains(&wanted.through)) {
+            let ask = |count| drive(proxy.address, model, way.question, way.connections, Enough::Requests(count));
+            ask(WARM_UP).await?;
+            control(&["--zero"], &proxy)?;
+            let answered = ask(requests).await?.len();
+            dumps += 1;
+            control(&["--dump"], &proxy)?;
+            let dump = file.with_extension(format!("out.{dumps}"));
+            let total = total(&dump).with_context(|| format!("no count in {}", dump.display()))?;
+            println!("| {} | {model} | {:.0} |", way.name, total / answered as f64);
+        }
     }
     Ok(())
 }

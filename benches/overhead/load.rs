@@ -103,6 +103,14 @@ impl Prepared {
     }
 }
 
+/// What one answer took.
+#[derive(Clone, Copy)]
+pub(crate) struct Sample {
+    pub(crate) latency: Duration,
+    /// The longest time in which nothing of it came, once it had begun.
+    pub(crate) silence: Duration,
+}
+
 /// When to stop asking.
 #[derive(Clone, Copy)]
 pub(crate) enum Enough {
@@ -128,14 +136,14 @@ impl Left {
     }
 }
 
-/// Asks over `connections` at once until it is `enough`, and waits for the answers under way: all latencies.
+/// Asks over `connections` at once until it is `enough`, and waits for the answers under way.
 pub(crate) async fn drive(
     address: SocketAddr,
     model: &str,
     question: Question,
     connections: u32,
     enough: Enough,
-) -> anyhow::Result<Vec<Duration>> {
+) -> anyhow::Result<Vec<Sample>> {
     let prepared = question.prepare(model)?;
     let left = Arc::new(match enough {
         Enough::After(length) => Left::Until(Instant::now() + length),
@@ -151,39 +159,43 @@ pub(crate) async fn drive(
             client(address, prepared, &left).await
         });
     }
-    let mut latencies = Vec::new();
+    let mut samples = Vec::new();
     while let Some(client) = clients.join_next().await {
-        latencies.append(&mut client??);
+        samples.append(&mut client??);
     }
-    Ok(latencies)
+    Ok(samples)
 }
 
-async fn client(address: SocketAddr, mut request: Prepared, left: &Left) -> anyhow::Result<Vec<Duration>> {
+async fn client(address: SocketAddr, mut request: Prepared, left: &Left) -> anyhow::Result<Vec<Sample>> {
     let mut stream = TcpStream::connect(address).await.with_context(|| format!("cannot connect to {address}"))?;
     stream.set_nodelay(true)?;
     let mut buffer = Vec::with_capacity(64 << 10);
-    let mut latencies = Vec::new();
+    let mut samples = Vec::new();
     loop {
         request.renew();
         let began = Instant::now();
         stream.write_all(&request.bytes).await?;
-        let first = answer(&mut stream, &mut buffer, request.form).await?;
+        let (first, silence) = answer(&mut stream, &mut buffer, request.form).await?;
         let now = Instant::now();
-        latencies.push(if matches!(request.form, Form::PacedStream(_)) { first } else { now } - began);
+        let latency = if matches!(request.form, Form::PacedStream(_)) { first } else { now } - began;
+        samples.push(Sample { latency, silence });
         if !left.another() {
-            return Ok(latencies);
+            return Ok(samples);
         }
         buffer.clear();
     }
 }
 
-/// Reads one answer whole, and refuses every other than a good one; when its first bytes came.
-async fn answer(stream: &mut TcpStream, buffer: &mut Vec<u8>, form: Form) -> anyhow::Result<Instant> {
+/// Reads one answer whole, and refuses every other than a good one; when its first bytes came, and the longest time to
+/// the next ones.
+async fn answer(stream: &mut TcpStream, buffer: &mut Vec<u8>, form: Form) -> anyhow::Result<(Instant, Duration)> {
     const LAST_EVENT: &[u8] = b"data: [DONE]\n\n\r\n0\r\n\r\n";
-    let (mut head, mut first) = (None, None);
+    let (mut head, mut first, mut last, mut silence) = (None, None, None, Duration::ZERO);
     loop {
         ensure!(stream.read_buf(buffer).await? > 0, "the answer broke off: {}", String::from_utf8_lossy(buffer));
-        let first = *first.get_or_insert_with(Instant::now);
+        let now = Instant::now();
+        let first = *first.get_or_insert(now);
+        silence = silence.max(now - last.replace(now).unwrap_or(now));
         if head.is_none() {
             head = head_bytes(buffer);
         }
@@ -197,7 +209,7 @@ async fn answer(stream: &mut TcpStream, buffer: &mut Vec<u8>, form: Form) -> any
             None => form != Form::Whole && buffer.ends_with(LAST_EVENT),
         };
         if whole {
-            return Ok(first);
+            return Ok((first, silence));
         }
     }
 }

@@ -81,6 +81,15 @@ impl CpuTime {
     }
 }
 
+/// Files that a process started here may have open.
+pub(crate) fn files_max() -> anyhow::Result<u32> {
+    let limits = std::fs::read_to_string("/proc/self/limits")?;
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
+    let soft = line.and_then(|line| line.split_whitespace().next());
+    let soft = soft.context("the kernel does not tell the limit of open files")?;
+    Ok(soft.parse().unwrap_or(u32::MAX)) // "unlimited"
+}
+
 /// Resident memory in MiB.
 pub(crate) fn resident_mib(process: u32) -> anyhow::Result<f64> {
     mib(process, "VmRSS:")

@@ -61,6 +61,9 @@ struct Arguments {
     /// Hold many paced streams at once instead: CPU of an event and memory, from a hundred streams to so many.
     #[arg(long)]
     streams: Option<u32>,
+    /// Be the worker, in a process of its own.
+    #[arg(long, hide = true)]
+    upstream: bool,
     /// What cargo adds.
     #[arg(long, hide = true)]
     bench: bool,
@@ -110,6 +113,9 @@ fn main() -> anyhow::Result<()> {
 
 async fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let length = Duration::try_from_secs_f64(arguments.seconds).context("--seconds")?;
+    if arguments.upstream {
+        return streams::upstream().await;
+    }
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let upstream = listener.local_addr()?;
     let mut background = JoinSet::new();
@@ -119,7 +125,6 @@ async fn run(arguments: &Arguments) -> anyhow::Result<()> {
         given => given.to_vec(),
     };
     if let Some(most) = arguments.streams {
-        background.spawn(stay_awake());
         for program in &programs {
             streams::measure(program, most).await?;
         }
@@ -127,7 +132,7 @@ async fn run(arguments: &Arguments) -> anyhow::Result<()> {
     }
     if let Some(requests) = arguments.instructions {
         for program in &programs {
-            instructions::count(program, upstream, &arguments.only, requests).await?;
+            instructions::count(program, upstream, arguments, requests).await?;
         }
         return Ok(());
     }
@@ -220,7 +225,7 @@ async fn measure<'t>(
             ask(WARM_UP).await?;
             let before = target.process.map(CpuTime::of).transpose()?;
             let began = Instant::now();
-            let latencies = ask(length).await?;
+            let latencies = ask(length).await?.into_iter().map(|sample| sample.latency).collect();
             let length = began.elapsed();
             let after = target.process.map(CpuTime::of).transpose()?;
             let cpu = before.zip(after).map(|(before, after)| after.since(&before));

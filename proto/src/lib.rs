@@ -19,6 +19,7 @@ pub mod peek;
 pub mod splice;
 pub mod sse;
 pub mod stream;
+mod strings;
 pub mod tap;
 pub mod trace_context;
 pub mod zmtp;

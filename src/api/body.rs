@@ -61,7 +61,7 @@ async fn decode(api: &Api, coding: Coding, body: Bytes) -> Result<Bytes, Error> 
     match decoding.await.map_err(pipeline::Error::from)? {
         Ok(Some(body)) => Ok(body),
         Ok(None) => Err(Error::BodyTooLarge { bytes_max }),
-        Err(_) => Err(Error::Undecodable(coding)),
+        Err(why) => Err(Error::Undecodable(coding, why)),
     }
 }
 

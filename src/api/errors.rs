@@ -10,7 +10,7 @@ use forebay_scheduler::{Failure, Refusal};
 use http::header::{ACCEPT_ENCODING, CONNECTION, CONTENT_TYPE, HeaderName, RETRY_AFTER};
 use http::{HeaderValue, Method, StatusCode};
 
-use super::body::coding::{ACCEPTED, Coding};
+use super::body::coding::{ACCEPTED, Coding, Undecodable, ZSTD_WINDOW_MAX};
 use super::headers;
 use crate::ids::RequestName;
 use crate::ledger::{self, Outcome};
@@ -33,8 +33,8 @@ pub(super) enum Error {
     ContentType,
     #[error("the body's encoding is not known")]
     ContentEncoding,
-    #[error("the body is not the {} it says it is", .0.name())]
-    Undecodable(Coding),
+    #[error("the body cannot be decoded as {}", .0.name())]
+    Undecodable(Coding, Undecodable),
     #[error("the body is over {bytes_max} bytes")]
     BodyTooLarge { bytes_max: usize },
     #[error("the body took too long to come")]
@@ -107,8 +107,15 @@ impl Error {
                     format!("Unsupported content encoding: send the body uncompressed, or as one of {ACCEPTED}.");
                 bad_request(StatusCode::UNSUPPORTED_MEDIA_TYPE, None, None, message)
             }
-            Self::Undecodable(coding) => {
-                let message = format!("The request body is not valid {}.", coding.name());
+            Self::Undecodable(coding, why) => {
+                let message = match why {
+                    Undecodable::Invalid => format!("The request body is not valid {}.", coding.name()),
+                    Undecodable::Window => format!(
+                        "The request body is {} with a window of more than {} MiB: compress it with a smaller one.",
+                        coding.name(),
+                        ZSTD_WINDOW_MAX >> 20
+                    ),
+                };
                 bad_request(StatusCode::BAD_REQUEST, None, None, message)
             }
             Self::BodyTooLarge { bytes_max } => {

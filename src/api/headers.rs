@@ -39,16 +39,38 @@ pub(super) fn request_id(headers: &HeaderMap) -> Option<&[u8]> {
     headers.get(&REQUEST_ID).map(HeaderValue::as_bytes)
 }
 
-/// What engines are told. Of a trace that cannot be read neither half is passed on (W3C Trace Context, 4.3).
-pub(super) fn forwarded(headers: &HeaderMap) -> HeaderMap {
-    let unread = trace_parent(headers).is_none();
-    let known = FORWARDED.into_iter().filter(|name| !(unread && [TRACE_PARENT, TRACE_STATE].contains(name)));
-    known.filter_map(|name| headers.get(&name).cloned().map(|value| (name, value))).collect()
+/// What a head says beside a request's name.
+pub(super) struct Said {
+    /// `default` when it asks for none.
+    pub(super) class: Class,
+    /// The latest first token.
+    pub(super) deadline: Option<Instant>,
+    /// What engines are told. Of a trace that cannot be read neither half is passed on (W3C Trace Context, 4.3).
+    pub(super) forwarded: HeaderMap,
 }
 
-/// The class a request asks for; `default` when it asks for none.
-pub(super) fn class(headers: &HeaderMap) -> Result<Class, Error> {
-    match headers.get(&PRIORITY).map(HeaderValue::as_bytes) {
+/// Reads all of it in one pass, which is sooner done than to look up each field. Of fields that repeat the first counts.
+pub(super) fn read(headers: &HeaderMap, arrived: Instant) -> Result<Said, Error> {
+    let (mut priority, mut milliseconds, mut forwarded) = (None, None, HeaderMap::new());
+    for (name, value) in headers {
+        if *name == PRIORITY {
+            priority.get_or_insert(value);
+        } else if *name == DEADLINE_MS {
+            milliseconds.get_or_insert(value);
+        } else if FORWARDED.contains(name) {
+            forwarded.entry(name).or_insert_with(|| value.clone());
+        }
+    }
+    if !forwarded.is_empty() && trace_parent(&forwarded).is_none() {
+        forwarded.remove(TRACE_PARENT);
+        forwarded.remove(TRACE_STATE);
+    }
+    let deadline = milliseconds.map(|value| deadline(value, arrived)).transpose()?;
+    Ok(Said { class: class(priority)?, deadline, forwarded })
+}
+
+fn class(value: Option<&HeaderValue>) -> Result<Class, Error> {
+    match value.map(HeaderValue::as_bytes) {
         None | Some(b"default") => Ok(Class::Default),
         Some(b"interactive") => Ok(Class::Interactive),
         Some(b"batch") => Ok(Class::Batch),
@@ -56,11 +78,9 @@ pub(super) fn class(headers: &HeaderMap) -> Result<Class, Error> {
     }
 }
 
-/// The latest first token that a request asks for.
-pub(super) fn deadline(headers: &HeaderMap, arrived: Instant) -> Result<Option<Instant>, Error> {
-    let Some(value) = headers.get(&DEADLINE_MS) else { return Ok(None) };
+fn deadline(value: &HeaderValue, arrived: Instant) -> Result<Instant, Error> {
     match value.to_str().ok().and_then(|text| text.trim().parse::<u32>().ok()) {
-        Some(milliseconds) if milliseconds > 0 => Ok(Some(arrived + Duration::from_millis(milliseconds.into()))),
+        Some(milliseconds) if milliseconds > 0 => Ok(arrived + Duration::from_millis(milliseconds.into())),
         _ => Err(Error::Header { name: DEADLINE_MS, expected: "a whole number of milliseconds above 0" }),
     }
 }

@@ -64,9 +64,12 @@ async fn serve(api: &Api, request: Request, kind: Kind) -> Response {
         entry.trace(traces.begin(headers::trace_parent(request.headers())));
     }
     let span = tracing::debug_span!("request", id = name.as_str(), api = kind.name.name());
-    let answered = tokio::select! {
-        answered = answer(api, &mut entry, request, &kind).instrument(span) => answered,
-        () = api.closing.cancelled() => Err(Error::Stopping),
+    let answered = {
+        let answering = std::pin::pin!(answer(api, &mut entry, request, &kind));
+        tokio::select! {
+            answered = answering.instrument(span) => answered,
+            () = api.closing.cancelled() => Err(Error::Stopping),
+        }
     };
     match answered {
         Ok(open) => open.respond(api, entry, &name),
@@ -86,9 +89,7 @@ struct Open {
 }
 
 async fn answer(api: &Api, entry: &mut Entry, request: Request, kind: &Kind) -> Result<Open, Error> {
-    let class = headers::class(request.headers())?;
-    let deadline = headers::deadline(request.headers(), entry.arrived())?;
-    let forwarded = headers::forwarded(request.headers());
+    let headers::Said { class, deadline, forwarded } = headers::read(request.headers(), entry.arrived())?;
     let body: Bytes = body::read(api, request).await?;
     let asked = api.pipeline.prepare.read(&body, kind.peek).await.map_err(pipeline::Error::from)??;
     let choices = asked.choices();

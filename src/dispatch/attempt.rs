@@ -38,6 +38,8 @@ const EVENT_BYTES_MAX: usize = 8 << 20;
 /// The longest time to stay away that an engine may ask of a client.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Fields of a request to an engine that are ours: its name, trace and type, and the transport's three.
+const OWN_FIELDS: usize = 6;
 const TRACE_PARENT: HeaderName = HeaderName::from_static("traceparent");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
@@ -79,8 +81,8 @@ pub(super) fn reason(failure: Failure) -> usize {
 pub(super) async fn attempt(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Failed> {
     worker.traffic.note();
     // Not left to the transport: an engine that sends nothing but keep-alive comments is late, too.
-    let opening = tokio::time::timeout(worker.first_byte, open(worker, job, number));
-    opening.await.unwrap_or(Err(Failed::elsewhere(Failure::Timeout)))
+    let opening = std::pin::pin!(open(worker, job, number));
+    tokio::time::timeout(worker.first_byte, opening).await.unwrap_or(Err(Failed::elsewhere(Failure::Timeout)))
 }
 
 async fn open(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Failed> {
@@ -152,6 +154,7 @@ async fn written(job: &Job<'_>) -> Result<Option<String>, Failed> {
 
 fn outgoing((job, number): (&Job<'_>, u32), path: &'static str, body: Bytes) -> Outgoing {
     let mut headers = job.headers.clone();
+    headers.reserve(OWN_FIELDS);
     // Engines name their own requests after it: a name used twice would meet itself in vLLM.
     if let Some(name) = RequestName::fresh_header() {
         headers.insert(REQUEST_ID, name);

@@ -22,7 +22,7 @@ const BATCH_ROWS_MAX: usize = 512;
 const FILE_BYTES_MAX: u64 = 64 << 20;
 /// Pause after each write, in which rows gather: a row after a pause is written at once, and under load a write takes
 /// many. Waking the thread for each row costs more than writing it; a process that is killed loses at most as much more.
-const GATHER_INTERVAL: Duration = Duration::from_millis(1);
+const GATHER_INTERVAL: Duration = Duration::from_millis(5);
 const FLUSH_INTERVAL: Duration = Duration::from_secs(1);
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 /// Batches that may wait for a slow reader of the access log.
@@ -62,11 +62,7 @@ fn write(mut rows: mpsc::Receiver<Row>, mut files: Files, access: Option<AccessL
             break;
         }
         lines.clear();
-        for row in batch.drain(..) {
-            if serde_json::to_writer(&mut lines, &row).is_ok() {
-                lines.push(b'\n');
-            }
-        }
+        batch.drain(..).for_each(|row| row.write(&mut lines));
         files.append(&lines);
         if let Some(access) = &access {
             access.write(&lines);

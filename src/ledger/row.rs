@@ -9,8 +9,7 @@ use crate::ids::RequestName;
 use crate::telemetry::metrics::Api;
 
 /// How a request ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// The whole answer was handed to the client.
     Completed,
@@ -27,22 +26,25 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Completed => "completed",
+            Self::Refused => "refused",
+            Self::EngineRefused => "engine_refused",
+            Self::Failed => "failed",
+            Self::Cut => "cut",
+            Self::ClientGone => "client_gone",
+        }
+    }
+
     /// In a word what went wrong, if anything did, as traces tell it.
     pub(super) fn error(self) -> Option<&'static str> {
-        match self {
-            Self::Completed => None,
-            Self::Refused => Some("refused"),
-            Self::EngineRefused => Some("engine_refused"),
-            Self::Failed => Some("failed"),
-            Self::Cut => Some("cut"),
-            Self::ClientGone => Some("client_gone"),
-        }
+        (self != Self::Completed).then(|| self.name())
     }
 }
 
 /// Where a token count comes from, best first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TokensFrom {
     /// The engine's own `usage`.
     Engine,
@@ -56,20 +58,28 @@ pub enum TokensFrom {
     None,
 }
 
+impl TokensFrom {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Engine => "engine",
+            Self::Tokenizer => "tokenizer",
+            Self::Events => "events",
+            Self::Estimate => "estimate",
+            Self::None => "none",
+        }
+    }
+}
+
 /// One request. Times in milliseconds.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone)]
 pub struct Row {
     /// Arrival, seconds since the Unix epoch.
     pub time: f64,
-    #[serde(serialize_with = "name")]
     pub request: RequestName,
-    #[serde(serialize_with = "api")]
     pub api: Api,
     /// The configured model; absent when the request named none that exists.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<Arc<str>>,
     /// Where it was sent last; absent when it was sent nowhere.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub worker: Option<Arc<str>>,
     pub stream: bool,
     /// HTTP status; 499 when the client left before it had one.
@@ -79,16 +89,13 @@ pub struct Row {
     pub attempts: u32,
     pub prompt_tokens: u32,
     pub prompt_tokens_from: TokensFrom,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub cached_tokens: Option<u32>,
     /// Prompt tokens that the worker was expected to have in its KV cache.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub matched_tokens: Option<u32>,
     pub output_tokens: u32,
     pub output_tokens_from: TokensFrom,
     /// In lanes, over all attempts; also of a request that was never sent.
     pub queue_ms: f64,
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub ttft_ms: Option<f64>,
     pub total_ms: f64,
 }
@@ -116,13 +123,71 @@ impl Row {
             total_ms: 0.0,
         }
     }
+
+    /// Adds the row as a line of JSON. Written out here, since what is ours needs no escapes: a third of the work.
+    pub(super) fn write(&self, line: &mut Vec<u8>) {
+        value(line, "{\"time\":", &self.time);
+        word(line, ",\"request\":\"", self.request.as_str());
+        word(line, ",\"api\":\"", self.api.name());
+        given(line, ",\"model\":", self.model.as_ref());
+        given(line, ",\"worker\":", self.worker.as_ref());
+        value(line, ",\"stream\":", &self.stream);
+        value(line, ",\"status\":", &self.status);
+        word(line, ",\"outcome\":\"", self.outcome.name());
+        value(line, ",\"attempts\":", &self.attempts);
+        value(line, ",\"prompt_tokens\":", &self.prompt_tokens);
+        word(line, ",\"prompt_tokens_from\":\"", self.prompt_tokens_from.name());
+        given(line, ",\"cached_tokens\":", self.cached_tokens.as_ref());
+        given(line, ",\"matched_tokens\":", self.matched_tokens.as_ref());
+        value(line, ",\"output_tokens\":", &self.output_tokens);
+        word(line, ",\"output_tokens_from\":\"", self.output_tokens_from.name());
+        value(line, ",\"queue_ms\":", &self.queue_ms);
+        given(line, ",\"ttft_ms\":", self.ttft_ms.as_ref());
+        value(line, ",\"total_ms\":", &self.total_ms);
+        line.extend_from_slice(b"}\n");
+    }
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
-fn api<S: serde::Serializer>(api: &Api, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(api.name())
+fn value(line: &mut Vec<u8>, before: &str, value: &impl Serialize) {
+    line.extend_from_slice(before.as_bytes());
+    // Numbers, flags and text: nothing that could fail.
+    let _ = serde_json::to_writer(line, value);
 }
 
-fn name<S: serde::Serializer>(name: &RequestName, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(name.as_str())
+fn given(line: &mut Vec<u8>, before: &str, given: Option<&impl Serialize>) {
+    if let Some(given) = given {
+        value(line, before, given);
+    }
+}
+
+/// A word of ours, or a request's name, which has no characters but harmless ones.
+fn word(line: &mut Vec<u8>, before: &str, word: &str) {
+    line.extend_from_slice(before.as_bytes());
+    line.extend_from_slice(word.as_bytes());
+    line.push(b'"');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_is_a_line_of_json() {
+        let mut row = Row::new(RequestName::from_client(Some(b"a.1")), Api::Chat, SystemTime::UNIX_EPOCH);
+        let mut line = Vec::new();
+        row.write(&mut line);
+        assert_eq!(
+            String::from_utf8(line).unwrap(),
+            "{\"time\":0.0,\"request\":\"a.1\",\"api\":\"chat\",\"stream\":false,\"status\":499,\
+             \"outcome\":\"client_gone\",\"attempts\":0,\"prompt_tokens\":0,\"prompt_tokens_from\":\"none\",\
+             \"output_tokens\":0,\"output_tokens_from\":\"none\",\"queue_ms\":0.0,\"total_ms\":0.0}\n"
+        );
+        row.model = Some("a \"model\"\n".into());
+        (row.worker, row.cached_tokens, row.ttft_ms) = (Some("w".into()), Some(1), Some(0.5));
+        let mut line = Vec::new();
+        row.write(&mut line);
+        let read: serde_json::Value = serde_json::from_slice(&line).unwrap();
+        assert_eq!(read["model"], "a \"model\"\n");
+        assert_eq!((&read["worker"], &read["cached_tokens"], &read["ttft_ms"]), (&"w".into(), &1.into(), &0.5.into()));
+    }
 }

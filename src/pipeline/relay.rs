@@ -20,7 +20,7 @@ use forebay_proto::peek::Span;
 use forebay_proto::splice::Edits;
 use forebay_proto::sse::{self, Event, Splitter};
 use forebay_proto::stream::{self, Chunk, Completeness};
-use forebay_proto::tap::Tap;
+use forebay_proto::tap::{self, Tap};
 use forebay_scheduler::{End, Failure};
 use http_body::{Frame, SizeHint};
 use tokio::time::Sleep;
@@ -129,9 +129,7 @@ impl StreamRelay {
                 if delta.has_content {
                     self.entry.produced();
                 }
-                if let Some(usage) = &delta.usage {
-                    self.entry.used(usage);
-                }
+                self.entry.used(delta.usage);
                 match delta.usage_member {
                     Some(_) if self.hide_usage && delta.usage_only => None,
                     Some(member) if self.hide_usage => Some(without(event, data, member)),
@@ -380,7 +378,8 @@ pub struct WholeRelay {
     place: Place,
     head: VecDeque<Bytes>,
     upstream: Option<Answer>,
-    tap: Tap,
+    /// `None` where the usage is read already.
+    tap: Option<Tap>,
     /// Bytes still to go, where known.
     left: Option<u64>,
     closing: Closing,
@@ -398,10 +397,16 @@ pub enum Cut {
 impl WholeRelay {
     /// `closing` cuts the answer when the gateway's drain time is over.
     #[must_use]
-    pub fn new(entry: Entry, place: Place, whole: Whole, closing: CancellationToken) -> Self {
-        let Whole { head, rest, length, .. } = whole;
-        let mut relay =
-            Self { entry, place, head, upstream: rest, tap: Tap::new(), left: length, closing: Closing::new(closing) };
+    pub fn new(mut entry: Entry, place: Place, whole: Whole, closing: CancellationToken) -> Self {
+        let Whole { mut head, rest, length, .. } = whole;
+        let tap = match (&rest, &*head.make_contiguous()) {
+            (None, [answer]) => {
+                entry.used(tap::of_whole(answer));
+                None
+            }
+            _ => Some(Tap::new()),
+        };
+        let mut relay = Self { entry, place, head, upstream: rest, tap, left: length, closing: Closing::new(closing) };
         if relay.is_all() {
             relay.complete();
         }
@@ -414,7 +419,9 @@ impl WholeRelay {
     }
 
     fn passed(&mut self, bytes: Bytes) -> Frame<Bytes> {
-        self.tap.feed(&bytes);
+        if let Some(tap) = &mut self.tap {
+            tap.feed(&bytes);
+        }
         self.left = self.left.map(|left| left.saturating_sub(bytes.len() as u64));
         if self.is_all() {
             self.complete();
@@ -423,9 +430,7 @@ impl WholeRelay {
     }
 
     fn complete(&mut self) {
-        if let Some(usage) = std::mem::take(&mut self.tap).finish() {
-            self.entry.used(&usage);
-        }
+        self.entry.used(self.tap.take().and_then(Tap::finish));
         self.entry.end(Outcome::Completed, 200);
         self.place.ended(finished(&self.entry));
     }

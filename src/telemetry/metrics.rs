@@ -37,6 +37,7 @@ const GPU_POWER: &str = "forebay_gpu_power_watts";
 const GPU_THROTTLED: &str = "forebay_gpu_throttled";
 const RETRIES: &str = "forebay_retries_total";
 const SPANS_DROPPED: &str = "forebay_spans_dropped_total";
+const TASKS: &str = "forebay_tasks";
 
 /// Status codes that answers can have; 499 is "the client left" (nginx's number). Others count as `other`.
 const CODES: [u16; 16] = [200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 499, 500, 501, 502, 503, 504];
@@ -86,6 +87,7 @@ pub struct Registry {
     pub decision_seconds: Histogram,
     queue_wait: [Histogram; CLASSES.len()],
     retries: [Counter; RETRY_REASONS.len()],
+    pub tasks: Gauge,
 }
 
 impl Registry {
@@ -117,6 +119,7 @@ impl Registry {
             decision_seconds: histogram!(DECISION_SECONDS),
             queue_wait: CLASSES.map(|class| histogram!(QUEUE_WAIT_SECONDS, "class" => class)),
             retries: RETRY_REASONS.map(|reason| counter!(RETRIES, "reason" => reason)),
+            tasks: gauge!(TASKS),
         })
     }
 
@@ -185,6 +188,7 @@ fn describe() {
     describe_gauge!(GPU_TEMPERATURE, "temperature of a GPU in degrees Celsius");
     describe_gauge!(GPU_POWER, "power that a GPU draws in watts");
     describe_gauge!(GPU_THROTTLED, "1 while heat or power holds a GPU below its usual speed");
+    describe_gauge!(TASKS, "tasks of the runtime: some for the process, its workers and each open connection");
     describe_counter!(RETRIES, "attempts that failed before the first byte and were placed again, by reason");
 }
 

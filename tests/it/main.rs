@@ -34,6 +34,7 @@ mod rolling;
 mod simulate;
 mod simulated;
 mod slow_clients;
+mod soak;
 mod stream_ends;
 mod streams;
 mod support;

@@ -67,6 +67,7 @@ fn names_and_labels_are_those_that_dashboards_know() {
         ("forebay_worker_health_score", &["worker"]),
         ("forebay_breaker_open", &["worker"]),
         ("forebay_retries_total", &["reason"]),
+        ("forebay_tasks", &[]),
     ] {
         let of_it: Vec<_> = found.iter().filter(|(known, _)| known == name).collect();
         assert!(!of_it.is_empty(), "no `{name}` in\n{text}");

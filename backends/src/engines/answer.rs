@@ -20,6 +20,9 @@ const EVENT_BYTES_MAX: usize = 8 << 20;
 /// Longest whole answer that is translated; it is held as a whole.
 const WHOLE_BYTES_MAX: usize = 64 << 20;
 
+/// Answers up to this length are translated where they are: some 50 µs of JSON.
+const INLINE_BYTES_MAX: usize = 8 << 10;
+
 /// How one engine's answers become OpenAI's.
 pub(super) trait Translator: Send {
     /// One event's data, or one line; adds what OpenAI's stream would have to `out`. False: it goes on as it came.
@@ -204,7 +207,11 @@ impl Answer {
         match self {
             Self { body: Some(body), translation: Some(translation) } => {
                 let whole = body.collect(WHOLE_BYTES_MAX).await?;
-                translation.whole(&whole).map(Ok)
+                if whole.len() <= INLINE_BYTES_MAX {
+                    return translation.whole(&whole).map(Ok);
+                }
+                let translating = tokio::task::spawn_blocking(move || translation.whole(&whole));
+                translating.await.map_err(|_| Error::Unreadable)?.map(Ok)
             }
             plain => Ok(Err(plain)),
         }

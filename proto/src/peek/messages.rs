@@ -1,13 +1,11 @@
 //! The one check on messages: a non-empty array of objects that each have a string `role`.
 //!
-//! Content is read by whoever renders the prompt.
-
-use std::fmt;
-
-use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+//! Content is read by whoever renders the prompt. The text is known to be JSON by now, so that this pass over it looks for
+//! marks only, from string to string.
 
 use super::field::{Field, Kind, kind};
 use super::{Refusal, Span};
+use crate::strings::string_length;
 
 /// Where the messages stand.
 pub(super) fn read(field: &Field<'_>) -> Result<Option<Span>, Refusal> {
@@ -15,18 +13,49 @@ pub(super) fn read(field: &Field<'_>) -> Result<Option<Span>, Refusal> {
     if kind(text) != Kind::Array {
         return Err(Refusal::wrong_type(field.name(), "an array of objects", text));
     }
-    let mut walk = Walk { count: 0, fault: None };
-    let end = serde_json::Deserializer::from_str(text).deserialize_seq(&mut walk);
-    let at = walk.count.saturating_sub(1);
-    match (end, walk.fault) {
-        (Ok(()), _) if walk.count == 0 => {
-            Err(Refusal::value(field.name(), format_args!("empty array. Expected an array with minimum length 1")))
+    match count(field, text)? {
+        0 => Err(Refusal::value(field.name(), format_args!("empty array. Expected an array with minimum length 1"))),
+        _ => Ok(field.span()),
+    }
+}
+
+/// How many messages there are, which are all in order.
+fn count(field: &Field<'_>, text: &str) -> Result<usize, Refusal> {
+    let (mut messages, mut depth, mut next) = (0_usize, 0_usize, 0);
+    // In a message: whether a key comes next, whether the value is the role's, and whether there was one.
+    let (mut at_key, mut at_role, mut has_role) = (false, false, false);
+    let role = |messages| format!("{}[{messages}].role", field.name());
+    while let Some((byte, rest)) = text.as_bytes().get(next..).and_then(<[u8]>::split_first) {
+        let at = next;
+        next += 1 + if *byte == b'"' { string_length(rest) } else { 0 };
+        match (depth, byte) {
+            (_, b' ' | b'\t' | b'\n' | b'\r' | b':') => {}
+            (1, b'{') => (depth, at_key, has_role) = (2, true, false),
+            (2, b',') => (at_key, at_role) = (true, false),
+            (2, b'}') if !has_role => return Err(Refusal::missing(&role(messages))),
+            (2, b'}') => (depth, messages, at_role) = (1, messages + 1, false),
+            (2, b'"') if at_key => {
+                at_role =
+                    is_role(text.get(at..next).unwrap_or_default()).map_err(|e| Refusal::text(field.name(), &e))?;
+                at_key = false;
+            }
+            (2, b'"') if at_role => has_role = true,
+            (2, _) if at_role => return Err(wrong(&role(messages), "a string")),
+            (_, b'{' | b'[') if depth != 1 => depth += 1,
+            (_, b'}' | b']') => depth = depth.saturating_sub(1),
+            (1, b',') => {}
+            (1, _) => return Err(wrong(&format!("{}[{messages}]", field.name()), "an object")),
+            _ => {}
         }
-        (Ok(()), _) => Ok(field.span()),
-        (Err(_), Some(Fault::NoRole)) => Err(Refusal::missing(&format!("{}[{at}].role", field.name()))),
-        (Err(_), Some(Fault::Role)) => Err(wrong(&format!("{}[{at}].role", field.name()), "a string")),
-        (Err(e), None) if e.is_data() => Err(wrong(&format!("{}[{at}]", field.name()), "an object")),
-        (Err(e), None) => Err(Refusal::text(field.name(), &e)),
+    }
+    Ok(messages)
+}
+
+fn is_role(key: &str) -> serde_json::Result<bool> {
+    if key.contains('\\') {
+        serde_json::from_str::<String>(key).map(|key| key == "role")
+    } else {
+        Ok(key == r#""role""#)
     }
 }
 
@@ -35,89 +64,5 @@ fn wrong(name: &str, expected: &str) -> Refusal {
         message: format!("Invalid type for '{name}': expected {expected}."),
         param: Some(name.to_owned()),
         code: "invalid_type",
-    }
-}
-
-enum Fault {
-    NoRole,
-    Role,
-}
-
-struct Walk {
-    /// Messages begun.
-    count: usize,
-    fault: Option<Fault>,
-}
-
-impl<'de> Visitor<'de> for &mut Walk {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an array of messages")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
-        while seq.next_element_seed(Message(&mut *self))?.is_some() {}
-        Ok(())
-    }
-}
-
-struct Message<'w>(&'w mut Walk);
-
-impl<'de> DeserializeSeed<'de> for Message<'_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<(), D::Error> {
-        self.0.count += 1;
-        json.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Message<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a message")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let mut role = false;
-        while let Some(is_role) = map.next_key_seed(IsRole)? {
-            if !is_role {
-                map.next_value::<IgnoredAny>()?;
-            } else if map.next_value::<&serde_json::value::RawValue>()?.get().starts_with('"') {
-                role = true;
-            } else {
-                self.0.fault = Some(Fault::Role);
-                return Err(A::Error::custom("role"));
-            }
-        }
-        if !role {
-            self.0.fault = Some(Fault::NoRole);
-            return Err(A::Error::custom("no role"));
-        }
-        Ok(())
-    }
-}
-
-struct IsRole;
-
-impl<'de> DeserializeSeed<'de> for IsRole {
-    type Value = bool;
-
-    fn deserialize<D: Deserializer<'de>>(self, key: D) -> Result<bool, D::Error> {
-        key.deserialize_str(self)
-    }
-}
-
-impl Visitor<'_> for IsRole {
-    type Value = bool;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a key")
-    }
-
-    fn visit_str<E: serde::de::Error>(self, key: &str) -> Result<bool, E> {
-        Ok(key == "role")
     }
 }

@@ -15,6 +15,7 @@ fn tapped<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Option<Usage> {
 fn check(answer: &str, prompt_tokens: Option<u64>) {
     let expect = prompt_tokens.map(|prompt_tokens| Usage { prompt_tokens, ..Usage::default() });
     assert_eq!(tapped([answer.as_bytes()]), expect, "{answer}");
+    assert_eq!(of_whole(answer.as_bytes()), expect, "{answer} as a whole");
     for at in 0..=answer.len() {
         assert_eq!(tapped([&answer.as_bytes()[..at], &answer.as_bytes()[at..]]), expect, "{answer} cut at {at}");
     }
@@ -48,6 +49,7 @@ fn only_the_outermost_usage_counts() {
 fn a_value_that_is_too_long_is_passed_over() {
     let long = format!(r#"{{"usage":{{"prompt_tokens":3,"x":"{}"}},"b":1}}"#, "x".repeat(USAGE_BYTES_MAX));
     assert_eq!(tapped([long.as_bytes()]), None);
+    assert_eq!(of_whole(long.as_bytes()), None);
     assert_eq!(tapped(long.as_bytes().chunks(7)), None);
 }
 
@@ -55,6 +57,7 @@ proptest! {
     #[test]
     fn no_bytes_panic(pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..20), 0..20)) {
         tapped(pieces.iter().map(Vec::as_slice));
+        let _ = of_whole(&[&pieces.concat()[..], br#""usage":"#, &pieces.concat()].concat());
     }
 
     #[test]
@@ -74,6 +77,7 @@ proptest! {
         cuts.push(answer.len());
         let mut from = 0;
         let pieces = cuts.iter().map(|at| &answer.as_bytes()[std::mem::replace(&mut from, *at)..*at]);
+        prop_assert_eq!(of_whole(answer.as_bytes()), tapped([answer.as_bytes()]));
         prop_assert_eq!(tapped(pieces), Usage::read(value["usage"].to_string().as_bytes()));
     }
 }

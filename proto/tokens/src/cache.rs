@@ -89,8 +89,7 @@ impl Cache {
         piece: Piece<'_>,
         encode: impl FnOnce() -> Option<Vec<u32>>,
     ) -> Option<Arc<[u32]>> {
-        let key = self.key(tokenizer, piece);
-        let shard = self.shards.get((key >> 32) as usize % SHARDS)?;
+        let (key, shard) = self.shard(tokenizer, piece)?;
         if let Some(ids) = shard.lock().get(key, tokenizer, piece) {
             self.hits.fetch_add(1, Ordering::Relaxed);
             return Some(ids);
@@ -100,6 +99,18 @@ impl Cache {
         let (text, head) = (piece.text.into(), piece.head);
         shard.lock().insert(key, Entry { tokenizer: *tokenizer, head, text, ids: Arc::clone(&ids), asked: false });
         Some(ids)
+    }
+
+    /// The ids of a piece, if they are remembered.
+    pub(crate) fn known(&self, tokenizer: &Fingerprint, piece: Piece<'_>) -> Option<Arc<[u32]>> {
+        let (key, shard) = self.shard(tokenizer, piece)?;
+        shard.lock().get(key, tokenizer, piece)
+    }
+
+    /// Under which key, and where, a piece is kept.
+    fn shard(&self, tokenizer: &Fingerprint, piece: Piece<'_>) -> Option<(Key, &Mutex<Shard>)> {
+        let key = self.key(tokenizer, piece);
+        self.shards.get((key >> 32) as usize % SHARDS).map(|shard| (key, shard))
     }
 
     fn key(&self, tokenizer: &Fingerprint, piece: Piece<'_>) -> Key {

@@ -26,6 +26,8 @@ use tokenizers::{AddedToken, Tokenizer};
 /// Bytes after which the next safe cut is taken. Smaller pieces find more of a prompt that was edited, larger ones
 /// take less upkeep; at this size looking up a prompt of 100k tokens takes a tenth of a millisecond.
 pub(crate) const PIECE_BYTES: usize = 2048;
+/// The same for the parts of a piece.
+pub(crate) const PART_BYTES: usize = 256;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Rule {
@@ -115,6 +117,15 @@ impl Cuts {
         }
         pieces.extend(text.get(start..).filter(|rest| !rest.is_empty()).map(|text| Piece { text, head }));
         pieces
+    }
+
+    /// Smaller pieces, which are the piece side by side.
+    pub(crate) fn parts<'t>(&self, piece: Piece<'t>) -> Vec<Piece<'t>> {
+        let mut parts = self.pieces(piece.text, PART_BYTES);
+        if let Some(first) = parts.first_mut() {
+            first.head = piece.head;
+        }
+        parts
     }
 
     /// The ids of a piece as they stand in the ids of the whole text.

@@ -14,13 +14,13 @@ use std::sync::Arc;
 use crate::cache::{Cache, Fingerprint};
 use crate::chat::{Chat, Parsed};
 use crate::config::{Config, DEFAULT, TOOL_USE};
-use crate::cuts::{Cuts, PIECE_BYTES};
+use crate::cuts::{Cuts, PART_BYTES, PIECE_BYTES, Piece};
 use crate::detokenizer::Detokenizer;
 use crate::error::{Error, LoadError};
 use crate::template::ChatTemplate;
 
-/// Text shorter than this (bytes) is encoded whole: it would be one piece, found only when all of it was seen before.
-const CACHED_FROM_BYTES: usize = PIECE_BYTES;
+/// Text shorter than this (bytes) is encoded whole: it would be one part, found only when all of it was seen before.
+const CACHED_FROM_BYTES: usize = 2 * PART_BYTES;
 
 /// Special tokens around or within a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -189,9 +189,26 @@ impl Tokenizer {
         };
         let mut ids = Vec::with_capacity(text.len() / 3);
         ids.extend(around.iter().flat_map(|around| &around.before));
-        for piece in cached.cuts.pieces(text, PIECE_BYTES) {
-            let encode = || cached.cuts.encode(&self.inner, piece);
-            ids.extend_from_slice(&cached.cache.ids(&self.fingerprint, piece, encode)?);
+        let (cuts, cache, tokenizer) = (&cached.cuts, &cached.cache, &self.fingerprint);
+        let encode = |part: Piece<'_>| cuts.encode(&self.inner, part);
+        let pieces = cuts.pieces(text, PIECE_BYTES);
+        let (last, others) = pieces.split_last()?;
+        for piece in others {
+            let by_parts = || {
+                let mut ids = Vec::with_capacity(piece.text.len() / 3);
+                for part in cuts.parts(*piece) {
+                    match cache.known(tokenizer, part) {
+                        Some(known) => ids.extend_from_slice(&known),
+                        None => ids.append(&mut encode(part)?),
+                    }
+                }
+                Some(ids)
+            };
+            ids.extend_from_slice(&cache.ids(tokenizer, *piece, by_parts)?);
+        }
+        // A conversation grows at its end, so that this piece will be another the next time, but for its first parts.
+        for part in cuts.parts(*last) {
+            ids.extend_from_slice(&cache.ids(tokenizer, part, || encode(part))?);
         }
         ids.extend(around.iter().flat_map(|around| &around.behind));
         Some(ids)

@@ -5,11 +5,12 @@ use std::io::{self, Read};
 use bytes::Bytes;
 use flate2::read::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
 use ruzstd::decoding::StreamingDecoder;
+use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
 
 /// What is said to a client that sent another one.
 pub(in crate::api) const ACCEPTED: &str = "gzip, deflate, zstd";
 /// The most that a decoder of HTTP's `zstd` must be able to look back (RFC 9659), and so its memory.
-const ZSTD_WINDOW_MAX: u64 = 8 << 20;
+pub(in crate::api) const ZSTD_WINDOW_MAX: u64 = 8 << 20;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::api) enum Coding {
@@ -41,8 +42,8 @@ impl Coding {
     /// The body as it was; `None` when it is longer than `bytes_max`, of which no more than that was made.
     ///
     /// # Errors
-    /// When the body is not what its coding says, or breaks off.
-    pub(super) fn decode(self, body: &[u8], bytes_max: usize) -> io::Result<Option<Bytes>> {
+    /// When the body is not what its coding says, breaks off, or would take too much memory to decode.
+    pub(super) fn decode(self, body: &[u8], bytes_max: usize) -> Result<Option<Bytes>, Undecodable> {
         let mut plain = Vec::new();
         match self {
             Self::Gzip => fill(MultiGzDecoder::new(body), &mut plain, bytes_max)?,
@@ -51,12 +52,34 @@ impl Coding {
             Self::Zstd => {
                 let mut left = body;
                 while !left.is_empty() && plain.len() <= bytes_max {
-                    let frame = StreamingDecoder::new_with_max_window_size(&mut left, ZSTD_WINDOW_MAX);
-                    fill(frame.map_err(io::Error::other)?, &mut plain, bytes_max)?;
+                    match StreamingDecoder::new_with_max_window_size(&mut left, ZSTD_WINDOW_MAX) {
+                        Ok(frame) => fill(frame, &mut plain, bytes_max)?,
+                        // Somebody else's notes between the frames (RFC 8878, 3.1.2).
+                        Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame {
+                            length,
+                            ..
+                        })) => left = left.get(length as usize..).ok_or(Undecodable::Invalid)?,
+                        Err(FrameDecoderError::WindowSizeTooBig { .. }) => return Err(Undecodable::Window),
+                        Err(_) => return Err(Undecodable::Invalid),
+                    }
                 }
             }
         }
         Ok((plain.len() <= bytes_max).then(|| plain.into()))
+    }
+}
+
+/// Why a body cannot be decoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::api) enum Undecodable {
+    Invalid,
+    /// Its decoder would have to look back further than any of HTTP's need.
+    Window,
+}
+
+impl From<io::Error> for Undecodable {
+    fn from(_: io::Error) -> Self {
+        Self::Invalid
     }
 }
 
@@ -135,7 +158,16 @@ mod tests {
         }
         // A frame whose head asks for a window of a gigabyte.
         let greedy = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 20 << 3, 0x01, 0x00, 0x00];
-        assert!(Coding::Zstd.decode(&greedy, 1 << 20).is_err());
+        assert_eq!(Coding::Zstd.decode(&greedy, 1 << 20), Err(Undecodable::Window));
+    }
+
+    #[test]
+    fn frames_that_are_to_be_skipped_are() {
+        let frame = compress_to_vec(&b"{}"[..], CompressionLevel::Fastest);
+        let note = |length: u8| [0x5f, 0x2a, 0x4d, 0x18, length, 0, 0, 0, b'h', b'i'];
+        let body = [&note(2)[..], &frame, &note(2)].concat();
+        assert_eq!(Coding::Zstd.decode(&body, 10).unwrap().unwrap(), &b"{}"[..]);
+        assert_eq!(Coding::Zstd.decode(&[&frame[..], &note(3)].concat(), 10), Err(Undecodable::Invalid));
     }
 
     #[test]
