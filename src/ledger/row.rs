@@ -68,7 +68,7 @@ pub struct Row {
     /// The configured model; absent when the request named none that exists.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<Arc<str>>,
-    /// Where it was sent last; absent when it was sent nowhere.
+    /// Where it was answered, else where it was sent last; absent when it was sent nowhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub worker: Option<Arc<str>>,
     pub stream: bool,

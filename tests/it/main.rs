@@ -18,6 +18,7 @@ mod conformance;
 mod connections;
 mod drain;
 mod engine_errors;
+mod failover;
 mod faults;
 mod gpus;
 mod http2_clients;
