@@ -28,6 +28,7 @@ mod ledger;
 mod metrics;
 mod models;
 mod queue;
+mod random_faults;
 mod refusals;
 mod reload;
 mod replay;
