@@ -115,7 +115,7 @@ impl Gateway {
                 upkeep.upkeep();
             }
         }));
-        let pipeline = Pipeline { routing, prepare, dispatch: Arc::clone(&dispatch) };
+        let pipeline = Pipeline { routing, prepare, dispatch: Arc::clone(&dispatch), registry: registry.clone() };
         let traces = server_traces.map(|(traces, sending)| {
             tracker.spawn(sending);
             traces

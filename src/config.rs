@@ -138,10 +138,51 @@ pub struct Model {
     pub attempts_max: NonZeroU32,
     /// From the request sent to the first byte of the answer.
     pub first_byte_timeout: Duration,
+    /// The same for an answer that is streamed; `None`: no other.
+    pub first_token_timeout: Option<Duration>,
+    /// How long an attempt may be silent before another is made beside it; `None`: for ever.
+    pub hedge_after: Option<Duration>,
     /// Longest silence of a worker inside an answer.
     pub idle_timeout: Duration,
+    /// Who answers when it cannot, in this order. Their own fallbacks do not count.
+    pub fallbacks: Vec<Fallback>,
     /// At least one where it comes from a file.
     pub workers: Vec<Worker>,
+}
+
+/// `[[model.fallback]]`: a model that answers for another one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Fallback {
+    /// A name or alias of another model.
+    pub to: Name,
+    /// In which trouble. At least one.
+    pub on: Vec<Trouble>,
+}
+
+/// Why a model gave no answer, as far as another may give one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trouble {
+    /// Prompt and output are longer than its context.
+    ContextLength,
+    /// No worker is there or has room.
+    Unavailable,
+    /// Every attempt failed.
+    Error,
+    /// It cannot begin before the client's deadline, though that has not passed.
+    Deadline,
+    /// It refused for the content: followed elsewhere only where that is named.
+    ContentFilter,
+}
+
+impl Trouble {
+    /// Every one with its name in the file and in metrics.
+    pub const ALL: [(&str, Self); 5] = [
+        ("context_length", Self::ContextLength),
+        ("unavailable", Self::Unavailable),
+        ("error", Self::Error),
+        ("deadline", Self::Deadline),
+        ("content_filter", Self::ContentFilter),
+    ];
 }
 
 impl Model {
@@ -163,7 +204,10 @@ impl Model {
             class_shares: defaults::CLASS_SHARES,
             attempts_max: defaults::ATTEMPTS_MAX,
             first_byte_timeout: defaults::FIRST_BYTE_TIMEOUT,
+            first_token_timeout: None,
+            hedge_after: None,
             idle_timeout: defaults::IDLE_TIMEOUT,
+            fallbacks: Vec::new(),
             workers,
         }
     }

@@ -2,13 +2,16 @@
 //!
 //! [`Dispatch::open`] asks the core for a place, sends the request there and waits for the first event or byte of the
 //! answer. An attempt that fails before that is placed again by the core, elsewhere where it can; afterwards nothing
-//! is ever retried. A [`Place`] is the core's promise for one request; dropping it gives the place back.
+//! is ever retried. Second tries are a share of the traffic at most (`budget`); where a model is hedged, one may be made
+//! beside a first that is slow to begin. A [`Place`] is the core's promise for one attempt; dropping it gives the place
+//! back.
 //!
 //! Here: `driver` owns the core, `attempt` speaks with one worker, `intake` owns the tasks that feed the core with
 //! what workers report of themselves, `kv` what they publish of their caches, `gpus` what is said of their GPUs, `explain` tells administration what the
 //! core knows and why it decided as it did. Not here: another model or a cloud when a pool cannot (`pipeline`).
 
 mod attempt;
+mod budget;
 mod driver;
 mod explain;
 mod gpus;
@@ -26,8 +29,9 @@ use forebay_backends::engines::{Answer, Api};
 use forebay_proto::error::ApiError;
 use forebay_proto::sse::{Event, Splitter};
 use forebay_proto::trace_context::TraceParent;
-use forebay_scheduler::{Class, PoolId, Refusal, Request, RouteId, TenantId};
+use forebay_scheduler::{Class, End, Failure, PoolId, Refusal, Request, RouteId, TenantId, WorkerId};
 use http::{HeaderMap, HeaderValue, StatusCode};
+use parking_lot::Mutex;
 use tokio::time::Instant;
 use tracing::Instrument;
 
@@ -36,8 +40,9 @@ use crate::prepare::{Asked, Prepare, Prompt};
 use crate::routing::Model;
 use crate::telemetry::Registry;
 use attempt::Failed;
+use budget::Budget;
 pub use driver::Place;
-use driver::{Driver, Verdict, Waiting};
+use driver::{Driver, Sent, Verdict, Waiting};
 pub use explain::{Decided, Explained, Moment, NotKept, Unweighed, Weighed, WorkerStatus};
 pub use gpus::{GpuStatus, NodeSpec};
 use intake::Intake;
@@ -50,8 +55,10 @@ use workers::Workers;
 pub struct Job<'a> {
     /// What the client calls the request.
     pub name: RequestName,
-    /// Where it stands in its trace; its attempts stand below it, numbered from there.
+    /// Where it stands in its trace; its attempts stand below it, by their numbers.
     pub trace: Option<TraceParent>,
+    /// Attempts made before, at other models.
+    pub attempted: u32,
     pub model: &'a Arc<Model>,
     /// For engines that want a prompt written out.
     pub prepare: &'a Prepare,
@@ -69,6 +76,21 @@ impl Job<'_> {
     fn streamed(&self) -> bool {
         self.asked.streaming().is_some_and(|streaming| streaming.stream)
     }
+
+    /// How long an attempt may be silent before another is made beside it. An answer that is generated and comes whole is
+    /// silent to its end, and batch work has time.
+    fn hedged_after(&self) -> Option<Duration> {
+        let tells = self.streamed() || matches!(&**self.asked, Asked::Embedding(_) | Asked::Ranking(_));
+        self.model.hedge_after.filter(|_| tells && self.class != Class::Batch)
+    }
+}
+
+/// What is told of a request on its way.
+pub enum Step<'a> {
+    /// An attempt begins, after so long in lanes since the last one.
+    Sent { worker: &'a Worker, queued: Duration },
+    /// One brought nothing, for a reason in a word.
+    Failed { worker: &'a Worker, reason: &'static str },
 }
 
 /// An answer that has begun.
@@ -122,26 +144,70 @@ pub struct Dispatch {
     workers: Arc<Workers>,
     intake: Arc<Intake>,
     recent: Recent,
+    budget: Mutex<Budget>,
     registry: Registry,
 }
 
+/// An attempt: its place, where it is made, and its number among those of its request.
+struct Leg {
+    place: Place,
+    worker: Arc<Worker>,
+    sent: Sent,
+    number: u32,
+}
+
+/// What a request went through until now.
+struct Course<F> {
+    /// In lanes.
+    queued: Duration,
+    attempts: u32,
+    /// What the last engine that said something said.
+    last: Option<Error>,
+    tell: F,
+}
+
+impl<F: FnMut(Step<'_>)> Course<F> {
+    fn sent(&mut self, worker: &Worker, queued: Duration) -> u32 {
+        self.queued += queued;
+        self.attempts += 1;
+        (self.tell)(Step::Sent { worker, queued });
+        self.attempts
+    }
+
+    fn failed(&mut self, worker: &Worker, failure: Failure, shown: Option<Box<Error>>) {
+        let attempts = self.attempts;
+        tracing::info!(worker = &*worker.name, %failure, attempts, "an attempt failed before its first byte");
+        self.last = shown.map(|shown| *shown).or(self.last.take());
+        (self.tell)(Step::Failed { worker, reason: attempt::reason(failure) });
+    }
+
+    /// The most useful word on why nobody answered.
+    fn given_up(self, reason: Refusal, retry_after: Option<Duration>) -> Error {
+        let refused = Error::Refused { reason, retry_after };
+        if matches!(reason, Refusal::AttemptsExhausted { .. }) { self.last.unwrap_or(refused) } else { refused }
+    }
+}
+
 impl Dispatch {
-    /// Brings `job` to a worker of its pool. `on_send` hears of each attempt before it begins: where it goes and how
-    /// long it waited in lanes since the last one.
+    /// Brings `job` to a worker of its pool. `tell` hears of each attempt.
     ///
     /// Dropping the future withdraws the request: from its lane, or from the engine by closing the connection.
     ///
     /// # Errors
     /// See [`Error`]; the client has seen nothing, and no engine works on the request any more.
-    pub async fn open(&self, job: Job<'_>, mut on_send: impl FnMut(&Worker, Duration) + Send) -> Result<Opened, Error> {
-        let (place, verdict) = self.driver.arrive(|id| request(id, &job, &self.driver));
+    pub async fn open(&self, job: Job<'_>, mut tell: impl FnMut(Step<'_>) + Send) -> Result<Opened, Error> {
+        self.budget.lock().earn();
+        let (place, verdict) = self.driver.arrive(|id| request(id, &job, &self.driver, None));
         let known =
             Arc::new(Known::new(job.name.clone(), place.request(), (job.model.pool, job.class, job.prompt.tokens)));
         self.recent.note(Arc::clone(&known));
-        let attempts = std::pin::pin!(self.attempts(&job, place, verdict, |worker, waited| {
-            known.sent(worker.id, waited);
-            on_send(worker, waited);
-        }));
+        let tell = |step: Step<'_>| {
+            if let Step::Sent { worker, queued } = &step {
+                known.sent(worker.id, *queued);
+            }
+            tell(step);
+        };
+        let attempts = std::pin::pin!(self.attempts(&job, place, verdict, tell));
         let opened = match job.deadline {
             Some(deadline) => tokio::time::timeout_at(deadline, attempts)
                 .await
@@ -166,61 +232,119 @@ impl Dispatch {
         job: &Job<'_>,
         mut place: Place,
         mut verdict: Waiting,
-        mut on_send: impl FnMut(&Worker, Duration),
+        tell: impl FnMut(Step<'_>),
     ) -> Result<Opened, Error> {
-        let class = job.class as usize;
-        let mut queued = Duration::ZERO;
-        let mut attempts = 0;
-        let mut failed: Option<forebay_scheduler::Failure> = None;
-        let mut last: Option<Error> = None;
+        let mut course = Course { queued: Duration::ZERO, attempts: job.attempted, last: None, tell };
+        let mut failed: Option<Failure> = None;
         loop {
             let waiting_since = Instant::now();
             let sent = match verdict.wait().instrument(tracing::debug_span!("queue")).await {
                 Verdict::Sent(sent) => sent,
-                Verdict::Refused { reason: reason @ Refusal::AttemptsExhausted { .. }, retry_after } => {
-                    return Err(last.unwrap_or(Error::Refused { reason, retry_after }));
-                }
-                Verdict::Refused { reason, retry_after } => return Err(Error::Refused { reason, retry_after }),
+                Verdict::Refused { reason, retry_after } => return Err(course.given_up(reason, retry_after)),
             };
             let waited = waiting_since.elapsed();
-            self.registry.queue_waited(class, waited.as_secs_f64());
-            queued += waited;
-            attempts += 1;
+            self.registry.queue_waited(job.class as usize, waited.as_secs_f64());
             if let Some(failure) = failed.take() {
                 self.registry.retried(attempt::reason(failure));
             }
             let Some(worker) = self.workers.get(sent.worker) else {
                 // It left between the decision and now.
-                verdict = place.attempt_failed(forebay_scheduler::Failure::Connect);
+                course.queued += waited;
+                verdict = place.attempt_failed(Failure::Connect);
                 continue;
             };
-            on_send(&worker, waited);
-            let span = tracing::debug_span!("attempt", worker = &*worker.name, number = attempts);
-            // By far the largest of the futures here; each that holds it would be copied with it.
-            match Box::pin(attempt::attempt(&worker, job, attempts)).instrument(span).await {
+            let number = course.sent(&worker, waited);
+            let (mut leg, answered) = self.answered(job, Leg { place, worker, sent, number }, &mut course).await;
+            match answered {
                 Ok(reply) => {
-                    place.first_token();
+                    leg.place.first_token();
+                    let Leg { place, worker, sent, .. } = leg;
                     return Ok(Opened {
                         place,
                         worker,
-                        queued,
+                        queued: course.queued,
                         predicted_wait: sent.predicted_wait,
                         matched_tokens: sent.matched_tokens,
                         reply,
                     });
                 }
                 Err(Failed::Final(error)) => {
-                    place.answered_with_refusal();
+                    leg.place.answered_with_refusal();
                     return Err(*error);
                 }
                 Err(Failed::Elsewhere { failure, shown }) => {
-                    tracing::info!(worker = &*worker.name, %failure, attempts, "an attempt failed before its first byte");
-                    failed = Some(failure);
-                    last = shown.map(|shown| *shown).or(last);
+                    course.failed(&leg.worker, failure, shown);
+                    place = leg.place;
                     verdict = place.attempt_failed(failure);
+                    // What never reached an engine costs none of them anything.
+                    let is_free = matches!(failure, Failure::Connect | Failure::Unsupported);
+                    if !is_free && !verdict.is_refusal() && !self.budget.lock().spend(Instant::now()) {
+                        tracing::warn!("too many requests fail to be sent again");
+                        self.registry.retries_denied.increment(1);
+                        return Err(course.given_up(Refusal::AttemptsExhausted { last: failure }, None));
+                    }
+                    failed = Some(failure);
                 }
             }
         }
+    }
+
+    /// Makes an attempt; where it is slow to begin and the model is hedged, another one beside it. The first to begin
+    /// answers, and the other is withdrawn; when one fails, the other goes on.
+    async fn answered<F: FnMut(Step<'_>)>(
+        &self,
+        job: &Job<'_>,
+        mut first: Leg,
+        course: &mut Course<F>,
+    ) -> (Leg, Result<Reply, Failed>) {
+        let worker = Arc::clone(&first.worker);
+        // By far the largest of the futures here; each that holds it would be copied with it.
+        let mut answer = Box::pin(attempt::attempt(&worker, job, first.number));
+        let Some(after) = job.hedged_after() else {
+            let answered = answer.await;
+            return (first, answered);
+        };
+        if let Ok(answered) = tokio::time::timeout(after, answer.as_mut()).await {
+            return (first, answered);
+        }
+        let Some(mut second) = self.beside(job, worker.id, course) else {
+            let answered = answer.await;
+            return (first, answered);
+        };
+        let worker = Arc::clone(&second.worker);
+        let mut other = Box::pin(attempt::attempt(&worker, job, second.number));
+        let (is_first, answered) = tokio::select! {
+            answered = answer.as_mut() => (true, answered),
+            answered = other.as_mut() => (false, answered),
+        };
+        match answered {
+            Err(Failed::Elsewhere { failure, shown }) => {
+                let fallen = if is_first { &mut first } else { &mut second };
+                course.failed(&fallen.worker, failure, shown);
+                fallen.place.ended(End::Failed(failure));
+                if is_first {
+                    drop(first);
+                    (second, other.await)
+                } else {
+                    drop(second);
+                    (first, answer.await)
+                }
+            }
+            answered => (if is_first { first } else { second }, answered),
+        }
+    }
+
+    /// A place for a second attempt, at another worker than `worker` and at once, or none.
+    fn beside<F: FnMut(Step<'_>)>(&self, job: &Job<'_>, worker: WorkerId, course: &mut Course<F>) -> Option<Leg> {
+        let (place, verdict) = self.driver.arrive(|id| request(id, job, &self.driver, Some(worker)));
+        let Waiting::Said(Verdict::Sent(sent)) = verdict else { return None };
+        let worker = self.workers.get(sent.worker)?;
+        if !self.budget.lock().spend(Instant::now()) {
+            return None;
+        }
+        self.registry.retried(attempt::HEDGE);
+        let number = course.sent(&worker, Duration::ZERO);
+        Some(Leg { place, worker, sent, number })
     }
 
     /// Writes the gauges that describe pools and workers; called when someone reads the metrics.
@@ -245,7 +369,8 @@ fn route(asked: &Asked) -> RouteId {
     })
 }
 
-fn request(id: forebay_scheduler::RequestId, job: &Job<'_>, driver: &Driver) -> Request {
+/// `beside`: the worker that tries it already.
+fn request(id: forebay_scheduler::RequestId, job: &Job<'_>, driver: &Driver, beside: Option<WorkerId>) -> Request {
     let max_output = job.asked.max_output();
     Request {
         id,
@@ -260,5 +385,6 @@ fn request(id: forebay_scheduler::RequestId, job: &Job<'_>, driver: &Driver) -> 
         sequences: job.asked.choices().max(1),
         body_bytes: u32::try_from(job.body.len()).unwrap_or(u32::MAX),
         streamed: job.streamed(),
+        beside,
     }
 }

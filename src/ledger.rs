@@ -71,6 +71,7 @@ impl Ledger {
             arrived: Instant::now(),
             counted: None,
             first: None,
+            failed: Vec::new(),
             row: Box::new(Row::new(name, api, SystemTime::now())),
             trace: None,
         })
@@ -86,6 +87,8 @@ pub struct Entry {
     /// When its prompt was counted, which is when it began to wait for a worker.
     counted: Option<Instant>,
     first: Option<Instant>,
+    /// Attempts that brought nothing, and why.
+    failed: Vec<(Arc<str>, &'static str)>,
     row: Box<Row>,
     /// Handed over at the end.
     trace: Option<Box<Trace>>,
@@ -143,13 +146,25 @@ impl Entry {
         self.row.attempts += 1;
     }
 
+    /// Notes that the attempt at this worker brought nothing, for a reason in a word.
+    pub fn failed(&mut self, worker: &Arc<str>, reason: &'static str) {
+        self.failed.push((Arc::clone(worker), reason));
+    }
+
+    /// The attempts that brought nothing, in order.
+    #[must_use]
+    pub fn failures(&self) -> &[(Arc<str>, &'static str)] {
+        &self.failed
+    }
+
     pub fn streaming(&mut self, stream: bool) {
         self.row.stream = stream;
     }
 
-    /// The answer's first event or byte is here, and with it the client's status line: 200. The worker was expected to
-    /// have so many of the prompt's tokens in its cache.
-    pub fn first_byte(&mut self, matched_tokens: u32) {
+    /// The answer's first event or byte is here, and with it the client's status line: 200. The worker it comes from was
+    /// expected to have so many of the prompt's tokens in its cache.
+    pub fn first_byte(&mut self, worker: &Arc<str>, matched_tokens: u32) {
+        self.row.worker = Some(Arc::clone(worker));
         self.row.status = 200;
         self.row.matched_tokens = Some(matched_tokens);
         let now = Instant::now();

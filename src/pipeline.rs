@@ -1,5 +1,8 @@
 //! One request's way through the rooms, in order: route, count, place; then its answer's way back ([`relay`]).
 //!
+//! Until something is said to the client, another model may be asked for the one that is in trouble: it is counted and
+//! placed anew.
+//!
 //! Nothing is released by hand: the entry of the ledger and the place at the worker move into the answer's body and
 //! end when it is dropped, whether at its last byte or because the client left.
 
@@ -9,15 +12,17 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use forebay_backends::engines::Api;
-use forebay_scheduler::Class;
+use forebay_scheduler::{Class, Failure, Refusal};
 use http::HeaderMap;
 use tokio::time::Instant;
 use tracing::Instrument;
 
-use crate::dispatch::{self, Dispatch, Job, Opened};
+use crate::config::Trouble;
+use crate::dispatch::{self, Dispatch, Job, Opened, Step};
 use crate::ledger::Entry;
 use crate::prepare::{self, Asked, Prepare};
-use crate::routing::{Route, Routing, UnknownModel};
+use crate::routing::{Model, Route, Routing, UnknownModel};
+use crate::telemetry::Registry;
 
 /// A request as its room of arrival understood it.
 #[derive(Debug)]
@@ -52,27 +57,48 @@ pub struct Pipeline {
     pub routing: Arc<Routing>,
     pub prepare: Arc<Prepare>,
     pub dispatch: Arc<Dispatch>,
+    pub registry: Registry,
 }
 
 impl Pipeline {
-    /// Brings a request to a worker and waits for the first event or byte of its answer.
+    /// Brings a request to a worker and waits for the first event or byte of its answer. Where its model is in trouble,
+    /// the models that are configured to answer for it are asked in turn.
     ///
     /// # Errors
-    /// Nothing has been said to the client yet, and nothing is held any more.
+    /// Nothing has been said to the client yet, and nothing is held any more. The last model's where several were asked.
     pub async fn open(&self, entry: &mut Entry, call: Call) -> Result<(Route, Opened), Error> {
+        let mut route = self.routing.route(&call.asked.model().name)?;
         let Call { asked, body, api, class, deadline, headers } = call;
-        let route = self.routing.route(&asked.model().name)?;
-        let model = &route.model;
-        entry.routed(&model.name, &model.metrics);
         let asked = Arc::new(asked);
+        let call = Given { asked: &asked, body, api, class, deadline, headers };
+        loop {
+            let error = match self.at(entry, &call, &route.model).await {
+                Ok(opened) => return Ok((route, opened)),
+                Err(error) => error,
+            };
+            let Some((reason, next)) =
+                error.trouble().and_then(|(reason, trouble)| Some((reason, self.routing.fall_back(&route, trouble)?)))
+            else {
+                return Err(error);
+            };
+            tracing::info!(from = &*route.model.name, to = &*next.model.name, reason, "another model is asked");
+            self.registry.failed_over(reason);
+            route = next;
+        }
+    }
+
+    /// Brings it to a worker of this model.
+    async fn at(&self, entry: &mut Entry, call: &Given<'_>, model: &Arc<Model>) -> Result<Opened, Error> {
+        let Given { asked, body, api, class, deadline, headers } = call;
+        entry.routed(&model.name, &model.metrics);
         let prompt = {
-            let counting = std::pin::pin!(self.prepare.prompt(model, &asked, &body));
+            let counting = std::pin::pin!(self.prepare.prompt(model, asked, body));
             let counting = counting.instrument(tracing::debug_span!("prepare"));
-            match deadline {
+            match *deadline {
                 Some(deadline) => match tokio::time::timeout_at(deadline, counting).await {
                     Ok(prompt) => prompt?,
                     Err(_) => {
-                        self.dispatch.too_late(entry.name().clone(), model.pool, class);
+                        self.dispatch.too_late(entry.name().clone(), model.pool, *class);
                         return Err(Error::Deadline);
                     }
                 },
@@ -80,13 +106,69 @@ impl Pipeline {
             }
         };
         entry.prompt(prompt.tokens, prompt.exact);
-        let name = entry.name().clone();
-        let trace = entry.trace_parent();
-        let prepare = &*self.prepare;
-        let job = Job { name, trace, model, prepare, class, deadline, prompt, asked: &asked, body, api, headers };
-        let opened =
-            self.dispatch.open(job, |worker, queued| entry.sent(&worker.name, worker.engine(), queued)).await?;
-        entry.first_byte(opened.matched_tokens);
-        Ok((route, opened))
+        let job = Job {
+            name: entry.name().clone(),
+            trace: entry.trace_parent(),
+            attempted: entry.row().attempts,
+            model,
+            prepare: &self.prepare,
+            class: *class,
+            deadline: *deadline,
+            prompt,
+            asked,
+            body: body.clone(),
+            api: *api,
+            headers: headers.clone(),
+        };
+        let opened = self.dispatch.open(job, |step| match step {
+            Step::Sent { worker, queued } => entry.sent(&worker.name, worker.engine(), queued),
+            Step::Failed { worker, reason } => entry.failed(&worker.name, reason),
+        });
+        let opened = opened.await?;
+        entry.first_byte(&opened.worker.name, opened.matched_tokens);
+        Ok(opened)
+    }
+}
+
+/// What every model that is asked is given.
+struct Given<'a> {
+    asked: &'a Arc<Asked>,
+    body: Bytes,
+    api: Api,
+    class: Class,
+    deadline: Option<Instant>,
+    headers: HeaderMap,
+}
+
+impl Error {
+    /// The trouble it is for the model, if another may do better, and its name.
+    fn trouble(&self) -> Option<(&'static str, Trouble)> {
+        let trouble = match self {
+            Self::Prepare(prepare::Error::TooLong { .. }) => Trouble::ContextLength,
+            Self::Dispatch(dispatch::Error::Engine { status, error, .. }) if status.is_client_error() => {
+                match error.code.as_deref() {
+                    Some("context_length_exceeded") => Trouble::ContextLength,
+                    Some("content_filter" | "content_policy_violation") => Trouble::ContentFilter,
+                    _ => return None,
+                }
+            }
+            Self::Dispatch(dispatch::Error::Engine { .. }) => Trouble::Error,
+            Self::Dispatch(dispatch::Error::Refused { reason, .. }) => match reason {
+                Refusal::TooLarge => Trouble::ContextLength,
+                Refusal::DeadlineInfeasible | Refusal::DeadlineTooShort => Trouble::Deadline,
+                Refusal::DeadlinePassed => return None,
+                Refusal::AttemptsExhausted { last } if last.left_alone().is_none() && *last != Failure::Connect => {
+                    Trouble::Error
+                }
+                Refusal::AttemptsExhausted { .. }
+                | Refusal::QueueFull
+                | Refusal::TimedOut
+                | Refusal::NoWorker
+                | Refusal::Busy { .. }
+                | Refusal::PoolUnknown => Trouble::Unavailable,
+            },
+            Self::Route(_) | Self::Prepare(_) | Self::Deadline => return None,
+        };
+        Trouble::ALL.into_iter().find(|(_, known)| *known == trouble)
     }
 }

@@ -1,4 +1,5 @@
-//! Which model answers: what a name means among the configured ones ([`names`]).
+//! Which model answers: what a name means among the configured ones ([`names`]), and the models that answer for one that
+//! cannot.
 //!
 //! A [`Route`] proves that the name is one we serve. The table is a snapshot, swapped whole when configuration or
 //! what the workers say about themselves changes; a request keeps the snapshot's model it began with.
@@ -8,12 +9,14 @@
 mod names;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use forebay_backends::transport::Channel;
 use forebay_scheduler::PoolId;
 use forebay_tokens::Tokenizer;
 
+use crate::config::{Fallback, Trouble};
 use crate::telemetry::ModelMetrics;
 
 /// How prompts of a model are counted.
@@ -48,6 +51,10 @@ pub struct Model {
     pub max_model_len: Option<u32>,
     /// Tokens in one KV block at the workers, the unit of prefix hashes.
     pub block_tokens: u32,
+    /// How long an attempt may be silent before another is made beside it.
+    pub hedge_after: Option<Duration>,
+    /// Who answers when it cannot.
+    pub fallbacks: Vec<Fallback>,
     pub metrics: Arc<ModelMetrics>,
     /// Unix seconds at which this gateway began to serve the model.
     pub created: u64,
@@ -56,7 +63,18 @@ pub struct Model {
 /// A request's model, found by name.
 #[derive(Clone)]
 pub struct Route {
+    /// Who is to answer.
     pub model: Arc<Model>,
+    /// Who was asked for.
+    asked: Arc<Model>,
+    /// How many of its fallbacks were looked at.
+    passed: usize,
+}
+
+impl Route {
+    fn new(model: &Arc<Model>) -> Self {
+        Self { model: Arc::clone(model), asked: Arc::clone(model), passed: 0 }
+    }
 }
 
 impl Model {
@@ -101,9 +119,20 @@ impl Routing {
     pub fn route(&self, name: &str) -> Result<Route, UnknownModel> {
         let table = self.table.load();
         match table.names.find(name).and_then(|number| table.models.get(number)) {
-            Some(model) => Ok(Route { model: Arc::clone(model) }),
+            Some(model) => Ok(Route::new(model)),
             None => Err(UnknownModel { name: name.to_owned() }),
         }
+    }
+
+    /// The route to the next model that answers for the one asked for, when that is in trouble. Each is asked once.
+    #[must_use]
+    pub fn fall_back(&self, route: &Route, trouble: Trouble) -> Option<Route> {
+        let table = self.table.load();
+        let fallbacks = route.asked.fallbacks.iter().enumerate().skip(route.passed);
+        fallbacks.filter(|(_, fallback)| fallback.on.contains(&trouble)).find_map(|(at, fallback)| {
+            let model = Arc::clone(table.models.get(table.names.find(&fallback.to)?)?);
+            Some(Route { model, asked: Arc::clone(&route.asked), passed: at + 1 })
+        })
     }
 
     /// The route of a request that names no model: the only one there is.
@@ -112,7 +141,7 @@ impl Routing {
     /// [`UnknownModel`] when there is none or a choice.
     pub fn only(&self) -> Result<Route, UnknownModel> {
         match self.table.load().models.as_slice() {
-            [model] => Ok(Route { model: Arc::clone(model) }),
+            [model] => Ok(Route::new(model)),
             _ => Err(UnknownModel { name: String::new() }),
         }
     }

@@ -56,6 +56,16 @@ pub struct Choice {
     pub finished: bool,
 }
 
+/// The model that an answer, or an event of one, says it comes from.
+#[must_use]
+pub fn model(json: &[u8]) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Named {
+        model: Option<String>,
+    }
+    serde_json::from_slice::<Named>(json).ok()?.model
+}
+
 /// Reads the data of one event.
 #[must_use]
 pub fn read(data: &[u8]) -> Chunk {

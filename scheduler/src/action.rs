@@ -73,6 +73,12 @@ pub enum Refusal {
         #[source]
         last: Failure,
     },
+    /// Every worker that could take it asked to be left alone for longer than it may wait.
+    #[error("every worker asked to be left alone")]
+    Busy {
+        /// For so long.
+        wait: Duration,
+    },
     /// There is no such pool.
     #[error("no such pool")]
     PoolUnknown,

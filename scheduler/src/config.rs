@@ -54,9 +54,10 @@ pub struct Config {
     pub gpu_lease: Duration,
     /// How long it is believed that others use a GPU when our own work hides whether they still do (15 s).
     pub foreign_lease: Duration,
-    /// How long an overloaded worker is left alone when it names no time (1 s).
+    /// How long an overloaded worker is left alone when it names no time (1 s); twice as long each time it says so again
+    /// and nothing worked in between, and up to a quarter longer by chance.
     pub busy_lease: Duration,
-    /// The longest it may ask for (30 s).
+    /// The longest of these (4 s: what was full has room again sooner, most often).
     pub busy_lease_max: Duration,
     /// Time to the second probe of a worker that is not up; doubles from there (500 ms).
     pub probe_first: Duration,
@@ -84,6 +85,8 @@ pub struct Breaker {
     pub volume_min: f64,
     /// Share of failures at which it opens (0.5).
     pub failure_share: f64,
+    /// The same with answers that it cannot serve now among them (0.9: a full engine gives many, and works).
+    pub unavailable_share: f64,
     /// First time it stays open; doubles with each failed trial (5 s).
     pub open_first: Duration,
     /// Longest time it stays open (60 s).
@@ -115,7 +118,7 @@ impl Default for Config {
             gpu_lease: Duration::from_secs(5),
             foreign_lease: Duration::from_secs(15),
             busy_lease: Duration::from_secs(1),
-            busy_lease_max: Duration::from_secs(30),
+            busy_lease_max: Duration::from_secs(4),
             probe_first: Duration::from_millis(500),
             probe_max: Duration::from_secs(5),
             breaker: Breaker::default(),
@@ -133,6 +136,7 @@ impl Default for Breaker {
             half_life: Duration::from_secs(10),
             volume_min: 5.0,
             failure_share: 0.5,
+            unavailable_share: 0.9,
             open_first: Duration::from_secs(5),
             open_max: Duration::from_secs(60),
         }

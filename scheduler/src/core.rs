@@ -66,10 +66,10 @@ pub(crate) struct Entry {
     place: Place,
     timer: Option<Tick>,
     attempts: u32,
-    /// Workers that failed it; overload does not count.
+    /// Workers that failed it, and get it no more.
     failed_on: SmallVec<[WorkerId; 3]>,
-    /// Workers that were too full for it: tried again only when no other may take it.
-    full: SmallVec<[WorkerId; 3]>,
+    /// Workers that were too full for it, or answered it with an error once: tried again only when no other may take it.
+    avoided: SmallVec<[WorkerId; 3]>,
     last: Option<Failure>,
     /// Output tokens its tenant was charged for.
     charged: u32,

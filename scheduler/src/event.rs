@@ -60,6 +60,9 @@ pub struct Request {
     /// Whether the answer is streamed, so that `FirstToken` marks the end of the prefill. For an answer that comes
     /// whole the first byte is also the last, and says nothing about the prefill.
     pub streamed: bool,
+    /// The worker that works on the same already: this is a second try beside it, made elsewhere and at once, where
+    /// there is room and nobody waits, or not at all.
+    pub beside: Option<WorkerId>,
 }
 
 /// How a pool's workers are chosen.
@@ -208,18 +211,48 @@ pub enum Failure {
     /// The engine reported an error of its own.
     #[error("the worker reported an internal error")]
     Status5xx,
-    /// The engine is full (429, or 503 that says so): load, not illness.
+    /// The engine is full (429): load, not illness.
     #[error("the worker is overloaded")]
     Overloaded {
+        /// How long it asked to be left alone.
+        retry_after: Option<Duration>,
+    },
+    /// The engine cannot serve now (503, 529): mostly load, illness where it says nothing else.
+    #[error("the worker cannot serve now")]
+    Unavailable {
         /// How long it asked to be left alone.
         retry_after: Option<Duration>,
     },
     /// The answer was not in the engine's protocol.
     #[error("the worker answered with bytes that are not its protocol")]
     Malformed,
+    /// It does not accept the gateway's key.
+    #[error("the worker does not accept the gateway's key")]
+    Denied,
+    /// The answer names another model than the worker was taken to serve.
+    #[error("the worker answered as another model")]
+    OtherModel,
     /// The engine cannot do what is asked; nothing is wrong with the worker, and it counts as no attempt.
     #[error("the worker's engine cannot do what is asked")]
     Unsupported,
+}
+
+impl Failure {
+    /// Of a worker that is to be left alone: how long it asked for, where it did.
+    #[must_use]
+    pub fn left_alone(self) -> Option<Option<Duration>> {
+        match self {
+            Self::Overloaded { retry_after } | Self::Unavailable { retry_after } => Some(retry_after),
+            Self::Connect
+            | Self::Reset
+            | Self::Timeout
+            | Self::Status5xx
+            | Self::Malformed
+            | Self::Denied
+            | Self::OtherModel
+            | Self::Unsupported => None,
+        }
+    }
 }
 
 /// How the last attempt of a request ended.

@@ -144,6 +144,25 @@ pub(crate) enum Choice {
 }
 
 impl<'a> Scene<'a> {
+    /// Until when everyone who may take a request asked to be left alone, `first` asked first.
+    pub(crate) fn busy_until(&self, first: Slot, failed_on: &[WorkerId]) -> Option<Tick> {
+        let now = self.now;
+        let busy = |worker: &Worker| Some(worker.busy_until).filter(|until| *until > now);
+        busy(self.workers.get(first)?)?;
+        let all = self.pool.workers.iter().filter_map(|slot| self.workers.get(*slot));
+        let able = all.filter(|worker| worker.is_eligible() && !failed_on.contains(&worker.id));
+        able.map(busy).min()?
+    }
+
+    /// Whether a second try of the request may go there beside the first: there is room, and nobody waits for it.
+    pub(crate) fn is_spare(&self, to: &Scored, asked: (&Request, &Plan)) -> bool {
+        self.pool.queue.requests.iter().all(|waiting| *waiting == 0)
+            && self
+                .workers
+                .get(to.slot)
+                .is_some_and(|worker| worker.has_room(self.now, asked, to.uncached_tokens, self.pool, self.config))
+    }
+
     /// Weighs the candidates for a request, into `scored`. `at_head`: it is the head of this worker's lane, and was
     /// believed to match so many tokens there when it was bound (by now the index holds what *it* will bring, too).
     pub(crate) fn choose(

@@ -38,6 +38,8 @@ const STAY_WEIGHT: f64 = 0.05;
 /// Workers whose measured speeds are no further than this from the pool's median count as equally fast: such differences
 /// are noise, and following them sends too much to whoever looked fast of late.
 const ALIKE: f64 = 0.2;
+/// Share of the time that a busy worker is left alone that is random, so that gateways do not come back together.
+const BUSY_JITTER: f64 = 0.25;
 /// Part of a window below which it counts as empty, so that the next prompt is sent whatever its size.
 const EMPTY: f64 = 0.1;
 
@@ -64,6 +66,8 @@ pub(crate) struct Worker {
     pub(crate) draining: bool,
     /// Overloaded by its own account until then.
     pub(crate) busy_until: Tick,
+    /// How often in a row it said so without naming a time.
+    pub(crate) said_busy: u32,
     /// The request by which a half-open worker is tried.
     pub(crate) trial: Option<RequestId>,
     pub(crate) lane: Lane,
@@ -103,6 +107,7 @@ impl Worker {
             latency: Latency::default(),
             draining: false,
             busy_until: Tick::ZERO,
+            said_busy: 0,
             trial: None,
             lane: Lane::default(),
             sent: BTreeSet::new(),
@@ -142,6 +147,21 @@ impl Worker {
     /// Whether it is likely to be eligible soon, so that waiting for it is better than giving up.
     pub(crate) fn is_hopeful(&self) -> bool {
         !self.draining && matches!(self.health.state(), HealthState::Unknown | HealthState::HalfOpen)
+    }
+
+    /// It cannot take more now. `chance` is in 0..1.
+    pub(crate) fn leave_alone(&mut self, now: Tick, asked: Option<Duration>, chance: f64, config: &Config) {
+        let lease = match asked {
+            Some(asked) => asked,
+            // said once, to several requests
+            None if self.busy_until > now => return,
+            None => {
+                let doubled = config.busy_lease.saturating_mul(1 << self.said_busy.min(16));
+                self.said_busy = self.said_busy.saturating_add(1);
+                doubled.min(config.busy_lease_max).mul_f64(1.0 + BUSY_JITTER * chance)
+            }
+        };
+        self.busy_until = self.busy_until.max(now.after(lease));
     }
 
     /// Whether the prompt and one token of output fit in its KV cache at all.

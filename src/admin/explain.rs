@@ -58,6 +58,7 @@ fn refusal(reason: forebay_scheduler::Refusal, retry_after: Option<Duration>) ->
         Reason::TimedOut => "timed_out",
         Reason::NoWorker => "no_worker",
         Reason::AttemptsExhausted { .. } => "attempts_exhausted",
+        Reason::Busy { .. } => "busy",
         Reason::PoolUnknown => "pool_unknown",
         Reason::TooLarge => "too_large",
     };

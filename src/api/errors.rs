@@ -19,6 +19,8 @@ use crate::{dispatch, pipeline, prepare};
 /// Official SDKs retry 5xx and 429 by themselves; this header says when they should not.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
+const BUSY: &str = "Every worker of this model is at its limit.";
+
 /// Of a request whose client named a deadline.
 const DEADLINE_PASSED: &str = "The request's deadline passed before a worker began to answer.";
 
@@ -296,6 +298,7 @@ fn shown_refusal(reason: &Refusal, retry_after: Option<Duration>) -> Shown {
         Refusal::NoWorker | Refusal::PoolUnknown => {
             unavailable("no_worker", retry_after, "No worker serves this model at the moment. Please retry later.")
         }
+        Refusal::Busy { .. } => unavailable("server_is_overloaded", retry_after, BUSY),
         Refusal::TimedOut => late(retry_after, "The request waited too long for a worker. Please retry later."),
         Refusal::DeadlinePassed => late(retry_after, DEADLINE_PASSED),
         Refusal::DeadlineInfeasible => late(
@@ -313,8 +316,8 @@ fn shown_refusal(reason: &Refusal, retry_after: Option<Duration>) -> Shown {
             bad_request(StatusCode::BAD_REQUEST, Some("context_length_exceeded"), Some("messages"), message)
         }
         Refusal::AttemptsExhausted { last } => match last {
-            Failure::Overloaded { .. } => {
-                unavailable("server_is_overloaded", retry_after, "Every worker of this model is at its limit.")
+            Failure::Overloaded { .. } | Failure::Unavailable { .. } => {
+                unavailable("server_is_overloaded", retry_after, BUSY)
             }
             Failure::Connect => {
                 unavailable("no_worker", retry_after, "No worker of this model can be reached. Please retry later.")

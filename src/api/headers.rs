@@ -1,5 +1,6 @@
 //! Forebay's own request and response headers, and what of a client's headers an engine gets to see.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use forebay_proto::trace_context::TraceParent;
@@ -20,6 +21,8 @@ const WORKER: HeaderName = HeaderName::from_static("x-forebay-worker");
 const MODEL: HeaderName = HeaderName::from_static("x-forebay-model");
 const QUEUE_MS: HeaderName = HeaderName::from_static("x-forebay-queue-ms");
 const PREDICTED_WAIT_MS: HeaderName = HeaderName::from_static("x-forebay-predicted-wait-ms");
+
+const ATTEMPTS: HeaderName = HeaderName::from_static("x-forebay-attempts");
 
 /// Fields of an answer's head, the HTTP library's own among them.
 pub(super) const ANSWER_FIELDS: usize = 10;
@@ -101,6 +104,14 @@ pub(super) fn describe<B>(response: &mut Response<B>, route: &Route, opened: &Op
     }
     headers.insert(QUEUE_MS, whole_milliseconds(opened.queued));
     headers.insert(PREDICTED_WAIT_MS, whole_milliseconds(opened.predicted_wait));
+}
+
+/// Lists the attempts that brought nothing, where there were any: `gpu-a=timeout, gpu-b=status`.
+pub(super) fn attempts<B>(response: &mut Response<B>, failures: &[(Arc<str>, &'static str)]) {
+    let listed: Vec<String> = failures.iter().map(|(worker, reason)| format!("{worker}={reason}")).collect();
+    if let (false, Ok(value)) = (listed.is_empty(), HeaderValue::try_from(listed.join(", ").into_bytes())) {
+        response.headers_mut().insert(ATTEMPTS, value);
+    }
 }
 
 fn whole_milliseconds(duration: Duration) -> HeaderValue {

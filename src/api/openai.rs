@@ -75,7 +75,9 @@ async fn serve(api: &Api, request: Request, kind: Kind) -> Response {
         Ok(open) => open.respond(api, entry, &name),
         Err(error) => {
             entry.end(error.outcome(), error.status());
-            error.respond(&name)
+            let mut response = error.respond(&name);
+            headers::attempts(&mut response, entry.failures());
+            response
         }
     }
 }
@@ -107,6 +109,7 @@ impl Open {
         response.headers_mut().reserve(headers::ANSWER_FIELDS);
         headers::identify(&mut response, name);
         headers::describe(&mut response, &self.route, &self.opened);
+        headers::attempts(&mut response, entry.failures());
         let place = self.opened.place;
         let closing = api.closing.clone();
         match self.opened.reply {

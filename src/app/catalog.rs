@@ -187,6 +187,8 @@ impl State {
             counting,
             max_model_len: model.max_model_len.map(Into::into).or_else(|| known.max_model_len()),
             block_tokens: known.block_tokens,
+            hedge_after: model.hedge_after,
+            fallbacks: model.fallbacks.clone(),
             metrics: Arc::clone(&known.metrics),
             created: known.created,
         }
@@ -253,6 +255,7 @@ fn pool(model: &config::Model, known: &Known) -> anyhow::Result<PoolSpec> {
             kv_events: worker.kv_events.clone(),
             gpus: worker.gpus.clone(),
             first_byte: model.first_byte_timeout,
+            first_token: model.first_token_timeout.unwrap_or(model.first_byte_timeout),
             idle: model.idle_timeout,
         })
     });

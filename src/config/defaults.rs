@@ -63,6 +63,9 @@ pub(super) const ATTEMPTS_LIMIT: u32 = 16;
 /// its first byte when it is complete.
 pub(super) const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(600);
 
+/// Ten minutes: no attempt is waited for so long.
+pub(super) const HEDGE_AFTER_LIMIT: u32 = 600_000;
+
 /// Far more than any step of an engine takes, also while it prefills others' long prompts between two tokens.
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 

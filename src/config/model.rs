@@ -1,7 +1,8 @@
-//! `[[model]]` and `[[model.worker]]`.
+//! `[[model]]`, `[[model.worker]]` and `[[model.fallback]]`.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::time::Duration;
 
 use forebay_backends::signals::kv_events::KvSource;
 use forebay_backends::transport::zmtp;
@@ -11,7 +12,7 @@ use url::Url;
 use super::log::{At, Log};
 use super::mistake::quoted;
 use super::tree::{Found, Raw, Refusal, Section};
-use super::{Model, Name, Node, Reader, Worker, defaults, node, secret, tokenizer};
+use super::{Fallback, Model, Name, Node, Reader, Trouble, Worker, defaults, node, secret, tokenizer};
 
 /// Names that stand already, and where.
 #[derive(Default)]
@@ -57,10 +58,21 @@ impl Taken {
 /// Every model that could be read; what could not is in the log.
 pub(super) fn read_all(root: &mut Section<'_>, reader: &Reader, nodes: &[Node], body_bytes_max: usize) -> Vec<Model> {
     let (mut owned, mut worker_names) = (Owned::default(), Taken::default());
+    let mut targets = Vec::new();
+    let log = root.log;
     let sections = root.tables("model", "model").into_iter();
-    sections
-        .filter_map(|section| read(section, (reader, nodes), body_bytes_max, &mut owned, &mut worker_names))
-        .collect()
+    let models = sections
+        .filter_map(|section| {
+            read(section, (reader, nodes), body_bytes_max, &mut owned, &mut worker_names, &mut targets)
+        })
+        .collect();
+    let names = &owned.names.0;
+    for target in targets.iter().filter(|target| !names.contains_key(&target.value)) {
+        let known: Vec<&str> = names.keys().map(Name::as_str).collect();
+        let remedy = format!("must be a model of this file: {}", known.join(", "));
+        log.refuse_absence(&target.at, quoted(&target.value), remedy);
+    }
+    models
 }
 
 fn read(
@@ -69,6 +81,7 @@ fn read(
     body_bytes_max: usize,
     owned: &mut Owned,
     worker_names: &mut Taken,
+    targets: &mut Vec<Found<Name>>,
 ) -> Option<Model> {
     let log = section.log;
     let own_name = section.required("name", "write the name that clients ask for", model_name);
@@ -93,8 +106,14 @@ fn read(
     let worker_grace = section.seconds("worker_grace_seconds", 0, defaults::WORKER_GRACE);
     let attempts_max = section.count("attempts_max", defaults::ATTEMPTS_LIMIT, defaults::ATTEMPTS_MAX);
     let first_byte_timeout = section.seconds("first_byte_seconds", 1, defaults::FIRST_BYTE_TIMEOUT);
+    let first_token_timeout = section.read("first_token_seconds", |raw| {
+        raw.whole(&(1..=defaults::SECONDS_MAX), "to wait as long as first_byte_seconds says").map(Duration::from_secs)
+    });
+    let hedge_after = section.optional_count("hedge_after_ms", defaults::HEDGE_AFTER_LIMIT, "to never ask twice");
     let idle_timeout = section.seconds("idle_seconds", 1, defaults::IDLE_TIMEOUT);
     let class_shares = class_shares(&mut section);
+    let own_names: Vec<&Name> = own_name.iter().chain(&aliases).map(|found| &found.value).collect();
+    let fallbacks = fallbacks(&mut section, &own_names, targets);
     let workers = workers(&mut section, (reader, nodes), worker_names);
     section.finish(&["overflow"]);
     Some(Model {
@@ -112,9 +131,51 @@ fn read(
         class_shares,
         attempts_max,
         first_byte_timeout,
+        first_token_timeout: first_token_timeout.map(|found| found.value),
+        hedge_after: hedge_after.map(|after| Duration::from_millis(after.get().into())),
         idle_timeout,
+        fallbacks,
         workers,
     })
+}
+
+/// Those of a model with these names; what they lead to goes to `targets`, to be looked for once all models are known.
+fn fallbacks(model: &mut Section<'_>, own_names: &[&Name], targets: &mut Vec<Found<Name>>) -> Vec<Fallback> {
+    let log = model.log;
+    let mut seen: BTreeMap<Name, At> = BTreeMap::new();
+    let mut fallbacks = Vec::new();
+    for mut section in model.tables("fallback", "model.fallback") {
+        let to = section.required("to", "write the name of the model that is to answer", name);
+        let on: Vec<Trouble> = section.list("on", trouble).into_iter().map(|found| found.value).collect();
+        if section.is_empty_list("on") {
+            log.refuse(&section.at("on"), "nothing", format!("must name {}", troubles()));
+        }
+        section.finish(&[]);
+        let Some(to) = to else { continue };
+        if own_names.contains(&&to.value) {
+            log.refuse(&to.at, quoted(&to.value), "must be another model: this one leads back to itself");
+        } else if let Some(first) = seen.get(&to.value) {
+            let remedy = format!("must stand once in a model: {} leads there, too", log.mention(first));
+            log.refuse(&to.at, quoted(&to.value), remedy);
+        } else {
+            seen.insert(to.value.clone(), to.at.clone());
+            let usual = || Trouble::ALL.map(|(_, trouble)| trouble).into_iter();
+            let on = if on.is_empty() { usual().filter(|on| *on != Trouble::ContentFilter).collect() } else { on };
+            fallbacks.push(Fallback { to: to.value.clone(), on });
+            targets.push(to);
+        }
+    }
+    fallbacks
+}
+
+fn trouble(raw: &Raw<'_>) -> Result<Trouble, Refusal> {
+    let text = raw.text()?;
+    let known = Trouble::ALL.iter().find(|(name, _)| *name == text);
+    known.map(|(_, trouble)| *trouble).ok_or_else(|| Refusal::new(format!("must be {}", troubles())))
+}
+
+fn troubles() -> String {
+    format!("one of {} (omit `on` for all but content_filter)", Trouble::ALL.map(|(name, _)| name).join(", "))
 }
 
 /// `[model.classes]`: what each class is sure of.

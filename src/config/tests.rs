@@ -406,6 +406,49 @@ fn one_model_is_the_default_and_names_are_whole() {
 }
 
 #[test]
+fn fallbacks_and_hedges() {
+    let config = reader([])
+        .text(
+            "f.toml",
+            "[[model]]\nname = 'a'\nhedge_after_ms = 250\nfirst_token_seconds = 3\n\
+             fallback = [{ to = 'big', on = ['context_length'] }, { to = 'c' }]\n[[model.worker]]\nurl = 'http://w:1'\n\
+             [[model]]\nname = 'b'\naliases = ['big']\n[[model.fallback]]\nto = 'a'\n[[model.worker]]\nurl = 'http://w:2'\n\
+             [[model]]\nname = 'c'\n[[model.worker]]\nurl = 'http://w:3'\n",
+        )
+        .unwrap();
+    let [a, b, c] = &config.models[..] else { panic!("{config:?}") };
+    let name = |text: &str| Name::new(text).unwrap();
+    let usual = vec![Trouble::ContextLength, Trouble::Unavailable, Trouble::Error, Trouble::Deadline];
+    let [first, second] = &a.fallbacks[..] else { panic!("{a:?}") };
+    assert_eq!(*first, Fallback { to: name("big"), on: vec![Trouble::ContextLength] });
+    assert_eq!(*second, Fallback { to: name("c"), on: usual });
+    assert_eq!(
+        (a.hedge_after, a.first_token_timeout),
+        (Some(Duration::from_millis(250)), Some(Duration::from_secs(3)))
+    );
+    assert_eq!((b.fallbacks.len(), b.hedge_after, c.fallbacks.len()), (1, None, 0));
+
+    let one_of =
+        "one of context_length, unavailable, error, deadline, content_filter (omit `on` for all but content_filter)";
+    check(
+        "[[model]]\nname = 'a'\naliases = ['x']\nhedge_after_ms = 0\n\
+         [[model.fallback]]\nto = 'x'\n[[model.fallback]]\nto = 'nobody'\non = ['errors']\n[[model.fallback]]\non = []\n\
+         [[model.fallback]]\nto = 'b'\nmodel = 'b'\n[[model.fallback]]\nto = 'b'\n[[model.worker]]\nurl = 'http://w:1'\n\
+         [[model]]\nname = 'b'\n[[model.worker]]\nurl = 'http://w:2'\n",
+        &[
+            "f.toml:4:18: model[0].hedge_after_ms is 0: must be at least 1 (omit the key to never ask twice)",
+            "f.toml:6:6: model[0].fallback[0].to is \"x\": must be another model: this one leads back to itself",
+            "f.toml:8:6: model[0].fallback[1].to is \"nobody\": must be a model of this file: a, b, x",
+            &format!("f.toml:9:7: model[0].fallback[1].on[0] is \"errors\": must be {one_of}"),
+            "f.toml:10:1: model[0].fallback[2].to is missing: write the name of the model that is to answer",
+            &format!("f.toml:10:1: model[0].fallback[2].on is nothing: must name {one_of}"),
+            "f.toml:14:1: model[0].fallback[3].model is not a known key: known here: to, on",
+            "f.toml:16:6: model[0].fallback[4].to is \"b\": must stand once in a model: `model[0].fallback[3].to` (f.toml:13:6) leads there, too",
+        ],
+    );
+}
+
+#[test]
 fn names_are_unique() {
     check(
         "[[model]]\nname = 'a'\naliases = ['b', 'b']\n[[model.worker]]\nurl = 'http://w:1'\n\

@@ -79,7 +79,7 @@ impl Raw<'_> {
     }
 
     /// `omit` says what the key's absence means.
-    fn whole(&self, range: &RangeInclusive<u64>, omit: &str) -> Result<u64, Refusal> {
+    pub(super) fn whole(&self, range: &RangeInclusive<u64>, omit: &str) -> Result<u64, Refusal> {
         let parsed = match self {
             Raw::Toml(value, _) => whole_of(value),
             Raw::Text(text) => DeValue::parse(text.trim()).ok().and_then(|value| whole_of(value.get_ref())),
@@ -301,6 +301,11 @@ impl<'a> Section<'a> {
     /// The section itself.
     pub(super) fn here(&self) -> At {
         At::offset(self.path.clone(), self.span.start)
+    }
+
+    /// Whether a list stands there with nothing in it.
+    pub(super) fn is_empty_list(&self, key: &str) -> bool {
+        self.table.get(key).and_then(|value| value.get_ref().as_array()).is_some_and(|items| items.is_empty())
     }
 
     /// A key of this section that does not stand there.

@@ -4,24 +4,26 @@
 //! can still be given. Keep-alive comments are no first event.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use forebay_backends::engines::{self, Answer, Prepared, Unsupported};
 use forebay_backends::transport::{Outgoing, Response};
 use forebay_proto::error::{ApiError, from_engine};
 use forebay_proto::splice::Edits;
-use forebay_proto::sse::{Event, Splitter};
+use forebay_proto::sse::Splitter;
 use forebay_proto::stream::{self, Chunk};
 use forebay_proto::trace_context::TraceParent;
 use forebay_scheduler::Failure;
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, RETRY_AFTER};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use tracing::Instrument;
 
 use super::workers::Identity;
 use super::{Error, Job, Reply, Streamed, Whole, Worker};
 use crate::ids::RequestName;
+#[cfg(doc)]
 use crate::telemetry::metrics::RETRY_REASONS;
 
 /// How much of a whole answer is held back, so that one that breaks off can be had elsewhere.
@@ -31,12 +33,19 @@ const INLINE_BODY_BYTES_MAX: usize = 32 << 10;
 /// A reused connection that breaks so soon was closed as idle while the request was under way: a round trip, on a busy
 /// machine.
 const CLOSED_AS_IDLE: Duration = Duration::from_millis(500);
+/// Whole answers up to this length are read for the model they name: some 100 µs of JSON.
+const NAMED_BYTES_MAX: u64 = 64 << 10;
 /// An engine's error answer is read up to here.
 const ERROR_BYTES_MAX: usize = 64 << 10;
 /// Longest stream event: a chunk with the log probabilities of many tokens is some 100 KiB.
 const EVENT_BYTES_MAX: usize = 8 << 20;
 /// The longest time to stay away that an engine may ask of a client.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
+/// "Not now": 503, and 529 as Anthropic's API says it.
+const UNAVAILABLE: [u16; 2] = [503, 529];
+/// Events in a row that cannot be read before a stream that has not begun counts as garbage.
+const MALFORMED_IN_A_ROW_MAX: u32 = 8;
+const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Fields of a request to an engine that are ours: its name, trace and type, and the transport's three.
 const OWN_FIELDS: usize = 6;
@@ -63,26 +72,33 @@ impl From<forebay_backends::Error> for Failed {
     }
 }
 
-/// The metric's name for a failure, as an index into [`RETRY_REASONS`].
-pub(super) fn reason(failure: Failure) -> usize {
-    let name = match failure {
+/// Why a second attempt is made beside a first that is slow, as [`RETRY_REASONS`] names it.
+pub(super) const HEDGE: &str = "hedge";
+
+/// A failure in a word of [`RETRY_REASONS`].
+pub(super) fn reason(failure: Failure) -> &'static str {
+    match failure {
         Failure::Connect => "connect",
         Failure::Reset => "reset",
         Failure::Timeout => "timeout",
         Failure::Status5xx => "status",
-        Failure::Overloaded { .. } => "overloaded",
+        Failure::Overloaded { .. } | Failure::Unavailable { .. } => "overloaded",
         Failure::Malformed => "malformed",
+        Failure::Denied => "denied",
+        Failure::OtherModel => "other_model",
         Failure::Unsupported => "unsupported",
-    };
-    RETRY_REASONS.iter().position(|reason| *reason == name).unwrap_or(0)
+    }
 }
 
 /// Sends `job` to `worker` and waits for the beginning of its answer.
 pub(super) async fn attempt(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Failed> {
     worker.traffic.note();
+    let limit = if job.streamed() { worker.first_token } else { worker.first_byte };
+    let span = tracing::debug_span!("attempt", worker = &*worker.name, number);
     // Not left to the transport: an engine that sends nothing but keep-alive comments is late, too.
     let opening = std::pin::pin!(open(worker, job, number));
-    tokio::time::timeout(worker.first_byte, opening).await.unwrap_or(Err(Failed::elsewhere(Failure::Timeout)))
+    let opening = tokio::time::timeout(limit, opening.instrument(span));
+    opening.await.unwrap_or(Err(Failed::elsewhere(Failure::Timeout)))
 }
 
 async fn open(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Failed> {
@@ -100,11 +116,39 @@ async fn open(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Fail
         return Err(Box::pin(refused(response)).await);
     }
     let Response { status, headers, body } = response;
+    // Translated answers name the model that was asked for.
+    let is_own = translation.is_none();
     let answer = Answer::new(body, translation);
-    if job.streamed() && (answer.is_lines() || is_event_stream(&headers)) {
-        stream(answer).await
+    let reply = if job.streamed() && (answer.is_lines() || is_event_stream(&headers)) {
+        stream(answer).await?
     } else {
-        whole(status, &headers, answer).await
+        whole(status, &headers, answer).await?
+    };
+    if is_own {
+        whose(worker, &reply)?;
+    }
+    Ok(reply)
+}
+
+/// That the beginning of an answer does not name a model that the worker does not have. Long documents are not read.
+fn whose(worker: &Worker, reply: &Reply) -> Result<(), Failed> {
+    let document = match reply {
+        Reply::Stream(streamed) => streamed.first.front().and_then(|event| event.data.clone()),
+        Reply::Whole(Whole { head, rest: None, length: Some(length), .. }) if *length <= NAMED_BYTES_MAX => {
+            Some(match head.len() {
+                1 => head.front().cloned().unwrap_or_default(),
+                _ => head.iter().flatten().copied().collect(),
+            })
+        }
+        Reply::Whole(_) => None,
+    };
+    let (Some(document), Some(identity)) = (document, worker.identity.load_full()) else { return Ok(()) };
+    match stream::model(&document).filter(|model| identity.is_stranger(model)) {
+        Some(model) => {
+            tracing::warn!(worker = &*worker.name, model, expected = identity.model, "answered as another model");
+            Err(Failed::elsewhere(Failure::OtherModel))
+        }
+        None => Ok(()),
     }
 }
 
@@ -174,33 +218,36 @@ fn is_event_stream(headers: &HeaderMap) -> bool {
     content_type.get(..17).is_some_and(|start| start.eq_ignore_ascii_case(b"text/event-stream"))
 }
 
-/// Reads until the first event that carries data.
+/// Reads until the first event that carries data. One that cannot be read is passed over, as long as others can.
 async fn stream(mut body: Answer) -> Result<Reply, Failed> {
     let mut splitter = Splitter::new(EVENT_BYTES_MAX);
+    let mut malformed = 0;
     loop {
         while let Some(event) = splitter.next().map_err(|_| Failed::elsewhere(Failure::Malformed))? {
             if !event.well_formed {
                 return Err(Failed::elsewhere(Failure::Malformed));
             }
-            if event.data.is_some() {
-                return begin(event, splitter, body);
+            let Some(data) = event.data.as_deref() else { continue };
+            match stream::read(data) {
+                Chunk::Delta(_) => {
+                    return Ok(Reply::Stream(Streamed { first: VecDeque::from([event]), splitter, body }));
+                }
+                Chunk::Error { error, status } => {
+                    let status = status.and_then(|status| StatusCode::from_u16(status).ok());
+                    return Err(engine_error(status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR), error, None));
+                }
+                Chunk::Malformed if malformed < MALFORMED_IN_A_ROW_MAX => {
+                    malformed += 1;
+                    tracing::warn!("skipped a stream event that cannot be read");
+                }
+                Chunk::Malformed | Chunk::Done => return Err(Failed::elsewhere(Failure::Malformed)),
             }
         }
         match body.next().await {
             Some(bytes) => splitter.push(bytes?),
+            None if malformed > 0 => return Err(Failed::elsewhere(Failure::Malformed)),
             None => return Err(Failed::elsewhere(Failure::Reset)),
         }
-    }
-}
-
-fn begin(event: Event, splitter: Splitter, body: Answer) -> Result<Reply, Failed> {
-    match event.data.as_deref().map(stream::read) {
-        Some(Chunk::Delta(_)) => Ok(Reply::Stream(Streamed { first: VecDeque::from([event]), splitter, body })),
-        Some(Chunk::Error { error, status }) => {
-            let status = status.and_then(|status| StatusCode::from_u16(status).ok());
-            Err(engine_error(status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR), error, None))
-        }
-        _ => Err(Failed::elsewhere(Failure::Malformed)),
     }
 }
 
@@ -247,19 +294,29 @@ async fn refused(response: Response) -> Failed {
     {
         bytes.extend_from_slice(&piece);
     }
-    let retry_after = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse::<f64>().ok());
-    let retry_after = retry_after.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-    let retry_after = retry_after.map(|wait| wait.min(RETRY_AFTER_MAX));
-    engine_error(status, from_engine(status.as_u16(), &bytes), retry_after)
+    engine_error(status, from_engine(status.as_u16(), &bytes), retry_after(&headers, SystemTime::now()))
+}
+
+/// How long to stay away: milliseconds where they are given, else seconds or until a date.
+fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let text = |name: &HeaderName| headers.get(name)?.to_str().ok().map(str::trim);
+    let number = |text: &str, unit: f64| Duration::try_from_secs_f64(text.parse::<f64>().ok()? * unit).ok();
+    let wait = text(&RETRY_AFTER_MS).and_then(|text| number(text, 1e-3)).or_else(|| {
+        let text = text(&RETRY_AFTER)?;
+        let until = || httpdate::parse_http_date(text).ok();
+        number(text, 1.0).or_else(|| until()?.duration_since(now).ok())
+    });
+    wait.map(|wait| wait.min(RETRY_AFTER_MAX))
 }
 
 fn engine_error(status: StatusCode, error: ApiError, retry_after: Option<Duration>) -> Failed {
     let failure = match status {
-        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => Failure::Overloaded { retry_after },
+        StatusCode::TOO_MANY_REQUESTS => Failure::Overloaded { retry_after },
+        status if UNAVAILABLE.contains(&status.as_u16()) => Failure::Unavailable { retry_after },
         // The engine does not accept the key that this gateway has for it: nothing the client did.
         StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::PROXY_AUTHENTICATION_REQUIRED => {
             tracing::warn!(%status, "a worker does not accept the gateway's key");
-            return Failed::elsewhere(Failure::Status5xx);
+            return Failed::elsewhere(Failure::Denied);
         }
         // vLLM and llama.cpp: not with this model, or not as this server was started.
         StatusCode::NOT_IMPLEMENTED => return unsupported(error.message, error.param),
@@ -273,8 +330,36 @@ fn engine_error(status: StatusCode, error: ApiError, retry_after: Option<Duratio
         _ => return Failed::elsewhere(Failure::Malformed),
     };
     let shown = match failure {
-        Failure::Overloaded { .. } => None,
+        failure if failure.left_alone().is_some() => None,
         _ => Some(Box::new(Error::Engine { status: StatusCode::BAD_GATEWAY, error, retry_after })),
     };
     Failed::Elsewhere { failure, shown }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_long_to_stay_away() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777); // Sun, 06 Nov 1994 08:49:37 GMT
+        for (given, wait) in [
+            (&[("retry-after", "2")][..], Some(2000)),
+            (&[("retry-after", " 0.5 ")], Some(500)),
+            (&[("retry-after", "2"), ("retry-after-ms", "1500")], Some(1500)),
+            (&[("retry-after", "2"), ("retry-after-ms", "soon")], Some(2000)),
+            (&[("retry-after", "Sun, 06 Nov 1994 08:50:00 GMT")], Some(23_000)),
+            (&[("retry-after", "Sun, 06 Nov 1994 08:49:00 GMT")], None),
+            (&[("retry-after", "1e9")], Some(3_600_000)),
+            (&[("retry-after", "-1")], None),
+            (&[("retry-after", "NaN")], None),
+            (&[("retry-after", "never")], None),
+            (&[], None),
+        ] {
+            let headers =
+                given.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)));
+            let found = retry_after(&headers.collect(), now);
+            assert_eq!(found, wait.map(Duration::from_millis), "{given:?}");
+        }
+    }
 }

@@ -200,6 +200,10 @@ pub(super) enum Waiting {
 }
 
 impl Waiting {
+    pub(super) fn is_refusal(&self) -> bool {
+        matches!(self, Self::Said(Verdict::Refused { .. }))
+    }
+
     pub(super) async fn wait(self) -> Verdict {
         match self {
             Self::Said(verdict) => verdict,

@@ -16,11 +16,13 @@ use forebay_scheduler::{Action, Event, PoolId, PoolLimits, WorkerId};
 use http::HeaderValue;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::Dispatch;
+use super::budget::Budget;
 use super::driver::Driver;
 use super::gpus::{Nodes, Tenant};
 use super::kv::KvThread;
@@ -60,6 +62,8 @@ pub struct WorkerSpec {
     /// The GPUs it runs on; empty: found by its port.
     pub gpus: Vec<GpuName>,
     pub first_byte: Duration,
+    /// The same, of an answer that is streamed.
+    pub first_token: Duration,
     pub idle: Duration,
 }
 
@@ -159,7 +163,17 @@ impl Dispatch {
                 acting.act(&action);
             }
         }));
-        Ok((Arc::new(Self { driver, workers, intake, recent: Recent::default(), registry }), facts))
+        Ok((
+            Arc::new(Self {
+                driver,
+                workers,
+                intake,
+                recent: Recent::default(),
+                budget: Mutex::new(Budget::new(Instant::now())),
+                registry,
+            }),
+            facts,
+        ))
     }
 
     /// Makes the core's pools and workers those of `pools`. Workers that stay keep their connections and load.
@@ -233,6 +247,7 @@ impl Intake {
             header: HeaderValue::from_str(&spec.name).unwrap_or_else(|_| HeaderValue::from_static("worker")),
             channel: self.transport.channel(spec.endpoint.clone(), timeouts),
             first_byte: spec.first_byte,
+            first_token: spec.first_token,
             identity: ArcSwapOption::empty(),
             spec: Mutex::new(forebay_scheduler::WorkerSpec {
                 server: Some(xxh3_64(spec.endpoint.to_string().as_bytes())),
@@ -304,7 +319,10 @@ impl Intake {
         };
         let adapter = facts.is_some_and(|facts| facts.parent.is_some()).then(|| served.clone());
         let Detected { engine, openai_routes, .. } = *detected;
-        worker.identity.store(Some(Arc::new(Identity { engine, openai_routes, model: served, adapter })));
+        // Of a server of an unknown kind nothing is known of its answers either.
+        let listed = detected.models.iter().filter(|_| !matches!(engine.mark(), engines::Mark::Any));
+        let names = listed.flat_map(|model| [Some(model.id.clone()), model.root.clone()]).flatten().collect();
+        worker.identity.store(Some(Arc::new(Identity { engine, openai_routes, model: served, adapter, names })));
         self.tell(worker, fact).await;
     }
 

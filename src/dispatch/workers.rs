@@ -28,6 +28,8 @@ pub struct Worker {
     pub channel: Channel,
     /// Longest wait for an answer's first event or byte.
     pub(super) first_byte: std::time::Duration,
+    /// The same, of an answer that is streamed.
+    pub(super) first_token: std::time::Duration,
     pub(super) identity: ArcSwapOption<Identity>,
     /// What the core knows of it; held while the core is told.
     pub(super) spec: Mutex<WorkerSpec>,
@@ -55,6 +57,26 @@ pub(super) struct Identity {
     pub(super) model: String,
     /// The same name, where that is a LoRA adapter's.
     pub(super) adapter: Option<String>,
+    /// All names that it lists of its models, of files and adapters, too; none where any name may stand in its answers.
+    pub(super) names: Vec<String>,
+}
+
+impl Identity {
+    /// Whether an answer that names this model is none of the worker's as it is known: then another engine stands where
+    /// it stood.
+    ///
+    /// Engines answer with the name they were asked by, with the first of several, or with their files'; some add a tag
+    /// or a date.
+    pub(super) fn is_stranger(&self, model: &str) -> bool {
+        let last = |name: &str| name.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_lowercase();
+        let said = last(model);
+        let is = |known: &String| {
+            let known = last(known);
+            said.strip_prefix(&*known).is_some_and(|rest| rest.is_empty() || rest.starts_with(['-', ':', '@', '.']))
+                || known.strip_prefix(&*said).is_some_and(|rest| rest.starts_with(['-', ':', '@', '.']))
+        };
+        !self.names.is_empty() && !said.is_empty() && !self.names.iter().chain([&self.model]).any(is)
+    }
 }
 
 /// All workers and the models' queue gauges, as a snapshot.
@@ -111,4 +133,37 @@ impl Workers {
 
 fn flag(set: bool) -> f64 {
     f64::from(u8::from(set))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strangers() {
+        let names = ["base", "/models/Base-7B.gguf", "sql-lora", "org/Other-Name"].map(str::to_owned).to_vec();
+        let engine = forebay_backends::engines::by_name("vllm").unwrap();
+        let identity = Identity { engine, openai_routes: true, model: "alias".to_owned(), adapter: None, names };
+        for known in [
+            "alias",
+            "ALIAS",
+            "base",
+            "sql-lora",
+            "Base-7B.gguf",
+            "base-7b",
+            "elsewhere/base-7b.gguf",
+            "Other-Name",
+            "org/other-name",
+            "base:latest",
+            "base-2026-01-02",
+            "",
+        ] {
+            assert!(!identity.is_stranger(known), "{known}");
+        }
+        for other in ["other", "baseline", "lora", "m"] {
+            assert!(identity.is_stranger(other), "{other}");
+        }
+        let unlisted = Identity { names: Vec::new(), ..identity };
+        assert!(!unlisted.is_stranger("other"), "nothing to go by");
+    }
 }

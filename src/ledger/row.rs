@@ -79,7 +79,7 @@ pub struct Row {
     pub api: Api,
     /// The configured model; absent when the request named none that exists.
     pub model: Option<Arc<str>>,
-    /// Where it was sent last; absent when it was sent nowhere.
+    /// Where it was answered, else where it was sent last; absent when it was sent nowhere.
     pub worker: Option<Arc<str>>,
     pub stream: bool,
     /// HTTP status; 499 when the client left before it had one.

@@ -36,14 +36,28 @@ const GPU_TEMPERATURE: &str = "forebay_gpu_temperature_celsius";
 const GPU_POWER: &str = "forebay_gpu_power_watts";
 const GPU_THROTTLED: &str = "forebay_gpu_throttled";
 const RETRIES: &str = "forebay_retries_total";
+const FAILOVERS: &str = "forebay_failovers_total";
+const RETRIES_DENIED: &str = "forebay_retries_denied_total";
 const SPANS_DROPPED: &str = "forebay_spans_dropped_total";
 const TASKS: &str = "forebay_tasks";
 
 /// Status codes that answers can have; 499 is "the client left" (nginx's number). Others count as `other`.
 const CODES: [u16; 16] = [200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 499, 500, 501, 502, 503, 504];
 /// Reasons for a retry, as `forebay_retries_total{reason}` names them.
-pub const RETRY_REASONS: [&str; 7] =
-    ["connect", "reset", "timeout", "status", "overloaded", "malformed", "unsupported"];
+pub const RETRY_REASONS: [&str; 10] = [
+    "connect",
+    "reset",
+    "timeout",
+    "status",
+    "overloaded",
+    "malformed",
+    "denied",
+    "other_model",
+    "unsupported",
+    "hedge",
+];
+/// Why another model was asked, as `forebay_failovers_total{reason}` names it.
+pub const FAILOVER_REASONS: [&str; 5] = ["context_length", "unavailable", "error", "deadline", "content_filter"];
 /// Request classes in the order of the scheduler's enum.
 pub const CLASSES: [&str; 3] = ["interactive", "default", "batch"];
 
@@ -88,6 +102,9 @@ pub struct Registry {
     queue_wait: [Histogram; CLASSES.len()],
     retries: [Counter; RETRY_REASONS.len()],
     pub tasks: Gauge,
+    failovers: [Counter; FAILOVER_REASONS.len()],
+    /// What was not tried again since that is a share of the traffic at most.
+    pub retries_denied: Counter,
 }
 
 impl Registry {
@@ -120,6 +137,8 @@ impl Registry {
             queue_wait: CLASSES.map(|class| histogram!(QUEUE_WAIT_SECONDS, "class" => class)),
             retries: RETRY_REASONS.map(|reason| counter!(RETRIES, "reason" => reason)),
             tasks: gauge!(TASKS),
+            failovers: FAILOVER_REASONS.map(|reason| counter!(FAILOVERS, "reason" => reason)),
+            retries_denied: counter!(RETRIES_DENIED),
         })
     }
 
@@ -140,17 +159,27 @@ impl Registry {
         }
     }
 
-    /// Counts one retry; `reason` is an index into [`RETRY_REASONS`].
-    pub fn retried(&self, reason: usize) {
-        if let Some(counter) = self.retries.get(reason) {
-            counter.increment(1);
-        }
+    /// Counts one retry for a reason of [`RETRY_REASONS`].
+    pub fn retried(&self, reason: &str) {
+        count(&RETRY_REASONS, &self.retries, reason);
+    }
+
+    /// Counts a request that another model was asked, for a reason of [`FAILOVER_REASONS`].
+    pub fn failed_over(&self, reason: &str) {
+        count(&FAILOVER_REASONS, &self.failovers, reason);
     }
 }
 
 impl std::fmt::Debug for Registry {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Registry").finish_non_exhaustive()
+    }
+}
+
+fn count(reasons: &[&str], counters: &[Counter], reason: &str) {
+    let known = reasons.iter().position(|known| *known == reason);
+    if let Some(counter) = known.and_then(|index| counters.get(index)) {
+        counter.increment(1);
     }
 }
 
@@ -189,7 +218,12 @@ fn describe() {
     describe_gauge!(GPU_POWER, "power that a GPU draws in watts");
     describe_gauge!(GPU_THROTTLED, "1 while heat or power holds a GPU below its usual speed");
     describe_gauge!(TASKS, "tasks of the runtime: some for the process, its workers and each open connection");
-    describe_counter!(RETRIES, "attempts that failed before the first byte and were placed again, by reason");
+    describe_counter!(RETRIES, "attempts beyond a request's first, by why they were made");
+    describe_counter!(
+        RETRIES_DENIED,
+        "failed attempts that were not made again, so that retries stay a share of the traffic"
+    );
+    describe_counter!(FAILOVERS, "requests that another model was asked, by the trouble of the one before");
 }
 
 /// Spans that no collector got; there is one only where traces are exported.

@@ -252,13 +252,13 @@ fn whole_answers_come_back_unread() {
     let gateway = Gateway::before(&[recorder.address]);
     let chat = r#"{"model":"m","messages":[{"role":"user","content":"hi"}]}"#;
     let answers = [
-        // Vendor extras, odd spacing, numbers, doubled keys, a model's name that nobody asked for.
+        // Vendor extras, odd spacing, numbers, doubled keys, the model's name with a tag.
         (
             CHAT,
             chat,
             concat!(
                 "\n{ \"id\" :\"x\",\"choices\":[{\"message\":{\"content\":\"\\u00e9 é 🦀\",\"vendor\":[1.0]}}],",
-                "\"x\":1E400,\"x\":2,\"model\":\"other\",\"kv_transfer_params\":null,",
+                "\"x\":1E400,\"x\":2,\"model\":\"m:tag\",\"kv_transfer_params\":null,",
                 "\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":1.0,\"extra\":{}}}\r\n ",
             )
             .to_owned(),

@@ -126,7 +126,7 @@ fn every_kind_of_end_is_one_row() {
 
     worker.faults(r#"[{"kind":{"status":{"code":500}}}]"#);
     ask("failed", "/v1/chat/completions", &chat("hello", ""));
-    let row = expect("failed", 502, "failed", 1);
+    let row = expect("failed", 502, "failed", 2);
     assert_eq!((&row["worker"], &row["output_tokens"]), (&"w0".into(), &0.into()), "{row}");
 
     worker.faults(r#"[{"kind":{"cut":{"after":4}}}]"#);

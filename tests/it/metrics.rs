@@ -68,6 +68,8 @@ fn names_and_labels_are_those_that_dashboards_know() {
         ("forebay_breaker_open", &["worker"]),
         ("forebay_retries_total", &["reason"]),
         ("forebay_tasks", &[]),
+        ("forebay_retries_denied_total", &[]),
+        ("forebay_failovers_total", &["reason"]),
     ] {
         let of_it: Vec<_> = found.iter().filter(|(known, _)| known == name).collect();
         assert!(!of_it.is_empty(), "no `{name}` in\n{text}");
@@ -97,9 +99,9 @@ fn names_and_labels_are_those_that_dashboards_know() {
     );
     assert_eq!(value("forebay_tokens_total{model=\"m\",kind=\"cached\"}"), sum("cached_tokens"));
     assert!(sum("cached_tokens") > 1000.0 && value("forebay_prefix_hit_tokens_total{model=\"m\"}") > 1000.0);
-    assert_eq!(value("forebay_retries_total{reason=\"status\"}"), 1.0, "the second failure was not tried again");
-    // Three answers, and one request that was sent twice.
-    assert_eq!(value("forebay_queue_wait_seconds_count{class=\"default\"}"), 5.0);
+    assert_eq!(value("forebay_retries_total{reason=\"status\"}"), 2.0, "the third failure was not tried again");
+    // Three answers, and one request that was sent three times.
+    assert_eq!(value("forebay_queue_wait_seconds_count{class=\"default\"}"), 6.0);
     assert!(value("forebay_decision_seconds_count") > 10.0);
 }
 
@@ -138,7 +140,7 @@ fn nothing_that_a_client_sends_makes_a_series() {
 #[test]
 fn gauges_follow_the_workers() {
     let worker = Worker::start(&["--model", "m", "--speed", "1"]);
-    let recorder = Recorder::start("n", vec![held_stream()]);
+    let recorder = Recorder::start("m", vec![held_stream()]);
     let tokenizer = format!("tokenizer = {:?}\n", tokenizer());
     let second = model("n", &[recorder.address], &tokenizer).replace("\"w0\"", "\"recorder\"");
     let gateway = Gateway::start(&(model("m", &[worker.address], &tokenizer) + &second));

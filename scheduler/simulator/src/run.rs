@@ -420,6 +420,8 @@ fn refusal(reason: Refusal) -> What {
             What::TimedOut
         }
         Refusal::TooLarge => What::Refused,
-        Refusal::NoWorker | Refusal::AttemptsExhausted { .. } | Refusal::PoolUnknown => What::Failed,
+        Refusal::NoWorker | Refusal::Busy { .. } | Refusal::AttemptsExhausted { .. } | Refusal::PoolUnknown => {
+            What::Failed
+        }
     }
 }

@@ -14,7 +14,7 @@ use crate::pool::Pool;
 use crate::time::duration;
 use crate::timers::Timer;
 use crate::worker::Slot;
-use crate::{Action, Failure, HealthState, Policy, PoolId, Refusal, Request, RequestId, TenantId, Tick};
+use crate::{Action, HealthState, Policy, PoolId, Refusal, Request, RequestId, TenantId, Tick};
 
 /// Workers that an explanation names as not weighed.
 const LEFT_OUT_MAX: usize = 8;
@@ -36,6 +36,7 @@ impl Core {
         });
         let reason = self.inadmissible(&request);
         let plan = self.plan(&request);
+        let failed_on = request.beside.into_iter().collect();
         let entry = Entry {
             request,
             plan,
@@ -46,8 +47,8 @@ impl Core {
             place: Place::Loose,
             timer: None,
             attempts: 0,
-            failed_on: Default::default(),
-            full: Default::default(),
+            failed_on,
+            avoided: Default::default(),
             last: None,
             charged: 0,
         };
@@ -86,8 +87,8 @@ impl Core {
         let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
         let asked = (&entry.request, &entry.plan);
         let mut choice = Choice::Nobody;
-        if !entry.full.is_empty() {
-            let avoided: SmallVec<[_; 6]> = entry.failed_on.iter().chain(&entry.full).copied().collect();
+        if !entry.avoided.is_empty() {
+            let avoided: SmallVec<[_; 6]> = entry.failed_on.iter().chain(&entry.avoided).copied().collect();
             choice = scene.choose(asked, &avoided, None, &mut self.rng, &mut self.scored);
         }
         if !matches!(choice, Choice::Winner(_)) {
@@ -96,6 +97,14 @@ impl Core {
         match choice {
             Choice::Winner(at) => {
                 let Some(winner) = self.scored.get(at).cloned() else { return };
+                let until = entry.waits_until();
+                if let Some(busy) = scene.busy_until(winner.slot, &entry.failed_on).filter(|busy| *busy > until) {
+                    let wait = busy.since(self.now);
+                    return self.refuse(id, Refusal::Busy { wait }, out);
+                }
+                if entry.request.beside.is_some() && cause == Cause::Arrival && !scene.is_spare(&winner, asked) {
+                    return self.refuse(id, Refusal::NoWorker, out);
+                }
                 let waited = self.now.seconds_since(entry.arrived);
                 entry.predicted.get_or_insert(waited + winner.first_token_seconds);
                 let busy = self.scored.iter().filter(|scored| scored.waits).count();
@@ -109,6 +118,9 @@ impl Core {
             Choice::Infeasible => {
                 self.record(id, cause, None);
                 self.refuse_infeasible(id, out);
+            }
+            Choice::Nobody if entry.request.beside.is_some() && entry.last.is_none() => {
+                self.refuse(id, Refusal::NoWorker, out);
             }
             Choice::Nobody => self.park(id, pool_id, out),
         }
@@ -275,7 +287,8 @@ impl Core {
         }
         let retry_after = match reason {
             Refusal::PoolUnknown | Refusal::TooLarge | Refusal::DeadlineTooShort => None,
-            Refusal::AttemptsExhausted { last: Failure::Overloaded { retry_after: Some(wait) } } => Some(wait),
+            Refusal::Busy { wait } => Some(wait),
+            Refusal::AttemptsExhausted { last } if last.left_alone().flatten().is_some() => last.left_alone().flatten(),
             Refusal::QueueFull
             | Refusal::DeadlineInfeasible
             | Refusal::DeadlinePassed

@@ -93,7 +93,9 @@ impl Core {
         entry.last = Some(failure);
         entry.at_workers += self.now.since(sent.at);
         match failure {
-            Failure::Overloaded { .. } => entry.full.push(sent.worker),
+            Failure::Overloaded { .. } | Failure::Unavailable { .. } => entry.avoided.push(sent.worker),
+            // an engine's error may be of the moment
+            Failure::Status5xx if !entry.avoided.contains(&sent.worker) => entry.avoided.push(sent.worker),
             Failure::Unsupported => {
                 entry.failed_on.push(sent.worker);
                 entry.attempts -= 1;
@@ -171,6 +173,7 @@ impl Core {
         let Some(worker) = self.workers.get_mut(slot) else { return };
         let before = worker.health.state();
         worker.health.succeeded(self.now, &self.config);
+        worker.said_busy = 0;
         self.health_changed(slot, before, out);
     }
 
@@ -196,9 +199,8 @@ impl Core {
         let Some((slot, worker)) = sent.slot.and_then(|slot| Some((slot, self.workers.get_mut(slot)?))) else { return };
         let before = worker.health.state();
         worker.health.failed(self.now, failure, &self.config);
-        if let Failure::Overloaded { retry_after } = failure {
-            let lease = retry_after.unwrap_or(self.config.busy_lease).min(self.config.busy_lease_max);
-            worker.busy_until = worker.busy_until.max(self.now.after(lease));
+        if let Some(asked) = failure.left_alone() {
+            worker.leave_alone(self.now, asked, self.rng.unit(), &self.config);
         }
         let gone = before != HealthState::Down && worker.health.state() == HealthState::Down;
         if gone && let Some(pool) = self.pools.get_mut(&worker.pool) {

@@ -90,6 +90,9 @@ impl Core {
         let Some(worker) = self.workers.get_mut(slot) else { return };
         let before = worker.health.state();
         worker.health.probed(self.now, healthy, &self.config);
+        if before == HealthState::Down && healthy {
+            worker.busy_until = self.now; // it is another process, most likely
+        }
         self.touch(slot);
         self.health_changed(slot, before, out);
     }

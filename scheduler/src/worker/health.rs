@@ -2,7 +2,8 @@
 //!
 //! `Unknown` and `Down` are left by a healthy probe, and probes are asked for at growing intervals for as long as it
 //! takes; `Open` is left by time, into `HalfOpen`, in which single requests try it out. So every negative mark ends by
-//! itself once its cause has ended. Overload is no illness and is not seen here.
+//! itself once its cause has ended. Overload is no illness and is not seen here, but in a worker that says of nearly
+//! every request that it cannot serve it.
 
 use std::time::Duration;
 
@@ -52,6 +53,8 @@ enum State {
 #[derive(Debug, Default)]
 struct Counts {
     failed: f64,
+    /// It said that it cannot serve now.
+    unavailable: f64,
     all: f64,
     at: Tick,
 }
@@ -94,7 +97,7 @@ impl Health {
 
     /// An attempt worked.
     pub(crate) fn succeeded(&mut self, now: Tick, config: &Config) {
-        self.counts.add(now, 0.0, &config.breaker);
+        self.counts.add(now, &config.breaker);
         if matches!(self.state, State::HalfOpen) {
             self.state = State::Up { returned: Some(now) };
             self.counts = Counts::default();
@@ -106,9 +109,20 @@ impl Health {
         match failure {
             Failure::Overloaded { .. } | Failure::Unsupported => return,
             Failure::Connect => return self.down(now, config),
-            Failure::Reset | Failure::Timeout | Failure::Status5xx | Failure::Malformed => {}
+            Failure::Unavailable { .. } => {
+                self.counts.add(now, &config.breaker);
+                self.counts.unavailable += 1.0;
+            }
+            Failure::Reset
+            | Failure::Timeout
+            | Failure::Status5xx
+            | Failure::Malformed
+            | Failure::Denied
+            | Failure::OtherModel => {
+                self.counts.add(now, &config.breaker);
+                self.counts.failed += 1.0;
+            }
         }
-        self.counts.add(now, 1.0, &config.breaker);
         let trips = match self.state {
             State::Up { .. } => self.counts.trips(&config.breaker),
             State::HalfOpen => true,
@@ -192,9 +206,11 @@ fn probing(now: Tick, config: &Config, unknown: bool) -> State {
 }
 
 impl Counts {
-    fn add(&mut self, now: Tick, failed: f64, breaker: &Breaker) {
+    /// One more attempt, of those that count.
+    fn add(&mut self, now: Tick, breaker: &Breaker) {
         let keep = (-now.seconds_since(self.at) / breaker.half_life.as_secs_f64().max(1e-3)).exp2();
-        self.failed = self.failed * keep + failed;
+        self.failed *= keep;
+        self.unavailable *= keep;
         self.all = self.all * keep + 1.0;
         self.at = self.at.max(now);
     }
@@ -206,7 +222,9 @@ impl Counts {
     }
 
     fn trips(&self, breaker: &Breaker) -> bool {
-        self.all >= breaker.volume_min && self.failed >= self.all * breaker.failure_share
+        self.all >= breaker.volume_min
+            && (self.failed >= self.all * breaker.failure_share
+                || self.failed + self.unavailable >= self.all * breaker.unavailable_share)
     }
 }
 
@@ -286,6 +304,27 @@ mod tests {
         assert_eq!(health.state(), HealthState::Up);
         health.failed(Tick(1), Failure::Connect, &config);
         assert_eq!(health.state(), HealthState::Down);
+    }
+
+    #[test]
+    fn a_worker_that_only_says_that_it_cannot_serve_is_ill() {
+        let config = Config::default();
+        for (good, unavailable, expect) in [
+            (0, 4, HealthState::Up),
+            (0, 5, HealthState::Open),
+            (1, 8, HealthState::Up),
+            (1, 9, HealthState::Open),
+            (20, 100, HealthState::Up),
+        ] {
+            let mut health = up(&config);
+            for _ in 0..good {
+                health.succeeded(Tick(1), &config);
+            }
+            for _ in 0..unavailable {
+                health.failed(Tick(1), Failure::Unavailable { retry_after: None }, &config);
+            }
+            assert_eq!(health.state(), expect, "{good} good, {unavailable} unavailable");
+        }
     }
 
     #[test]

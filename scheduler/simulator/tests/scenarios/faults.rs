@@ -129,3 +129,35 @@ fn each_request_has_one_end_whatever_breaks() {
         assert_eq!(started.len(), firsts, "seed {seed}: a client saw two first tokens");
     }
 }
+
+/// Two hours in which something breaks every ten seconds or so, often several at once: nobody is forgotten, and once the
+/// engines are whole again the pool is as quick as one that nothing ever happened to.
+#[test]
+fn two_hours_of_faults_leave_nothing_behind() {
+    const HOURS: f64 = 7200.0;
+    let trace = steady(7, 3.0, HOURS + 600.0);
+    let mut chance = Chance(7);
+    let mut faults = Vec::new();
+    let mut at = 0.0;
+    while at < HOURS {
+        let kind = if chance.unit() < 0.6 { FaultKind::Crash } else { FaultKind::Slow(1.0 + chance.unit() * 20.0) };
+        let lasts = Some(seconds((0.05 + chance.unit() * 30.0).min(HOURS - at)));
+        faults.push(Fault { at: seconds(at), worker: chance.between((0, 4)), kind, lasts });
+        at += 0.1 + chance.unit() * 20.0;
+    }
+    let count = faults.len();
+    let settings = Settings { workers: 4, shed: true, ..Settings::default() };
+    let outcome = run(&trace, &Settings { faults, ..settings.clone() }, 7);
+    let ends = ends(&outcome);
+    assert_eq!(ends.len(), trace.rows.len(), "each request ends once");
+    let finished = ends.values().filter(|end| matches!(end, What::Finished { .. })).count();
+    let late = |row: &Row| row.at > seconds(HOURS + 120.0);
+    let after = p99(ttft(&trace, &outcome.log, late));
+    let never = p99(ttft(&trace, &run(&trace, &settings, 7).log, late));
+    println!(
+        "{count} faults: {finished} of {} finished; p99 afterwards {after:.2} s, without {never:.2} s",
+        ends.len()
+    );
+    assert!(finished * 10 > ends.len() * 8, "{finished} of {}", ends.len());
+    assert!(after <= 1.5 * never, "{after:.2} s, without faults {never:.2} s");
+}

@@ -272,7 +272,7 @@ fn an_overloaded_worker_is_left_alone_for_a_lease_and_is_not_ill() {
     assert_eq!(world.waiting().len(), 2);
     world.wait(999);
     assert_eq!(world.waiting().len(), 2);
-    world.wait(1);
+    world.wait(251); // a little longer, by chance
     assert_eq!(world.sent().len(), 2);
     for _ in 0..2 {
         world.fail(1, Failure::Overloaded { retry_after: Some(Duration::from_secs(2)) });
@@ -281,6 +281,99 @@ fn an_overloaded_worker_is_left_alone_for_a_lease_and_is_not_ill() {
     let last = Failure::Overloaded { retry_after: Some(Duration::from_secs(2)) };
     assert_eq!(world.refusal(1), Some(Refusal::AttemptsExhausted { last }), "three sends");
     assert_eq!(world.health[&WorkerId(0)], HealthState::Up);
+}
+
+#[test]
+fn who_is_overloaded_again_and_again_is_left_alone_for_longer() {
+    let limits = PoolLimits { attempts_max: 16, queue_timeout: Duration::from_secs(3600), ..PoolLimits::default() };
+    let mut world = World::new(7, limits);
+    world.join(0, WorkerSpec::default());
+    world.probed(0, true);
+    world.arrive(request(1, 100));
+    world.arrive(request(2, 100));
+    let mut waits = Vec::new();
+    for _ in 0..6 {
+        let began = world.now;
+        // said to both at once, it counts once
+        world.fail(1, Failure::Overloaded { retry_after: None });
+        world.fail(2, Failure::Unavailable { retry_after: None });
+        while !world.waiting().is_empty() {
+            world.wait(10);
+        }
+        waits.push(world.now.seconds_since(began));
+    }
+    for (wait, least) in waits.iter().zip([1.0, 2.0, 4.0, 4.0, 4.0, 4.0]) {
+        assert!((least..least * 1.25 + 0.02).contains(wait), "{waits:?}");
+    }
+    assert!(waits[2..].iter().any(|wait| (wait - waits[2]).abs() > 0.02), "by chance: {waits:?}");
+    world.first_token(1);
+    let began = world.now;
+    world.fail(2, Failure::Overloaded { retry_after: None });
+    while !world.waiting().is_empty() {
+        world.wait(10);
+    }
+    assert!(world.now.seconds_since(began) < 1.3, "once something worked it begins anew");
+}
+
+/// Where the time that a worker asked for is more than a request may wait, it is told so at once.
+#[test]
+fn a_worker_is_never_asked_sooner_than_it_said() {
+    let mut world = World::with_workers(2, &WorkerSpec::default());
+    let long = Failure::Overloaded { retry_after: Some(Duration::from_secs(90)) };
+    world.arrive(request(1, 100));
+    world.fail(1, long);
+    assert!(world.sent_to(1).is_some(), "the other one is asked");
+    let actions = world.fail(1, long);
+    let wait = Duration::from_secs(90);
+    assert_eq!(world.refusal(1), Some(Refusal::Busy { wait }));
+    assert_eq!(retry_after(&actions), wait);
+    world.wait(20_000);
+    world.arrive(request(2, 100));
+    assert_eq!(world.refusal(2), Some(Refusal::Busy { wait: Duration::from_secs(70) }), "nobody waits in vain");
+    world.wait(20_000);
+    world.arrive(request(3, 100));
+    world.wait(49_999);
+    assert_eq!(world.waiting().len(), 1, "50 s can be waited for");
+    world.wait(1);
+    assert!(world.sent_to(3).is_some());
+}
+
+#[test]
+fn an_error_is_tried_once_more_at_the_same_worker_where_there_is_no_other() {
+    let mut world = World::with_workers(1, &WorkerSpec::default());
+    world.arrive(request(1, 100));
+    world.fail(1, Failure::Status5xx);
+    assert_eq!(world.sent_to(1), Some(0));
+    world.fail(1, Failure::Status5xx);
+    assert_eq!(world.refusal(1), Some(Refusal::AttemptsExhausted { last: Failure::Status5xx }));
+    for failure in [Failure::Timeout, Failure::Reset, Failure::Malformed] {
+        let mut world = World::with_workers(1, &WorkerSpec::default());
+        world.arrive(request(1, 100));
+        world.fail(1, failure);
+        assert_eq!(world.refusal(1), Some(Refusal::AttemptsExhausted { last: failure }), "not after these");
+    }
+}
+
+/// A second try beside a first one: at once and where there is room, or not at all.
+#[test]
+fn a_second_try_goes_elsewhere_at_once_or_nowhere() {
+    let mut world = World::with_workers(2, &one_slot());
+    world.arrive(request(1, 100));
+    let first = world.sent_to(1).unwrap();
+    let beside = |id| Request { beside: Some(WorkerId(first)), ..request(id, 100) };
+    world.arrive(beside(2));
+    assert_eq!(world.sent_to(2), Some(1 - first));
+    world.arrive(beside(3));
+    assert_eq!(world.refusal(3), Some(Refusal::NoWorker), "no room: it does not wait");
+    world.event(Event::Cancelled { request: RequestId(2) });
+    world.arrive(beside(4));
+    assert_eq!(world.sent_to(4), Some(1 - first), "the place was given back");
+    world.fail(4, Failure::Reset);
+    assert_eq!(world.refusal(4), Some(Refusal::AttemptsExhausted { last: Failure::Reset }), "never beside itself");
+
+    let mut world = World::with_workers(1, &WorkerSpec::default());
+    world.arrive(Request { beside: Some(WorkerId(0)), ..request(1, 100) });
+    assert_eq!(world.refusal(1), Some(Refusal::NoWorker));
 }
 
 #[test]
@@ -293,7 +386,7 @@ fn an_overloaded_worker_is_passed_by() {
     // whatever it holds in its cache
     let request = Request { blocks: chain(5, 1000), ..request(2, 16_016) };
     world.event(Event::Kv { worker: WorkerId(first), change: KvEvent::Stored { blocks: chain(5, 1000).to_vec() } });
-    world.wait(1000);
+    world.wait(1250);
     world.arrive(request);
     assert_eq!(world.sent_to(2), Some(first));
     world.fail(2, Failure::Overloaded { retry_after: None });
@@ -328,6 +421,8 @@ fn a_request_is_tried_elsewhere_and_the_last_failure_is_told() {
     world.fail(1, Failure::Timeout);
     assert_eq!(world.sent_to(1), Some(1 - first));
     world.fail(1, Failure::Status5xx);
+    assert_eq!(world.sent_to(1), Some(1 - first), "never again at the silent one");
+    world.fail(1, Failure::Status5xx);
     assert_eq!(world.refusal(1), Some(Refusal::AttemptsExhausted { last: Failure::Status5xx }));
 
     let mut world = World::with_workers(9, &WorkerSpec::default());
@@ -350,7 +445,7 @@ fn the_breaker_opens_and_one_request_at_a_time_tries_it() {
     let mut world = World::with_workers(1, &WorkerSpec::default());
     for id in 1..=5 {
         world.arrive(request(id, 100));
-        world.fail(id, Failure::Status5xx);
+        world.fail(id, Failure::Reset);
     }
     assert_eq!(world.health[&WorkerId(0)], HealthState::Open);
     world.wait(4000);

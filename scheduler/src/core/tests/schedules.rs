@@ -40,6 +40,7 @@ struct Arrival {
     sequences: u32,
     streamed: bool,
     same_id: bool,
+    beside: Option<u32>,
 }
 
 const WORKERS: u32 = 5;
@@ -53,6 +54,7 @@ fn failure() -> impl Strategy<Value = Failure> {
         1 => Just(Failure::Malformed),
         1 => (0..20_000_u64).prop_map(|ms| Failure::Overloaded { retry_after: Some(Duration::from_millis(ms)) }),
         1 => Just(Failure::Overloaded { retry_after: None }),
+        1 => Just(Failure::Unavailable { retry_after: None }),
     ]
 }
 
@@ -67,9 +69,10 @@ fn arrival() -> impl Strategy<Value = Step> {
         1..4_u32,
         any::<bool>(),
         prop::bool::weighted(0.05),
+        prop::option::weighted(0.1, 0..WORKERS),
     )
-        .prop_map(|(tenant, class, prompt, seed, deadline_ms, sequences, streamed, same_id)| {
-            Step::Arrive(Arrival { tenant, class, prompt, seed, deadline_ms, sequences, streamed, same_id })
+        .prop_map(|(tenant, class, prompt, seed, deadline_ms, sequences, streamed, same_id, beside)| {
+            Step::Arrive(Arrival { tenant, class, prompt, seed, deadline_ms, sequences, streamed, same_id, beside })
         })
 }
 
@@ -138,6 +141,7 @@ fn run(world: &mut World, step: &Step) {
                 blocks: chain(arrival.seed, arrival.prompt / 16),
                 sequences: arrival.sequences,
                 streamed: arrival.streamed,
+                beside: arrival.beside.map(WorkerId),
                 ..super::world::request(id, arrival.prompt)
             })
         }

@@ -21,6 +21,7 @@ pub(super) struct World {
     pub(super) health: BTreeMap<WorkerId, HealthState>,
     draining: Vec<WorkerId>,
     failed_on: Vec<(RequestId, WorkerId)>,
+    erred: Vec<(RequestId, WorkerId)>,
     pub(super) log: Vec<(Tick, Action)>,
     pub(super) next: u64,
 }
@@ -45,6 +46,7 @@ pub(super) fn request(id: u64, prompt_tokens: u32) -> Request {
         max_output: Some(100),
         sequences: 1,
         body_bytes: 1000,
+        beside: None,
         streamed: true,
     }
 }
@@ -63,6 +65,7 @@ impl World {
             health: BTreeMap::new(),
             draining: Vec::new(),
             failed_on: Vec::new(),
+            erred: Vec::new(),
             log: Vec::new(),
             next: 0,
         };
@@ -95,6 +98,9 @@ impl World {
     pub(super) fn event(&mut self, event: Event) -> Vec<Action> {
         match &event {
             Event::Arrived(request) => {
+                if !self.stages.contains_key(&request.id) {
+                    self.failed_on.extend(request.beside.map(|worker| (request.id, worker)));
+                }
                 self.stages.entry(request.id).or_insert(Stage::Waiting);
             }
             Event::Cancelled { request } | Event::Ended { request, .. } => {
@@ -102,9 +108,11 @@ impl World {
             }
             Event::AttemptFailed { request, failure } => {
                 if let Some(Stage::Sent(worker)) = self.stages.insert(*request, Stage::Waiting)
-                    && !matches!(failure, Failure::Overloaded { .. })
+                    && failure.left_alone().is_none()
                 {
-                    self.failed_on.push((*request, worker));
+                    // an error of the engine's may be tried again once
+                    let again = *failure == Failure::Status5xx && !self.erred.contains(&(*request, worker));
+                    if again { &mut self.erred } else { &mut self.failed_on }.push((*request, worker));
                 }
             }
             Event::WorkerDraining { worker } => self.draining.push(*worker),
