@@ -414,7 +414,7 @@ fn names_are_unique() {
 
 #[test]
 fn worker_values() {
-    let form = "must begin with http:// or https:// and name a host, as in http://gpu-a:8000";
+    let form = "must begin with http://, https://, grpc:// or grpcs:// and name a host, as in http://gpu-a:8000";
     let check_url = |shown: &str, url: &str, remedy: &str| {
         check_worker(
             &format!("url = \"{url}\""),
