@@ -218,7 +218,8 @@ impl Model {
 pub struct Worker {
     /// The only fact about the worker that clients see (`x-forebay-worker`).
     pub name: Name,
-    /// `http` or `https` with a host, without user, query and fragment; a path is a prefix of every call.
+    /// `http` or `https` with a host, without user, query and fragment; a path is a prefix of every call. `grpc` is
+    /// written as `http` with `http2`.
     pub url: Url,
     /// One of the engines that the [`Reader`] was told of; `None`: to be detected.
     pub engine: Option<&'static str>,
@@ -232,6 +233,10 @@ pub struct Worker {
     pub kv_events: Option<KvSource>,
     /// The GPUs it runs on; empty: found by the port it listens on.
     pub gpus: Vec<GpuName>,
+    /// The port of its metrics on the same host, where that is one of its own; `None`: the engine's default.
+    pub metrics_port: Option<u16>,
+    /// Whether it is sent token ids in place of text, where its engine takes them.
+    pub token_ids: bool,
 }
 
 impl Worker {

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use forebay_backends::engines::{Form, Written};
 use forebay_backends::tokenize;
 use forebay_proto::error::{ApiError, from_engine};
 use forebay_proto::peek::{self, Input, Source, Span};
@@ -246,15 +247,18 @@ impl Prepare {
         Ok(Prompt { tokens: counted.tokens, exact: counted.exact, blocks: counted.blocks })
     }
 
-    /// The conversation as the text that the model reads, for engines that know no messages. `None` where the model's
-    /// template is not at hand.
+    /// The prompt in another form: a conversation as the text that the model reads, for engines that know no messages,
+    /// or any one prompt in token ids. Nothing where the model's tokenizer is not at hand.
     ///
     /// # Errors
     /// [`Error::Busy`]; what the template refuses it has refused before, when the prompt was counted.
-    pub async fn written(&self, model: &Model, asked: &Arc<Asked>, body: &Bytes) -> Result<Option<String>, Error> {
-        let Counting::Tokenizer(tokenizer) = &model.counting else { return Ok(None) };
+    pub async fn written(&self, model: &Model, asked: &Arc<Asked>, body: &Bytes, form: Form) -> Result<Written, Error> {
+        let Counting::Tokenizer(tokenizer) = &model.counting else { return Ok(Written::default()) };
+        if asked.is_small() {
+            return count::written(tokenizer, asked, body, form);
+        }
         let (tokenizer, asked, body) = (Arc::clone(tokenizer), Arc::clone(asked), body.clone());
-        self.pool.run(move || count::written(&tokenizer, &asked, &body)).await.ok_or(Error::Busy)?
+        self.pool.run(move || count::written(&tokenizer, &asked, &body, form)).await.ok_or(Error::Busy)?
     }
 
     /// Token ids of what `/tokenize` was asked.

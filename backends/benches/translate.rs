@@ -19,13 +19,9 @@ fn case(
 ) -> (impl Fn() -> Option<Translation>, Bytes) {
     let engine = by_name(engine);
     let translation = move || {
-        let asked = Asked {
-            api: Api::ChatCompletions,
-            body: Bytes::from_static(body.as_bytes()),
-            streamed: true,
-            openai_routes,
-            text: Some("hi".to_owned()),
-        };
+        let mut asked = Asked::new(Api::ChatCompletions, Bytes::from_static(body.as_bytes()), true);
+        asked.server.openai_routes = openai_routes;
+        asked.written.text = Some("hi".to_owned());
         prepare(engine?, asked).ok()?.translation
     };
     (translation, event.repeat(EVENTS).into())

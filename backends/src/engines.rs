@@ -22,13 +22,15 @@ mod sglang;
 mod tally;
 mod tgi;
 mod tidy;
+mod triton;
 mod trtllm;
 mod vllm;
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use forebay_scheduler::LoadReport;
+use forebay_tokens::Tokenizer;
 use http::StatusCode;
 use serde_json::Value;
 
@@ -36,12 +38,21 @@ use self::members::Members;
 pub use self::{
     answer::{Answer, Translation},
     models::ServedModel,
+    triton::Tensors,
 };
 use crate::{Error, signals::kv_events::KvSource, transport::Channel};
 
 /// All known engines, in the order in which they are asked whether a server is theirs.
-pub static ENGINES: [&dyn Engine; 7] =
-    [&vllm::Vllm, &sglang::SgLang, &trtllm::TrtLlm, &llamacpp::LlamaCpp, &tgi::Tgi, &ollama::Ollama, &openai::OpenAi];
+pub static ENGINES: [&dyn Engine; 8] = [
+    &vllm::Vllm,
+    &sglang::SgLang,
+    &trtllm::TrtLlm,
+    &llamacpp::LlamaCpp,
+    &tgi::Tgi,
+    &ollama::Ollama,
+    &triton::Triton,
+    &openai::OpenAi,
+];
 
 /// Time for one question to a server that is there. trtllm-serve's `/metrics` waits 2 s for something to tell.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
@@ -87,6 +98,8 @@ pub enum Mark {
     Owner(&'static str),
     /// What a path of its own answers.
     Path(&'static str, fn(&[u8]) -> bool),
+    /// Its name in gRPC's metadata of the server.
+    Grpc(&'static str),
     /// A list of models is enough.
     Any,
 }
@@ -97,16 +110,60 @@ pub struct Asked {
     pub api: Api,
     pub body: Bytes,
     pub streamed: bool,
+    pub server: Ways,
+    pub written: Written,
+}
+
+impl Asked {
+    /// Asked of a server with OpenAI's routes.
+    #[must_use]
+    pub fn new(api: Api, body: Bytes, streamed: bool) -> Self {
+        let server = Ways { openai_routes: true, ..Ways::default() };
+        Self { api, body, streamed, server, written: Written::default() }
+    }
+}
+
+/// What the form of a request depends on beside the engine: how this server is set up.
+#[derive(Clone, Debug, Default)]
+pub struct Ways {
     /// Whether the server has OpenAI's routes; if not, its own are used.
     pub openai_routes: bool,
-    /// The conversation as the model reads it, where [`Engine::needs_text`] and a template is at hand.
+    /// Whether token ids are to be sent where the engine takes them in place of text.
+    pub token_ids: bool,
+    /// What the model takes and gives, where the server tells that.
+    pub tensors: Option<Arc<Tensors>>,
+}
+
+/// The form in which an engine wants the prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    AsAsked,
+    /// As the text that the model reads.
+    Text,
+    /// As the ids of its tokens.
+    Ids,
+}
+
+/// What is known of a prompt, where [`Engine::form`] asks for it and the model's tokenizer is at hand.
+#[derive(Clone, Debug, Default)]
+pub struct Written {
+    /// A conversation as the model reads it.
     pub text: Option<String>,
+    /// The prompt's ids, if it is one prompt.
+    pub ids: Option<Vec<u32>>,
+    pub tokenizer: Option<Arc<Tokenizer>>,
+    /// The prompt's tokens, where counted.
+    pub prompt_tokens: Option<u32>,
+    /// Tokens that the context has left for the answer, where known.
+    pub room: Option<u32>,
 }
 
 /// A request as the engine takes it.
 #[derive(Debug)]
 pub struct Prepared {
     pub path: &'static str,
+    /// Headers that it needs, in place of the client's; none: the client's are sent, and the body is JSON.
+    pub headers: &'static [(&'static str, &'static str)],
     pub body: Bytes,
     /// How the answer becomes OpenAI's; `None` where it is already.
     pub translation: Option<Translation>,
@@ -114,7 +171,7 @@ pub struct Prepared {
 
 impl Prepared {
     fn untouched(asked: Asked) -> Self {
-        Self { path: asked.api.path(), body: asked.body, translation: None }
+        Self { path: asked.api.path(), headers: &[], body: asked.body, translation: None }
     }
 }
 
@@ -195,10 +252,25 @@ pub trait Engine: Send + Sync {
     /// Whether the engine speaks this API. A model may still refuse: embeddings of a chat model.
     fn serves(&self, api: Api) -> bool;
 
-    /// Whether it takes a conversation only as the text that its model reads.
-    fn needs_text(&self, api: Api, openai_routes: bool) -> bool {
-        let _ = (api, openai_routes);
+    /// In which form this server of its kind wants a prompt.
+    fn form(&self, api: Api, server: &Ways) -> Form {
+        if server.token_ids && self.takes_ids(api) { Form::Ids } else { Form::AsAsked }
+    }
+
+    /// Whether a prompt of token ids is taken where OpenAI's API has one, and answered as its text would be.
+    fn takes_ids(&self, api: Api) -> bool {
+        let _ = api;
         false
+    }
+
+    /// Whether it is spoken to in gRPC; then its paths are those of calls.
+    fn is_grpc(&self) -> bool {
+        false
+    }
+
+    /// The port of [`Engine::load_paths`], where it is not the server's own.
+    fn metrics_port(&self) -> Option<u16> {
+        None
     }
 
     /// Whether [`Engine::adapt`] reads the body, which takes time where it is long.
@@ -295,11 +367,28 @@ pub fn prepare(engine: &dyn Engine, asked: Asked) -> Result<Prepared, Unsupporte
     if !engine.serves(asked.api) {
         return Err(Unsupported::api(engine.name(), asked.api));
     }
-    if engine.needs_text(asked.api, asked.openai_routes) && asked.text.is_none() {
-        let what = "this server takes only text, and the model's chat template is not at hand to write it";
-        return Err(Unsupported::value(engine.name(), "messages", what));
+    match engine.form(asked.api, &asked.server) {
+        Form::Text if asked.api == Api::ChatCompletions && asked.written.text.is_none() => {
+            let what = "this server takes only text, and the model's chat template is not at hand to write it";
+            Err(Unsupported::value(engine.name(), "messages", what))
+        }
+        Form::Ids if engine.takes_ids(asked.api) => engine.adapt(by_ids(asked)),
+        _ => engine.adapt(asked),
     }
-    engine.adapt(asked)
+}
+
+/// The same with its prompt in token ids, where they are at hand and the answer does not show the prompt.
+fn by_ids(asked: Asked) -> Asked {
+    let body = asked.body.clone();
+    let Some(mut members) = Members::read(&body) else { return asked };
+    let Some(ids) = asked.written.ids.as_deref() else { return asked };
+    let text = members.get("prompt").is_some_and(|prompt| prompt.starts_with('"') || prompt.starts_with("[\""));
+    let idle = |name: &str| members.get(name).is_none_or(|value| value == "false");
+    if !text || !["echo", "truncate_prompt_tokens", "suffix"].into_iter().all(idle) {
+        return asked;
+    }
+    members.set("prompt", &ids.into());
+    Asked { body: members.write(&body), ..asked }
 }
 
 /// Refuses a prompt of token ids for an engine that takes only text.
@@ -320,7 +409,18 @@ fn require_text(engine: &'static str, members: &Members<'_>) -> Result<(), Unsup
 /// [`Error::Status`] when it refuses, [`Error::Unreadable`] when it is no engine that requests could be sent to. Of an
 /// engine that is known only what keeps it from being asked at all.
 pub async fn detect(channel: &Channel, known: Option<&'static dyn Engine>) -> Result<Detected, Error> {
+    if let Some(engine) = known.filter(|engine| engine.is_grpc()) {
+        return triton::detect(channel, engine).await;
+    }
     let listed = models(channel).await;
+    // A server of gRPC answers a question of HTTP in many ways, none of them a list.
+    if known.is_none()
+        && matches!(listed, Err(ref error) if !matches!(error, Error::Connect { .. } | Error::Tls { .. }))
+        && channel.endpoint().speaks_http2()
+        && let Ok(detected) = triton::detect(channel, &triton::Triton).await
+    {
+        return Ok(detected);
+    }
     let openai_routes = !matches!(listed, Err(Error::Status { status: StatusCode::NOT_FOUND }));
     let (engine, mut models) = match (known, listed) {
         (Some(_), Err(error @ (Error::Connect { .. } | Error::Tls { .. }))) => return Err(error),
@@ -353,6 +453,7 @@ async fn recognise(channel: &Channel, models: &[ServedModel]) -> Option<&'static
         let its = match engine.mark() {
             Mark::Owner(name) => models.iter().any(|model| model.owned_by.as_deref() == Some(name)),
             Mark::Path(path, reads) => page(channel, Some(path)).await.is_some_and(|answer| reads(&answer)),
+            Mark::Grpc(_) => false,
             Mark::Any => !models.is_empty(),
         };
         if its {
@@ -367,6 +468,9 @@ async fn recognise(channel: &Channel, models: &[ServedModel]) -> Option<&'static
 /// # Errors
 /// The reason why not. Nothing is tried again.
 pub async fn probe(channel: &Channel, engine: &dyn Engine) -> Result<(), Error> {
+    if engine.is_grpc() {
+        return triton::ready(channel).await;
+    }
     // The list of models of a server whose health path it is can be long; none of it is kept.
     first_of(channel, engine.health_paths(), MODELS_BYTES_MAX).await.map(drop)
 }
@@ -379,6 +483,7 @@ pub async fn load(channel: &Channel, engine: &dyn Engine) -> Result<Option<Load>
     if engine.load_paths().is_empty() {
         return Ok(None);
     }
+    let channel = engine.metrics_port().map_or(channel, |port| channel.metrics(port));
     let answer = first_of(channel, engine.load_paths(), METRICS_BYTES_MAX).await?;
     Ok(engine.read_load(&answer))
 }

@@ -2,6 +2,7 @@
 
 use std::{io, time::Duration};
 
+use forebay_proto::error::ApiError;
 use forebay_scheduler::Failure;
 use http::StatusCode;
 
@@ -62,6 +63,9 @@ pub enum Error {
     /// An answer to one of our own questions, with a status that says no.
     #[error("the worker answered status {}", status.as_u16())]
     Status { status: StatusCode },
+    /// The answer to a request says success and holds a refusal.
+    #[error("the engine refused with {}: {}", status.as_u16(), error.message)]
+    Refused { status: StatusCode, error: Box<ApiError> },
     /// An answer to one of our own questions that is not what the engine's API documents.
     #[error("the worker's answer is not what its API documents")]
     Unreadable,
@@ -75,11 +79,14 @@ impl Error {
             Self::Connect { .. } | Self::Tls { .. } | Self::Timeout { phase: Phase::Connect, .. } => Failure::Connect,
             Self::Reset { .. } | Self::Broken { .. } => Failure::Reset,
             Self::Timeout { phase: Phase::FirstByte | Phase::Idle | Phase::Whole, .. } => Failure::Timeout,
-            Self::Status { status: StatusCode::TOO_MANY_REQUESTS } => Failure::Overloaded { retry_after: None },
-            Self::Status { status } if status.is_server_error() => Failure::Status5xx,
-            Self::Malformed { .. } | Self::TooLarge { .. } | Self::Status { .. } | Self::Unreadable => {
-                Failure::Malformed
-            }
+            Self::Status { status: StatusCode::TOO_MANY_REQUESTS }
+            | Self::Refused { status: StatusCode::TOO_MANY_REQUESTS, .. } => Failure::Overloaded { retry_after: None },
+            Self::Status { status } | Self::Refused { status, .. } if status.is_server_error() => Failure::Status5xx,
+            Self::Malformed { .. }
+            | Self::TooLarge { .. }
+            | Self::Status { .. }
+            | Self::Refused { .. }
+            | Self::Unreadable => Failure::Malformed,
         }
     }
 }

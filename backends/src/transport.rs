@@ -1,4 +1,5 @@
-//! HTTP toward workers: one pool of connections per worker, and answers that stream. [`zmtp`] is beside it.
+//! HTTP toward workers: one pool of connections per worker, and answers that stream. [`zmtp`] is beside it, and
+//! `grpc` on top.
 //!
 //! A [`Channel`] sends a request over a pooled or a fresh connection and hands back a [`Response`] whose [`Body`] yields
 //! the bytes as they come. The most recently used connection is taken first, so that surplus ones age out. Engines speak
@@ -21,6 +22,7 @@ mod body;
 mod channel;
 mod connect;
 mod endpoint;
+pub(crate) mod grpc;
 mod pool;
 pub mod zmtp;
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::Context;
+use forebay_backends::engines;
 use forebay_backends::signals::gpu::{Readings, Source};
 use forebay_backends::transport::Endpoint;
 use forebay_scheduler::{PoolId, PoolLimits};
@@ -229,7 +230,10 @@ impl State {
 
 fn endpoint(worker: &config::Worker) -> anyhow::Result<Endpoint> {
     Endpoint::new(&worker.url, worker.api_key.as_ref().map(config::Secret::inner))
-        .map(|endpoint| endpoint.with_http2(worker.http2))
+        .map(|endpoint| {
+            let grpc = worker.engine.and_then(engines::by_name).is_some_and(|engine| engine.is_grpc());
+            endpoint.with_http2(worker.http2 || grpc).with_metrics_port(worker.metrics_port)
+        })
         .with_context(|| format!("worker `{}` cannot be reached by its url", worker.name.as_str()))
 }
 
@@ -254,6 +258,7 @@ fn pool(model: &config::Model, known: &Known) -> anyhow::Result<PoolSpec> {
             model: worker.model.as_ref().map(|name| name.as_str().to_owned()),
             kv_events: worker.kv_events.clone(),
             gpus: worker.gpus.clone(),
+            token_ids: worker.token_ids,
             first_byte: model.first_byte_timeout,
             first_token: model.first_token_timeout.unwrap_or(model.first_byte_timeout),
             idle: model.idle_timeout,

@@ -101,6 +101,8 @@ async fn demo(
             http2: false,
             kv_events: None,
             gpus: Vec::new(),
+            metrics_port: None,
+            token_ids: false,
         });
     }
     let mut config = gateway::reader(Vec::new()).without_file().map_err(|mistakes| anyhow::anyhow!("{mistakes}"))?;

@@ -104,7 +104,7 @@ async fn probe(mut config: Config, own: &[u16]) -> anyhow::Result<Config> {
 fn models(found: &[Found], server: &Server) -> anyhow::Result<Vec<Model>> {
     let mut workers: BTreeMap<&str, Vec<Worker>> = BTreeMap::new();
     for engine in found {
-        for model in &engine.detected.models {
+        for model in engine.detected.models.iter().filter(|model| !model.alternative) {
             let place = format!("127.0.0.1:{}", engine.url.port_or_known_default().unwrap_or_default());
             let worker = Worker {
                 // A server of several models is a worker of each.
@@ -120,6 +120,8 @@ fn models(found: &[Found], server: &Server) -> anyhow::Result<Vec<Model>> {
                 http2: false,
                 kv_events: None,
                 gpus: Vec::new(),
+                metrics_port: None,
+                token_ids: false,
             };
             workers.entry(&model.id).or_default().push(worker);
         }

@@ -101,6 +101,10 @@ enum Wire {
     Trtllm,
     Llamacpp,
     Ollama,
+    /// A text-level model of Triton's.
+    Triton,
+    /// A token-level one.
+    TritonIds,
 }
 
 pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
@@ -137,6 +141,8 @@ fn options(arguments: Arguments) -> anyhow::Result<Options> {
             Wire::Trtllm => EngineKind::Trtllm,
             Wire::Llamacpp => EngineKind::Llamacpp,
             Wire::Ollama => EngineKind::Ollama,
+            Wire::Triton => EngineKind::Triton,
+            Wire::TritonIds => EngineKind::TritonIds,
         },
         model: arguments.model,
         tokenizer: arguments.tokenizer,

@@ -233,6 +233,8 @@ fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: 
     }
     let replay = kv_events_replay.map(|found| found.value);
     let gpus = section.list("gpus", |raw| node::gpu(raw, nodes));
+    let metrics_port = section.optional_count("metrics_port", u16::MAX.into(), "for the engine's default");
+    let token_ids = section.boolean("token_ids", false);
     section.finish(&[]);
     let url = url?;
     let named = match own_name {
@@ -246,9 +248,11 @@ fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: 
         engine: engine.map(|found| found.value),
         model: model.map(|found| found.value),
         api_key: api_key.map(|found| found.value),
-        http2,
+        http2: http2 || url.value.grpc,
         kv_events: kv_events.map(|found| KvSource { events: found.value, replay }),
         gpus: gpus.into_iter().map(|found| found.value).collect(),
+        metrics_port: metrics_port.and_then(|port| u16::try_from(port.get()).ok()),
+        token_ids,
     };
     Some(Found { value: worker, at: url.at })
 }
@@ -284,6 +288,8 @@ fn engine(raw: &Raw<'_>, known: &[&'static str]) -> Result<&'static str, Refusal
 struct Address {
     url: Url,
     name: Name,
+    /// Written as `grpc`.
+    grpc: bool,
 }
 
 /// Whatever might hold a secret is not shown.
@@ -293,7 +299,10 @@ fn address(raw: &Raw<'_>) -> Result<Address, Refusal> {
         let shown = if text.contains(['@', '?', '#']) { "(redacted)".to_owned() } else { quoted(text) };
         Err(Refusal::showing(shown, remedy))
     };
-    let Ok(mut url) = Url::parse(text) else { return refuse(URL_FORM) };
+    let plain = text.strip_prefix("grpc://").map(|rest| format!("http://{rest}"));
+    let behind_tls = || text.strip_prefix("grpcs://").map(|rest| format!("https://{rest}"));
+    let grpc = plain.or_else(behind_tls);
+    let Ok(mut url) = Url::parse(grpc.as_deref().unwrap_or(text)) else { return refuse(URL_FORM) };
     if !matches!(url.scheme(), "http" | "https") || url.port() == Some(0) {
         return refuse(URL_FORM);
     }
@@ -310,7 +319,7 @@ fn address(raw: &Raw<'_>) -> Result<Address, Refusal> {
     url.set_path(&path);
     let (host, port) = (url.host_str().unwrap_or_default(), url.port_or_known_default().unwrap_or_default());
     match Name::new(&format!("{host}:{port}")) {
-        Ok(name) => Ok(Address { url, name }),
+        Ok(name) => Ok(Address { url, name, grpc: grpc.is_some() }),
         Err(_) => refuse("must name a host of less than 250 characters"),
     }
 }
@@ -321,4 +330,5 @@ fn zmq_address(raw: &Raw<'_>) -> Result<zmtp::Address, Refusal> {
     url.and_then(|url| zmtp::Address::new(&url, None)).ok_or_else(|| Refusal::new(form))
 }
 
-const URL_FORM: &str = "must begin with http:// or https:// and name a host, as in http://gpu-a:8000";
+const URL_FORM: &str =
+    "must begin with http://, https://, grpc:// or grpcs:// and name a host, as in http://gpu-a:8000";

@@ -473,8 +473,22 @@ fn names_are_unique() {
 }
 
 #[test]
+fn an_address_of_grpc_is_one_of_http2() {
+    let text = |url: &str| format!("[[model]]\nname = 'm'\n[[model.worker]]\nurl = '{url}'\nmetrics_port = 9002\n");
+    for (url, plain, http2) in [
+        ("grpc://w:8001", "http://w:8001/", true),
+        ("grpcs://w:443", "https://w/", true),
+        ("http://w:8001", "http://w:8001/", false),
+    ] {
+        let config = reader([]).text("f.toml", &text(url)).unwrap_or_else(|mistakes| panic!("{mistakes}"));
+        let worker = &config.models[0].workers[0];
+        assert_eq!((worker.url.as_str(), worker.http2, worker.metrics_port), (plain, http2, Some(9002)), "{url}");
+    }
+}
+
+#[test]
 fn worker_values() {
-    let form = "must begin with http:// or https:// and name a host, as in http://gpu-a:8000";
+    let form = "must begin with http://, https://, grpc:// or grpcs:// and name a host, as in http://gpu-a:8000";
     let check_url = |shown: &str, url: &str, remedy: &str| {
         check_worker(
             &format!("url = \"{url}\""),

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
-use forebay_backends::engines::{self, Answer, Prepared, Unsupported};
+use forebay_backends::engines::{self, Answer, Form, Prepared, Unsupported, Written};
 use forebay_backends::transport::{Outgoing, Response};
 use forebay_proto::error::{ApiError, from_engine};
 use forebay_proto::splice::Edits;
@@ -102,13 +102,14 @@ pub(super) async fn attempt(worker: &Worker, job: &Job<'_>, number: u32) -> Resu
 }
 
 async fn open(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Failed> {
-    let Prepared { path, body, translation } = prepared(worker, job).await?;
+    let Prepared { path, headers, body, translation } = prepared(worker, job).await?;
+    let request = |body| outgoing((job, number), (path, headers), body);
     let sent_at = Instant::now();
-    let response = match worker.channel.send(outgoing((job, number), path, body.clone())).await {
+    let response = match worker.channel.send(request(body.clone())).await {
         // An idle connection that the worker closed while the request was on its way there: no failure of the worker's,
         // and no reason to leave its cache. Later than that the worker may have worked on it, and is to blame.
         Err(forebay_backends::Error::Reset { reused: true, .. }) if sent_at.elapsed() < CLOSED_AS_IDLE => {
-            Box::pin(worker.channel.send_fresh(outgoing((job, number), path, body))).await?
+            Box::pin(worker.channel.send_fresh(request(body))).await?
         }
         sent => sent?,
     };
@@ -119,7 +120,7 @@ async fn open(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Fail
     // Translated answers name the model that was asked for.
     let is_own = translation.is_none();
     let answer = Answer::new(body, translation);
-    let reply = if job.streamed() && (answer.is_lines() || is_event_stream(&headers)) {
+    let reply = if job.streamed() && (answer.becomes_events() || is_event_stream(&headers)) {
         stream(answer).await?
     } else {
         whole(status, &headers, answer).await?
@@ -166,12 +167,18 @@ async fn prepared(worker: &Worker, job: &Job<'_>) -> Result<Prepared, Failed> {
     }
     let body = edits.apply(&job.body);
     let Some(identity) = identity else {
-        return Ok(Prepared { path: job.api.path(), body, translation: None });
+        return Ok(Prepared { path: job.api.path(), headers: &[], body, translation: None });
     };
-    let Identity { engine, openai_routes, .. } = *identity;
-    let text = if engine.needs_text(job.api, openai_routes) { Box::pin(written(job)).await? } else { None };
-    let asked = engines::Asked { api: job.api, body, streamed: job.streamed(), openai_routes, text };
-    let prepared = if engine.rewrites() && asked.body.len() > INLINE_BODY_BYTES_MAX {
+    let Identity { engine, server, .. } = &*identity;
+    let engine = *engine;
+    let form = engine.form(job.api, server);
+    let rewrites = engine.rewrites() || form != Form::AsAsked;
+    let written = match form {
+        Form::AsAsked => Written::default(),
+        form => Box::pin(written(job, form)).await?,
+    };
+    let asked = engines::Asked { api: job.api, body, streamed: job.streamed(), server: server.clone(), written };
+    let prepared = if rewrites && asked.body.len() > INLINE_BODY_BYTES_MAX {
         let preparing = tokio::task::spawn_blocking(move || engines::prepare(engine, asked));
         preparing.await.map_err(|_| Failed::elsewhere(Failure::Malformed))?
     } else {
@@ -188,16 +195,21 @@ fn unsupported(message: String, param: Option<String>) -> Failed {
     Failed::Elsewhere { failure: Failure::Unsupported, shown }
 }
 
-/// The conversation as the model reads it, where its template is at hand.
-async fn written(job: &Job<'_>) -> Result<Option<String>, Failed> {
-    job.prepare.written(job.model, job.asked, &job.body).await.map_err(|error| {
-        tracing::debug!(%error, "a conversation cannot be written out");
+/// The prompt as the model reads it, where its tokenizer and template are at hand, and the room that it leaves.
+async fn written(job: &Job<'_>, form: Form) -> Result<Written, Failed> {
+    let written = job.prepare.written(job.model, job.asked, &job.body, form).await.map_err(|error| {
+        tracing::debug!(%error, "a prompt cannot be written out");
         Failed::elsewhere(Failure::Overloaded { retry_after: None })
-    })
+    })?;
+    let prompt_tokens = job.prompt.exact.then_some(job.prompt.tokens);
+    let room = prompt_tokens.zip(job.model.max_model_len).map(|(prompt, all)| all.saturating_sub(prompt));
+    Ok(Written { prompt_tokens, room, ..written })
 }
 
-fn outgoing((job, number): (&Job<'_>, u32), path: &'static str, body: Bytes) -> Outgoing {
-    let mut headers = job.headers.clone();
+type Headers = &'static [(&'static str, &'static str)];
+
+fn outgoing((job, number): (&Job<'_>, u32), (path, own): (&'static str, Headers), body: Bytes) -> Outgoing {
+    let mut headers = if own.is_empty() { job.headers.clone() } else { HeaderMap::new() };
     headers.reserve(OWN_FIELDS);
     // Engines name their own requests after it: a name used twice would meet itself in vLLM.
     if let Some(name) = RequestName::fresh_header() {
@@ -210,6 +222,9 @@ fn outgoing((job, number): (&Job<'_>, u32), path: &'static str, body: Bytes) -> 
         }
     }
     headers.insert(CONTENT_TYPE, JSON);
+    for (name, value) in own {
+        headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+    }
     Outgoing { method: Method::POST, path: PathAndQuery::from_static(path), headers, body }
 }
 
@@ -258,7 +273,11 @@ async fn whole(status: StatusCode, headers: &HeaderMap, body: Answer) -> Result<
     if status != StatusCode::OK || encoded || html {
         return Err(Failed::elsewhere(Failure::Malformed));
     }
-    let mut body = match body.translated().await? {
+    let translated = body.translated().await.map_err(|error| match error {
+        forebay_backends::Error::Refused { status, error } => engine_error(status, *error, None),
+        error => error.into(),
+    });
+    let mut body = match translated? {
         Ok(answer) => {
             let length = Some(answer.len() as u64);
             return Ok(Reply::Whole(Whole { content_type: JSON, head: VecDeque::from([answer]), rest: None, length }));

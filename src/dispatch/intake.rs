@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
-use forebay_backends::engines::{self, Api, Detected, Load};
+use forebay_backends::engines::{self, Api, Detected, Load, Ways};
 use forebay_backends::signals::kv_events::KvSource;
 use forebay_backends::signals::{Pace, Signal, Signals, Traffic};
 use forebay_backends::transport::{Channel, Endpoint, Timeouts, Transport};
@@ -61,6 +61,8 @@ pub struct WorkerSpec {
     pub kv_events: Option<KvSource>,
     /// The GPUs it runs on; empty: found by its port.
     pub gpus: Vec<GpuName>,
+    /// Whether it is sent token ids where its engine takes them.
+    pub token_ids: bool,
     pub first_byte: Duration,
     /// The same, of an answer that is streamed.
     pub first_token: Duration,
@@ -318,11 +320,18 @@ impl Intake {
             tokenizer: counts.then(|| EngineTokenizer { channel: worker.channel.clone(), model: served.clone() }),
         };
         let adapter = facts.is_some_and(|facts| facts.parent.is_some()).then(|| served.clone());
-        let Detected { engine, openai_routes, .. } = *detected;
+        let tensors = facts.and_then(|facts| facts.tensors.clone());
+        let server = Ways { openai_routes: detected.openai_routes, token_ids: spec.token_ids, tensors };
         // Of a server of an unknown kind nothing is known of its answers either.
-        let listed = detected.models.iter().filter(|_| !matches!(engine.mark(), engines::Mark::Any));
+        let listed = detected.models.iter().filter(|_| !matches!(detected.engine.mark(), engines::Mark::Any));
         let names = listed.flat_map(|model| [Some(model.id.clone()), model.root.clone()]).flatten().collect();
-        worker.identity.store(Some(Arc::new(Identity { engine, openai_routes, model: served, adapter, names })));
+        worker.identity.store(Some(Arc::new(Identity {
+            engine: detected.engine,
+            server,
+            model: served,
+            adapter,
+            names,
+        })));
         self.tell(worker, fact).await;
     }
 
@@ -428,9 +437,9 @@ async fn identify(channel: &Channel, spec: &WorkerSpec) -> Option<Detected> {
     }
 }
 
-/// The one base model a worker serves; adapters do not count.
+/// The one base model a worker serves; adapters and other ways to it do not count.
 fn only_model(detected: &Detected) -> Option<&str> {
-    let mut bases = detected.models.iter().filter(|model| model.parent.is_none());
+    let mut bases = detected.models.iter().filter(|model| model.parent.is_none() && !model.alternative);
     match (bases.next(), bases.next()) {
         (Some(only), None) => Some(&only.id),
         _ => None,

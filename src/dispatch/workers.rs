@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use foldhash::HashMap;
-use forebay_backends::engines::Engine;
+use forebay_backends::engines::{Engine, Ways};
 use forebay_backends::signals::Traffic;
 use forebay_backends::transport::Channel;
 use forebay_scheduler::{HealthState, PoolId, WorkerId, WorkerSpec};
@@ -51,8 +51,8 @@ impl Worker {
 /// What is known once the worker has been asked.
 pub(super) struct Identity {
     pub(super) engine: &'static dyn Engine,
-    /// Whether it has OpenAI's routes.
-    pub(super) openai_routes: bool,
+    /// How its server is set up.
+    pub(super) server: Ways,
     /// What it calls the model.
     pub(super) model: String,
     /// The same name, where that is a LoRA adapter's.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use forebay_backends::engines::{Form, Written};
 use forebay_proto::peek::{Input, Source, Span, TemplateFields, Tokenize, Truncation};
 use forebay_tokens::{Chat, Prompt as Rendered, Special, Tokenizer};
 
@@ -123,11 +124,35 @@ pub(super) fn tokenized(tokenizer: &Tokenizer, asked: &Tokenize, body: &[u8]) ->
     Ok(Tokenized { ids, strings })
 }
 
-/// A conversation as the text that the model reads; `None` for what is no conversation.
-pub(super) fn written(tokenizer: &Tokenizer, asked: &Asked, body: &[u8]) -> Result<Option<String>, Error> {
-    let Asked::Chat(chat) = asked else { return Ok(None) };
-    let render = |chat: &Chat<'_>| tokenizer.render(chat);
-    conversation(body, &chat.messages, chat.tools.as_ref(), &chat.template, render).map(|rendered| Some(rendered.text))
+/// A prompt in the form that an engine wants.
+pub(super) fn written(tokenizer: &Arc<Tokenizer>, asked: &Asked, body: &[u8], form: Form) -> Result<Written, Error> {
+    let mut written = Written { tokenizer: Some(Arc::clone(tokenizer)), ..Written::default() };
+    match (asked, form) {
+        (Asked::Chat(chat), Form::Text) => {
+            let render = |chat: &Chat<'_>| tokenizer.render(chat);
+            let rendered = conversation(body, &chat.messages, chat.tools.as_ref(), &chat.template, render)?;
+            written.text = Some(rendered.text);
+        }
+        (Asked::Chat(chat), Form::Ids) => {
+            let prompt = rendered(tokenizer, body, &chat.messages, chat.tools.as_ref(), &chat.template)?;
+            // What is no text was left out.
+            written.ids = prompt.exact.then_some(prompt.ids);
+        }
+        (Asked::Completion(completion), Form::Ids) => {
+            let special = special(completion.add_special_tokens.unwrap_or(true));
+            written.ids = match &completion.prompt {
+                Input::Ids(ids) => Some(ids.clone()),
+                Input::IdLists(lists) => <&[_; 1]>::try_from(lists.as_slice()).ok().map(|[ids]| ids.clone()),
+                Input::Text(text) => Some(tokenizer.encode(text, special)?),
+                Input::Texts(texts) => match texts.as_slice() {
+                    [text] => Some(tokenizer.encode(text, special)?),
+                    _ => None,
+                },
+            };
+        }
+        _ => {}
+    }
+    Ok(written)
 }
 
 /// A conversation as its engine will render and count it.

@@ -19,7 +19,7 @@ const COMPLETIONS: &str = "/v1/completions";
 const CALL: &str = "Please call the tool.";
 
 /// Rows: what a worker is started as, and the engine that is configured where it is not detected.
-const ENGINES: [(&str, Option<&str>); 8] = [
+const ENGINES: [(&str, Option<&str>); 10] = [
     ("vllm", None),
     ("sglang", None),
     ("tgi", None),
@@ -27,6 +27,8 @@ const ENGINES: [(&str, Option<&str>); 8] = [
     ("trtllm", None),
     ("llamacpp", None),
     ("ollama", None),
+    ("triton", None),
+    ("triton-ids", None),
     ("vllm", Some("openai")),
 ];
 
@@ -72,7 +74,13 @@ impl Setting {
         let flags = ["--engine", engine, "--model", "m", "--max-model-len", "2048", "--speed", speed];
         let worker = Worker::start(&flags);
         let keys = configured.map(|name| format!("engine = {name:?}\n")).unwrap_or_default();
-        let models = model("m", &[worker.address], &format!("tokenizer = {:?}\n", tokenizer())) + &keys;
+        // Which does not tell its context length, and has its metrics elsewhere.
+        let grpc = engine.starts_with("triton");
+        let length = if grpc { "max_model_len = 2048\n" } else { "" };
+        let mut models = model("m", &[worker.address], &format!("tokenizer = {:?}\n{length}", tokenizer())) + &keys;
+        if grpc {
+            models = models.replace("http://", "grpc://") + &format!("metrics_port = {}\n", worker.address.port());
+        }
         Self { gateway: Gateway::start(&models), worker, row }
     }
 
@@ -364,7 +372,7 @@ fn every_engine_does_it_alike_or_says_that_it_cannot() {
                 Cell::Yes => "yes".to_owned(),
                 Cell::No(reason) => {
                     // The reason is the same for all that have it: the engine's name is in the table.
-                    let engine = on.name().trim_end_matches("-native");
+                    let engine = on.name().trim_end_matches("-native").trim_end_matches("-ids");
                     let reason = reason.replace(&format!(" (the engine of this model is {engine})"), "");
                     let reason = reason.replace(&format!(" ({engine})"), "");
                     reasons.entry(format!("{column}: {reason}")).or_default().push(on.name().to_owned());

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::support::client;
 use super::support::eventually;
-use super::support::process::{Gateway, Worker, model};
+use super::support::process::{Gateway, Worker, model, tokenizer};
 use super::support::recorder::{Recorder, json as answer};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -233,6 +233,23 @@ fn an_estimate_refuses_nobody() {
         refused.error(),
         json!({"message": message, "type": "invalid_request_error", "param": null, "code": "context_length_exceeded"})
     );
+}
+
+#[test]
+fn a_worker_that_wants_token_ids_is_not_sent_the_text() {
+    let done =
+        answer("200 OK", r#"{"object":"text_completion","choices":[{"index":0,"text":"x","finish_reason":"stop"}]}"#);
+    let recorder = Recorder::start("m", vec![done]);
+    let extra = format!("tokenizer = {:?}\n", tokenizer());
+    let gateway = Gateway::start(&format!("{}token_ids = true\n", model("m", &[recorder.address], &extra)));
+    for prompt in [TEXTS[3], "The quick brown fox jumps over the lazy dog. ".repeat(20).as_str()] {
+        let ids =
+            gateway.post("/tokenize", &json!({"model": "m", "prompt": prompt}).to_string()).json()["tokens"].clone();
+        let body = json!({"model": "m", "prompt": prompt, "max_tokens": 2});
+        assert_eq!(gateway.post(COMPLETIONS, &body.to_string()).status, 200);
+        let sent: Value = serde_json::from_slice(&recorder.posts().last().expect("a post").body).expect("JSON");
+        assert_eq!((&sent["prompt"], &sent["max_tokens"]), (&ids, &json!(2)));
+    }
 }
 
 #[test]

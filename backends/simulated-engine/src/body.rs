@@ -14,6 +14,7 @@ use std::{
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
+use http::{HeaderMap, HeaderValue};
 use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 
@@ -52,13 +53,15 @@ pub(crate) struct Sending {
     pub(crate) keep_alive: Option<Duration>,
     /// Set to end the connection with a reset.
     pub(crate) reset: Arc<AtomicBool>,
+    /// Whether gRPC's "ok" comes behind it.
+    pub(crate) status: bool,
     /// Counts the request as finished or left.
     pub(crate) open: Open,
 }
 
 /// A body that is there at once, with faults that cut it in half.
 pub(crate) fn whole(bytes: Bytes, sending: Sending) -> Body {
-    let Sending { mid, reset, mut open, .. } = sending;
+    let Sending { mid, reset, status, mut open, .. } = sending;
     let half = bytes.slice(..bytes.len() / 2);
     match mid.map(|mid| mid.kind) {
         Some(MidKind::Garbage) => whole_of(GARBAGE, open),
@@ -77,9 +80,18 @@ pub(crate) fn whole(bytes: Bytes, sending: Sending) -> Body {
         }
         Some(MidKind::Error) | None => {
             open.complete();
+            if status {
+                let frames = [Ok(Frame::data(bytes)), Ok(Frame::trailers(ok_status()))];
+                return BodyExt::boxed_unsync(StreamBody::new(stream::iter(frames)));
+            }
             whole_of(bytes, open)
         }
     }
+}
+
+/// What stands behind the messages of a call that went well.
+fn ok_status() -> HeaderMap {
+    HeaderMap::from_iter([(http::HeaderName::from_static("grpc-status"), HeaderValue::from_static("0"))])
 }
 
 fn whole_of(bytes: Bytes, mut open: Open) -> Body {
@@ -93,7 +105,8 @@ pub(crate) fn events(source: Events, death: Death, sending: Sending) -> Body {
         Death::Events(events) => (events, false),
         Death::Cut => (Vec::new(), true),
     };
-    let state = Sender { source, death: death.into_iter(), dies_cut, sent: 0, phase: Phase::Running, sending };
+    let state =
+        Sender { source, death: death.into_iter(), dies_cut, sent: 0, phase: Phase::Running, ended: false, sending };
     let frames = stream::unfold(state, |mut state| async move { Some((state.next().await?, state)) });
     BodyExt::boxed_unsync(StreamBody::new(frames))
 }
@@ -104,6 +117,7 @@ struct Sender {
     dies_cut: bool,
     sent: u32,
     phase: Phase,
+    ended: bool,
     sending: Sending,
 }
 
@@ -148,7 +162,8 @@ impl Sender {
             }
             None => {
                 self.sending.open.complete();
-                None
+                let status = self.sending.status && !std::mem::replace(&mut self.ended, true);
+                status.then(|| Ok(Frame::trailers(ok_status())))
             }
         }
     }

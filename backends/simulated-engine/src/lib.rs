@@ -31,6 +31,7 @@ mod schema;
 mod server;
 mod sglang;
 mod tgi;
+mod triton;
 mod trtllm;
 mod vllm;
 mod wire;

@@ -24,6 +24,10 @@ pub enum EngineKind {
     Llamacpp,
     /// Ollama 0.33.
     Ollama,
+    /// Triton with TensorRT-LLM: a model that takes and gives text.
+    Triton,
+    /// The same with one that takes and gives token ids.
+    TritonIds,
 }
 
 /// Settings of one server.

@@ -18,7 +18,10 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, StatusCode, header};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -80,6 +83,21 @@ pub(crate) enum Answer {
     Events(body::Events),
     /// Lines of JSON.
     Lines(body::Events),
+}
+
+impl Answer {
+    /// Whether it is a message of gRPC's, or a stream of them; not one that has its status in its head.
+    fn is_message(&self) -> bool {
+        match self {
+            Self::Whole { headers, .. } => {
+                let is_grpc =
+                    |(name, value): &(_, HeaderValue)| name == header::CONTENT_TYPE && value == "application/grpc";
+                headers.iter().any(is_grpc) && !headers.iter().any(|(name, _)| name == "grpc-status")
+            }
+            Self::Events(_) => true,
+            Self::Lines(_) => false,
+        }
+    }
 }
 
 /// An engine with all its ports, before it serves.
@@ -185,19 +203,22 @@ impl Service {
         {
             answer = wire.death();
         }
-        let keep_alive = self.options.stream_keep_alive;
-        into_response(wire, answer, Sending { mid: plan.mid, keep_alive, reset, open })
+        // A comment is an event's, and no message of gRPC's.
+        let keep_alive = self.options.stream_keep_alive.filter(|_| !wire.is_grpc());
+        let status = wire.is_grpc() && answer.is_message();
+        into_response(wire, answer, Sending { mid: plan.mid, keep_alive, reset, status, open })
     }
 }
 
 fn into_response(wire: &dyn Wire, answer: Answer, sending: Sending) -> Response<Body> {
     let mut response = match answer {
-        Answer::Whole { status, headers, body } => {
+        Answer::Whole { status: code, headers, body } => {
+            let status = sending.status;
             let length = HeaderValue::from(body.len());
             let garbled = sending.mid.is_some_and(|mid| mid.kind == MidKind::Garbage);
             let mut response = Response::new(body::whole(body, sending));
-            *response.status_mut() = status;
-            if !garbled {
+            *response.status_mut() = code;
+            if !garbled && !status {
                 response.headers_mut().insert(header::CONTENT_LENGTH, length);
             }
             response.headers_mut().extend(headers.into_iter().map(|(name, value)| (Some(name), value)));
@@ -205,9 +226,8 @@ fn into_response(wire: &dyn Wire, answer: Answer, sending: Sending) -> Response<
         }
         Answer::Events(source) => {
             let mut response = Response::new(body::events(source, wire.death_events(), sending));
-            response
-                .headers_mut()
-                .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+            let kind = if wire.is_grpc() { "application/grpc" } else { "text/event-stream; charset=utf-8" };
+            response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
             response
         }
         Answer::Lines(source) => {
@@ -280,11 +300,20 @@ async fn connection(stream: TcpStream, peer: SocketAddr, service: Arc<Service>) 
     let reset = Arc::new(AtomicBool::new(false));
     let socket = Socket { stream, reset: Arc::clone(&reset), service: Arc::clone(&service) };
     let keep_alive = service.options.connection_keep_alive;
+    let grpc = service.options.engine.wire().is_grpc();
     let respond = service_fn(move |request| {
         let service = Arc::clone(&service);
         let reset = Arc::clone(&reset);
         async move { Ok::<_, Infallible>(service.respond(request, reset).await) }
     });
+    // Triton has a port for each; here both are spoken on one, so that its metrics can be read and it can be told to fail.
+    if grpc {
+        let served = auto::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(socket), respond).await;
+        if let Err(error) = served {
+            tracing::debug!(%peer, error, "connection ended");
+        }
+        return;
+    }
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(keep_alive)

@@ -20,6 +20,7 @@ use crate::{
     server::{Answer, Service},
     sglang::SgLang,
     tgi::Tgi,
+    triton::{self, Triton},
     trtllm::TrtLlm,
     vllm::{Vllm, error::Failure},
 };
@@ -39,6 +40,11 @@ pub(crate) trait Wire: Sync {
     /// How a stream ends when the engine dies under it.
     fn death_events(&self) -> Death;
 
+    /// Whether answers are gRPC's, with a status behind them.
+    fn is_grpc(&self) -> bool {
+        false
+    }
+
     /// Headers of every answer.
     fn headers(&self) -> Vec<(HeaderName, &'static str)> {
         // Most of them stand on the same web framework.
@@ -56,12 +62,14 @@ impl EngineKind {
             Self::Trtllm => &TrtLlm,
             Self::Llamacpp => &LlamaCpp,
             Self::Ollama => &Ollama,
+            Self::Triton => &Triton { ids: false },
+            Self::TritonIds => &Triton { ids: true },
         }
     }
 }
 
 /// Paths that run the model, of all engines.
-const MODEL_PATHS: [&str; 9] = [
+const MODEL_PATHS: [&str; 11] = [
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/embeddings",
@@ -71,6 +79,8 @@ const MODEL_PATHS: [&str; 9] = [
     "/generate_stream",
     "/api/chat",
     "/api/generate",
+    triton::INFER,
+    triton::STREAM,
 ];
 
 /// Whether requests for `path` run the model.

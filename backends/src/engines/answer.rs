@@ -11,9 +11,16 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use forebay_proto::sse::{self, Splitter};
+use http::HeaderMap;
 use memchr::memchr;
 
-use crate::{Error, transport::Body};
+use crate::{
+    Error,
+    transport::{
+        Body,
+        grpc::{Messages, Status},
+    },
+};
 
 /// Longest event or line: a chunk with the log probabilities of many tokens is some 100 KiB.
 const EVENT_BYTES_MAX: usize = 8 << 20;
@@ -25,7 +32,7 @@ const INLINE_BYTES_MAX: usize = 8 << 10;
 
 /// How one engine's answers become OpenAI's.
 pub(super) trait Translator: Send {
-    /// One event's data, or one line; adds what OpenAI's stream would have to `out`. False: it goes on as it came.
+    /// One event's data, one line, or one message; adds what OpenAI's stream would have to `out`. False: it goes on as it came.
     fn event(&mut self, data: &[u8], out: &mut Vec<u8>) -> bool;
 
     /// The answer has ended; adds what is still owed.
@@ -33,7 +40,19 @@ pub(super) trait Translator: Send {
         let _ = out;
     }
 
-    /// A whole answer. `None`: it is none that can be read, or tells of a failure.
+    /// A gRPC call has ended, this way; adds what is owed for a failure. Whether all came that should have is another
+    /// question.
+    fn status(&mut self, status: Status, out: &mut Vec<u8>) {
+        let _ = (status, out);
+    }
+
+    /// Whether the answer is complete and nothing more is wanted of the engine.
+    fn is_done(&self) -> bool {
+        false
+    }
+
+    /// A whole answer. `None`: it is none that can be read, or tells of a failure. Of messages `body` is what
+    /// [`Translator::event`] and the like added.
     fn whole(&mut self, body: &Bytes) -> Option<Bytes>;
 
     /// What it means that [`Translator::whole`] gave nothing.
@@ -41,10 +60,21 @@ pub(super) trait Translator: Send {
         Error::Unreadable
     }
 
-    /// Whether a stream is lines of JSON in place of server-sent events.
-    fn lines(&self) -> bool {
-        false
+    /// What an answer is made of.
+    fn wire(&self) -> Wire {
+        Wire::Events
     }
+}
+
+/// What an answer is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wire {
+    /// Server-sent events; a whole answer is one document.
+    Events,
+    /// Lines of JSON; a whole answer is one document.
+    Lines,
+    /// gRPC's messages, also where the answer is wanted whole.
+    Messages,
 }
 
 /// Makes one answer of an engine OpenAI's.
@@ -57,6 +87,7 @@ pub struct Translation {
 enum Pieces {
     Events(Splitter),
     Lines(BytesMut),
+    Messages(Messages),
 }
 
 impl fmt::Debug for Translation {
@@ -67,10 +98,10 @@ impl fmt::Debug for Translation {
 
 impl Translation {
     pub(super) fn new(translator: impl Translator + 'static) -> Self {
-        let pieces = if translator.lines() {
-            Pieces::Lines(BytesMut::new())
-        } else {
-            Pieces::Events(Splitter::new(EVENT_BYTES_MAX))
+        let pieces = match translator.wire() {
+            Wire::Events => Pieces::Events(Splitter::new(EVENT_BYTES_MAX)),
+            Wire::Lines => Pieces::Lines(BytesMut::new()),
+            Wire::Messages => Pieces::Messages(Messages::default()),
         };
         Self { translator: Box::new(translator), pieces }
     }
@@ -103,25 +134,40 @@ impl Translation {
                     return Err(too_large);
                 }
             }
+            Pieces::Messages(messages) => {
+                messages.push(&bytes);
+                while !self.translator.is_done()
+                    && let Some(message) = messages.next(EVENT_BYTES_MAX)?
+                {
+                    if !self.translator.event(&message, &mut out) {
+                        return Err(Error::Unreadable);
+                    }
+                }
+            }
         }
         Ok(out.into())
     }
 
-    /// The stream has ended; gives what is still owed.
-    pub fn finish(mut self) -> Bytes {
+    /// The stream has ended, with these trailers; gives what is still owed.
+    pub fn finish(mut self, trailers: Option<&HeaderMap>) -> Bytes {
         let mut out = Vec::new();
-        match self.pieces {
-            Pieces::Events(splitter) => match splitter.finish() {
-                Some(sse::End::Whole(event) | sse::End::Cut(event)) => pass(&mut *self.translator, &event, &mut out),
-                None => {}
-            },
-            Pieces::Lines(line) => pass_line(&mut *self.translator, &line, &mut out),
-        }
-        self.translator.end(&mut out);
+        self.close(trailers, &mut out);
         out.into()
     }
 
-    /// A whole answer in OpenAI's shape.
+    fn close(&mut self, trailers: Option<&HeaderMap>, out: &mut Vec<u8>) {
+        match std::mem::replace(&mut self.pieces, Pieces::Lines(BytesMut::new())) {
+            Pieces::Events(splitter) => match splitter.finish() {
+                Some(sse::End::Whole(event) | sse::End::Cut(event)) => pass(&mut *self.translator, &event, out),
+                None => {}
+            },
+            Pieces::Lines(line) => pass_line(&mut *self.translator, &line, out),
+            Pieces::Messages(_) => self.translator.status(Status::read(trailers), out),
+        }
+        self.translator.end(out);
+    }
+
+    /// A whole answer in OpenAI's shape, from the engine's document.
     ///
     /// # Errors
     /// [`Error::Unreadable`] when it is none that can be read, [`Error::Status`] when it tells of a failure.
@@ -164,10 +210,14 @@ impl Answer {
         Self { body: Some(body), translation }
     }
 
-    /// Whether the engine streams lines of JSON, which become events here.
+    /// Whether the engine streams something else than events, which becomes events here.
     #[must_use]
-    pub fn is_lines(&self) -> bool {
-        self.translation.as_ref().is_some_and(|translation| translation.translator.lines())
+    pub fn becomes_events(&self) -> bool {
+        self.wire().is_some_and(|wire| wire != Wire::Events)
+    }
+
+    fn wire(&self) -> Option<Wire> {
+        self.translation.as_ref().map(|translation| translation.translator.wire())
     }
 
     /// The next piece, `None` after the last one. After an error, too, `None` follows.
@@ -177,16 +227,24 @@ impl Answer {
             let Some(translation) = &mut self.translation else { return body.poll_data(cx) };
             match body.poll_data(cx) {
                 Poll::Ready(Some(Ok(bytes))) => match translation.push(bytes) {
-                    Ok(bytes) if bytes.is_empty() => {}
-                    Ok(bytes) => return Poll::Ready(Some(Ok(bytes))),
+                    Ok(bytes) => {
+                        if translation.translator.is_done() {
+                            // What the engine would still say is not waited for: it may stop.
+                            self.body = None;
+                        }
+                        if !bytes.is_empty() {
+                            return Poll::Ready(Some(Ok(bytes)));
+                        }
+                    }
                     Err(error) => {
                         self.body = None;
                         return Poll::Ready(Some(Err(error)));
                     }
                 },
                 Poll::Ready(None) => {
+                    let finish = |translation: Translation| translation.finish(body.trailers());
+                    let last = self.translation.take().map(finish).filter(|last| !last.is_empty());
                     self.body = None;
-                    let last = self.translation.take().map(Translation::finish).filter(|last| !last.is_empty());
                     return Poll::Ready(last.map(Ok));
                 }
                 other => return other,
@@ -205,6 +263,11 @@ impl Answer {
     /// As [`Body::collect`] and [`Translation::whole`].
     pub async fn translated(self) -> Result<Result<Bytes, Self>, Error> {
         match self {
+            Self { body: Some(body), translation: Some(translation) }
+                if translation.translator.wire() == Wire::Messages =>
+            {
+                messages(body, translation).await.map(Ok)
+            }
             Self { body: Some(body), translation: Some(translation) } => {
                 let whole = body.collect(WHOLE_BYTES_MAX).await?;
                 if whole.len() <= INLINE_BYTES_MAX {
@@ -216,4 +279,22 @@ impl Answer {
             plain => Ok(Err(plain)),
         }
     }
+}
+
+/// Reads messages to the end of what is wanted of them.
+async fn messages(mut body: Body, mut translation: Translation) -> Result<Bytes, Error> {
+    let mut out = BytesMut::new();
+    while !translation.translator.is_done() {
+        let Some(bytes) = body.next().await else {
+            let mut last = Vec::new();
+            translation.close(body.trailers(), &mut last);
+            out.extend_from_slice(&last);
+            break;
+        };
+        out.extend_from_slice(&translation.push(bytes?)?);
+        if out.len() > WHOLE_BYTES_MAX {
+            return Err(Error::TooLarge { bytes_max: WHOLE_BYTES_MAX });
+        }
+    }
+    translation.whole(&out.freeze())
 }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Api, Unsupported, members::Members};
 
 /// Fields, OpenAI's and those of other engines, that change the answer and that not every engine heeds.
-const MEANINGFUL: [&str; 37] = [
+const MEANINGFUL: [&str; 43] = [
     "n",
     "best_of",
     "echo",
@@ -16,6 +16,12 @@ const MEANINGFUL: [&str; 37] = [
     "logprobs",
     "top_logprobs",
     "logit_bias",
+    "presence_penalty",
+    "reasoning_effort",
+    "chat_template_kwargs",
+    "parallel_tool_calls",
+    "functions",
+    "function_call",
     "tool_choice",
     "response_format",
     "stop",
@@ -86,13 +92,19 @@ pub(super) fn refuse_unheeded(engine: &'static str, members: &Members<'_>, heede
 fn asks_for_nothing(name: &str, json: &str) -> bool {
     let Ok(value) = serde_json::from_str::<Value>(json) else { return false };
     match &value {
-        Value::Null | Value::Bool(false) => true,
-        Value::Bool(true) => false,
+        Value::Null => true,
+        // It is what engines do anyway; to call one tool at a time has to be asked for.
+        Value::Bool(wanted) => *wanted == (name == "parallel_tool_calls"),
         Value::Array(list) => list.is_empty(),
         Value::Object(object) => {
             object.is_empty() || name == "response_format" && object.get("type") == Some(&json!("text"))
         }
-        Value::String(text) => text.is_empty() || name == "tool_choice" && text == "auto",
+        Value::String(text) => match name {
+            "tool_choice" => text == "auto",
+            "function_call" => matches!(text.as_str(), "auto" | "none"),
+            "reasoning_effort" => text == "none",
+            _ => text.is_empty(),
+        },
         Value::Number(number) => {
             let number = number.as_f64();
             let none = match name {
@@ -119,6 +131,7 @@ mod tests {
             r#"{"n":1,"best_of":1.0,"echo":false,"logit_bias":{},"stop":[],"min_p":0,"repetition_penalty":1.0}"#,
             r#"{"n":null,"suffix":"","tool_choice":"auto","response_format":{"type":"text"},"logprobs":false}"#,
             r#"{"top_k":7,"temperature":2,"made_up":true,"user":"u"}"#,
+            r#"{"parallel_tool_calls":true,"functions":[],"function_call":"auto","presence_penalty":0.0,"chat_template_kwargs":{}}"#,
         ] {
             assert_eq!(refused(idle), None, "{idle}");
         }
@@ -129,6 +142,10 @@ mod tests {
             (r#"{"tool_choice":"required"}"#, "tool_choice"),
             (r#"{"guided_json":{"type":"object"}}"#, "guided_json"),
             (r#"{"logprobs":true}"#, "logprobs"),
+            (r#"{"parallel_tool_calls":false}"#, "parallel_tool_calls"),
+            (r#"{"functions":[{"name":"f"}]}"#, "functions"),
+            (r#"{"presence_penalty":0.5}"#, "presence_penalty"),
+            (r#"{"reasoning_effort":"high"}"#, "reasoning_effort"),
             (r#"{"\u006e":3}"#, "n"),
         ] {
             assert_eq!(refused(body).as_deref(), Some(field), "{body}");

@@ -1,6 +1,10 @@
 //! OpenAI's list of models, with what engines add to it.
 
+use std::sync::Arc;
+
 use serde_json::Value;
+
+use super::Tensors;
 
 /// One name that a server answers to: a model, an alias of it, or a LoRA adapter.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -15,6 +19,10 @@ pub struct ServedModel {
     pub parent: Option<String>,
     /// Prompt and output tokens that one sequence may have.
     pub max_model_len: Option<u32>,
+    /// Triton: what it takes and gives.
+    pub tensors: Option<Arc<Tensors>>,
+    /// Triton: another way to a model that is listed before.
+    pub alternative: bool,
 }
 
 /// Reads `{"data": [{"id": …}, …]}`. `None` when it is not that; an extra that is missing, null or of a strange type is
@@ -35,6 +43,7 @@ fn entry(entry: &Value) -> Option<ServedModel> {
         root: text("root"),
         parent: text("parent"),
         max_model_len: length.and_then(Value::as_u64).and_then(|length| u32::try_from(length).ok()),
+        ..ServedModel::default()
     })
 }
 

@@ -17,7 +17,8 @@ pub(super) struct Ollama;
 
 const NAME: &str = "ollama";
 
-const HEEDED: &[&str] = &["logprobs", "top_logprobs", "response_format", "stop", "suffix"];
+const HEEDED: &[&str] =
+    &["logprobs", "top_logprobs", "presence_penalty", "reasoning_effort", "response_format", "stop", "suffix"];
 
 /// Sampling fields that only its own route has, and their names there.
 const OPTIONS: [(&str, &str); 4] =
@@ -87,7 +88,7 @@ impl Engine for Ollama {
         if members.get("prompt").is_some_and(|prompt| prompt.starts_with('[')) {
             return Err(Unsupported::value(NAME, "prompt", "one text is taken, no list"));
         }
-        let heeded = if asked.api == Api::Completions { &["stop", "suffix"] } else { HEEDED };
+        let heeded = if asked.api == Api::Completions { &["presence_penalty", "stop", "suffix"] } else { HEEDED };
         limit_completion(asked.api, &mut members);
         let Err(unheeded) = refuse_unheeded(NAME, &members, heeded) else {
             return Ok(Prepared { body: members.write(&body), ..Prepared::untouched(asked) });
@@ -106,7 +107,7 @@ mod tests {
     use super::*;
 
     fn adapted(api: Api, body: &str) -> Result<(&'static str, Value), Option<String>> {
-        let asked = Asked { api, body: body.to_owned().into(), streamed: false, openai_routes: true, text: None };
+        let asked = Asked::new(api, body.to_owned().into(), false);
         let prepared = Ollama.adapt(asked).map_err(|unsupported| unsupported.param)?;
         Ok((prepared.path, serde_json::from_slice(&prepared.body).expect("JSON")))
     }

@@ -25,6 +25,10 @@ const HEEDED: &[&str] = &[
     "logprobs",
     "top_logprobs",
     "logit_bias",
+    "presence_penalty",
+    "reasoning_effort",
+    "chat_template_kwargs",
+    "parallel_tool_calls",
     "tool_choice",
     "response_format",
     "stop",
@@ -82,6 +86,10 @@ impl Engine for SgLang {
 
     fn read_load(&self, answer: &[u8]) -> Option<Load> {
         if answer.trim_ascii_start().starts_with(b"{") { from_loads(answer) } else { from_metrics(answer) }
+    }
+
+    fn takes_ids(&self, api: Api) -> bool {
+        api == Api::Completions
     }
 
     fn serves(&self, api: Api) -> bool {

@@ -7,7 +7,7 @@ use forebay_proto::metrics_text::samples;
 use serde_json::{Value, json};
 
 use super::{
-    Api, Asked, Engine, Load, Mark, Members, Prepared, ServedModel, Totals, Translation, Unsupported,
+    Api, Asked, Engine, Form, Load, Mark, Members, Prepared, ServedModel, Totals, Translation, Unsupported, Ways,
     fields::{limit_completion, refuse_unheeded},
     require_text,
     tally::Tally,
@@ -18,7 +18,7 @@ pub(super) struct Tgi;
 const NAME: &str = "tgi";
 
 /// Of its OpenAI routes. `n` and `logit_bias` have a place in its schema and no effect.
-const HEEDED: &[&str] = &["logprobs", "top_logprobs", "tool_choice", "response_format", "stop"];
+const HEEDED: &[&str] = &["logprobs", "top_logprobs", "presence_penalty", "tool_choice", "response_format", "stop"];
 
 impl Engine for Tgi {
     fn name(&self) -> &'static str {
@@ -86,8 +86,8 @@ impl Engine for Tgi {
         matches!(api, Api::ChatCompletions | Api::Completions)
     }
 
-    fn needs_text(&self, api: Api, openai_routes: bool) -> bool {
-        !openai_routes && api == Api::ChatCompletions
+    fn form(&self, api: Api, server: &Ways) -> Form {
+        if api == Api::ChatCompletions && !server.openai_routes { Form::Text } else { Form::AsAsked }
     }
 
     fn rewrites(&self) -> bool {
@@ -98,7 +98,7 @@ impl Engine for Tgi {
         let body = asked.body.clone();
         let Some(mut members) = Members::read(&body) else { return Ok(Prepared::untouched(asked)) };
         require_text(NAME, &members)?;
-        if !asked.openai_routes {
+        if !asked.server.openai_routes {
             return native::adapt(&asked, &members);
         }
         refuse_unheeded(NAME, &members, HEEDED)?;
@@ -159,7 +159,7 @@ mod tests {
     use super::*;
 
     fn adapted(api: Api, body: &str) -> Result<Value, Option<String>> {
-        let asked = Asked { api, body: body.to_owned().into(), streamed: false, openai_routes: true, text: None };
+        let asked = Asked::new(api, body.to_owned().into(), false);
         let prepared = Tgi.adapt(asked).map_err(|unsupported| unsupported.param)?;
         Ok(serde_json::from_slice(&prepared.body).expect("JSON"))
     }

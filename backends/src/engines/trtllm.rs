@@ -61,6 +61,10 @@ impl Engine for TrtLlm {
         })
     }
 
+    fn takes_ids(&self, api: Api) -> bool {
+        api == Api::Completions
+    }
+
     fn serves(&self, api: Api) -> bool {
         matches!(api, Api::ChatCompletions | Api::Completions | Api::Embeddings)
     }

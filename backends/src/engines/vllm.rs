@@ -40,6 +40,10 @@ impl Engine for Vllm {
         Some("/kv_event_sources")
     }
 
+    fn takes_ids(&self, api: Api) -> bool {
+        api == Api::Completions
+    }
+
     fn serves(&self, _: Api) -> bool {
         true
     }

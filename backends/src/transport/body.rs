@@ -31,6 +31,7 @@ pub struct Body {
     connection: Option<Connection>,
     pool: Arc<Pool>,
     patience: Patience,
+    trailers: Option<HeaderMap>,
 }
 
 impl Body {
@@ -42,7 +43,18 @@ impl Body {
         idle: Duration,
     ) -> Self {
         let patience = Patience { first: Some(first_byte), idle, waiting_since: None, alarm: None };
-        Self { incoming, connection: Some(connection), pool, patience }
+        Self { incoming, connection: Some(connection), pool, patience, trailers: None }
+    }
+
+    /// With these in place of the trailers that will not come.
+    pub(super) fn with_trailers(mut self, trailers: Option<HeaderMap>) -> Self {
+        self.trailers = trailers;
+        self
+    }
+
+    /// What came behind the last piece; gRPC tells there how a call ended.
+    pub(crate) fn trailers(&self) -> Option<&HeaderMap> {
+        self.trailers.as_ref()
     }
 
     /// The next piece, `None` after the last one. After an error, too, `None` follows.
@@ -66,8 +78,8 @@ impl Body {
                         self.patience.first = None;
                         return Poll::Ready(Some(Ok(data)));
                     }
-                    // Trailers, which no engine's API gives a meaning.
-                    _ => {}
+                    Ok(_) => {}
+                    Err(frame) => self.trailers = frame.into_trailers().ok().or(self.trailers.take()),
                 },
                 Some(Err(source)) => {
                     self.connection = None;

@@ -1,6 +1,9 @@
 //! One worker's requests.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{
@@ -17,6 +20,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::{
     Body, Endpoint, Response, Timeouts, Transport,
     connect::connect,
+    grpc::{GRPC, Status},
     pool::{Connection, Pool},
 };
 use crate::{Error, Phase};
@@ -61,6 +65,8 @@ struct Inner {
     endpoint: Endpoint,
     timeouts: Timeouts,
     pool: Arc<Pool>,
+    /// To where its metrics are, if that is another port.
+    metrics: OnceLock<Channel>,
 }
 
 /// A failed exchange, and the request where it is certain that none of it was written.
@@ -71,13 +77,19 @@ struct Failed {
 
 impl Channel {
     pub(super) fn new(transport: Transport, endpoint: Endpoint, timeouts: Timeouts, pool: Arc<Pool>) -> Self {
-        Self { inner: Arc::new(Inner { transport, endpoint, timeouts, pool }) }
+        Self { inner: Arc::new(Inner { transport, endpoint, timeouts, pool, metrics: OnceLock::new() }) }
     }
 
     /// Where this channel leads.
     #[must_use]
     pub fn endpoint(&self) -> &Endpoint {
         &self.inner.endpoint
+    }
+
+    /// The channel to the same host's metrics, which are in plain HTTP at the port that the endpoint names or this one.
+    pub(crate) fn metrics(&self, port: u16) -> &Channel {
+        let Inner { transport, endpoint, timeouts, metrics, .. } = &*self.inner;
+        metrics.get_or_init(|| transport.channel(endpoint.metrics(port), *timeouts))
     }
 
     /// Connections that are open and unused, at most 256.
@@ -159,7 +171,7 @@ impl Channel {
     }
 }
 
-async fn bounded<T>(limit: Duration, exchange: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+pub(super) async fn bounded<T>(limit: Duration, exchange: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     timeout(limit, exchange).await.unwrap_or(Err(Error::Timeout { phase: Phase::Whole, after: limit }))
 }
 
@@ -187,7 +199,7 @@ impl Inner {
             let path = request.uri().path_and_query().cloned();
             let headers = request.headers_mut();
             headers.remove(HOST);
-            if headers.get(CONTENT_TYPE).is_some_and(|kind| kind == "application/grpc") {
+            if headers.get(CONTENT_TYPE).is_some_and(|kind| kind == GRPC) {
                 headers.insert(TE, const { HeaderValue::from_static("trailers") });
             }
             *request.uri_mut() = self.endpoint.absolute(path.unwrap_or(const { PathAndQuery::from_static("/") }));
@@ -224,6 +236,7 @@ impl Inner {
             Ok(response) => {
                 let (head, incoming) = response.into_parts();
                 let body = Body::new(incoming, connection, self.pool.clone(), first_byte, self.timeouts.idle);
+                let body = body.with_trailers(Status::is_in(&head.headers).then(|| head.headers.clone()));
                 Ok(Response { status: head.status, headers: head.headers, body })
             }
             Err(mut failure) => {

@@ -39,6 +39,7 @@ pub struct Endpoint {
     host_header: HeaderValue,
     authorization: Option<HeaderValue>,
     http2: bool,
+    metrics_port: Option<u16>,
 }
 
 impl Endpoint {
@@ -73,13 +74,49 @@ impl Endpoint {
         let authorization = api_key.map(bearer).transpose()?;
         let host_header = HeaderValue::try_from(&authority).map_err(|_| EndpointError::Host)?;
         let authority = Authority::try_from(authority).map_err(|_| EndpointError::Host)?;
-        Ok(Self { host, port, prefix, server_name, authority, host_header, authorization, http2: false })
+        Ok(Self {
+            host,
+            port,
+            prefix,
+            server_name,
+            authority,
+            host_header,
+            authorization,
+            http2: false,
+            metrics_port: None,
+        })
     }
 
     /// Spoken to in HTTP/2 from the first byte where it is not behind TLS. Behind TLS the worker chooses by itself (ALPN).
     #[must_use]
     pub fn with_http2(self, http2: bool) -> Self {
         Self { http2, ..self }
+    }
+
+    /// Where its metrics are, of engines that have them at a port of their own; `None`: where they are by default.
+    #[must_use]
+    pub fn with_metrics_port(self, metrics_port: Option<u16>) -> Self {
+        Self { metrics_port, ..self }
+    }
+
+    /// The same host at its metrics' port, in plain HTTP and without the key.
+    pub(super) fn metrics(&self, default_port: u16) -> Self {
+        let port = self.metrics_port.unwrap_or(default_port);
+        let host = self.authority.host();
+        let authority = Authority::try_from(format!("{host}:{port}")).unwrap_or_else(|_| self.authority.clone());
+        let host_header = HeaderValue::try_from(authority.as_str()).unwrap_or_else(|_| self.host_header.clone());
+        let host = self.host.clone();
+        Self {
+            host,
+            port,
+            prefix: String::new(),
+            server_name: None,
+            authority,
+            host_header,
+            authorization: None,
+            http2: false,
+            metrics_port: None,
+        }
     }
 
     /// Host name or address, without brackets.
@@ -97,7 +134,9 @@ impl Endpoint {
         self.server_name.as_ref()
     }
 
-    pub(super) fn speaks_http2(&self) -> bool {
+    /// Whether it is spoken to in HTTP/2 from the first byte.
+    #[must_use]
+    pub fn speaks_http2(&self) -> bool {
         self.http2
     }
 

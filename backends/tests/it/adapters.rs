@@ -1,7 +1,7 @@
 //! Every engine's adapter over the whole table, and over the bytes of real engines.
 
 use bytes::{Bytes, BytesMut};
-use forebay_backends::engines::{Api, Asked, ENGINES, Engine, Load, Mark, Totals, by_name, prepare};
+use forebay_backends::engines::{Api, Asked, ENGINES, Engine, Form, Load, Mark, Totals, by_name, prepare};
 use proptest::prelude::*;
 
 use crate::support::recorded;
@@ -141,13 +141,13 @@ fn recorded_streams_pass_the_adapters_cut_everywhere() {
 
 fn translated(engine: &dyn Engine, stream: &Bytes, cut: usize) -> Bytes {
     let body = Bytes::from_static(br#"{"model":"m","messages":[],"stream":true}"#);
-    let asked = Asked { api: Api::ChatCompletions, body, streamed: true, openai_routes: true, text: None };
+    let asked = Asked::new(Api::ChatCompletions, body, true);
     let mut translation = prepare(engine, asked).expect("it can").translation.expect("it translates");
     let mut out = BytesMut::new();
     for piece in [stream.slice(..cut), stream.slice(cut..)] {
         out.extend_from_slice(&translation.push(piece).expect("short events"));
     }
-    out.extend_from_slice(&translation.finish());
+    out.extend_from_slice(&translation.finish(None));
     out.freeze()
 }
 
@@ -161,6 +161,37 @@ fn dechunked(mut body: &[u8]) -> Vec<u8> {
         body = &body[end + 4 + size..];
     }
     out
+}
+
+/// Only where the answer is the same.
+#[test]
+fn a_prompt_goes_as_token_ids_where_that_is_wanted_and_changes_nothing() {
+    let sent = |engine: &str, api, body: &'static str, token_ids: bool| {
+        let engine = by_name(engine).expect("a known engine");
+        let mut asked = Asked::new(api, Bytes::from_static(body.as_bytes()), false);
+        asked.server.token_ids = token_ids;
+        let form = engine.form(api, &asked.server);
+        asked.written.ids = (form == Form::Ids).then(|| vec![7, 8]);
+        let prepared = prepare(engine, asked).expect("it can");
+        serde_json::from_slice::<serde_json::Value>(&prepared.body).expect("JSON")["prompt"].clone()
+    };
+    let ids = serde_json::json!([7, 8]);
+    for engine in ["vllm", "sglang", "trtllm"] {
+        let body = r#"{"model":"m","prompt":"a b","max_tokens":3,"echo":false}"#;
+        assert_eq!(sent(engine, Api::Completions, body, true), ids, "{engine}");
+        assert_eq!(sent(engine, Api::Completions, body, false), "a b", "{engine}");
+        assert_eq!(sent(engine, Api::ChatCompletions, body, true), "a b", "{engine}");
+    }
+    for body in [
+        r#"{"prompt":"a","echo":true}"#,
+        r#"{"prompt":"a","truncate_prompt_tokens":5}"#,
+        r#"{"prompt":"a","suffix":"b"}"#,
+    ] {
+        assert_eq!(sent("vllm", Api::Completions, body, true), "a", "{body}");
+    }
+    let own = r#"{"prompt":[1,2,3]}"#;
+    assert_eq!(sent("vllm", Api::Completions, own, true), serde_json::json!([1, 2, 3]), "the client's own");
+    assert_eq!(sent("llamacpp", Api::Completions, r#"{"prompt":"a"}"#, true), "a", "its tokenizer is another");
 }
 
 /// vLLM's requests travel as they are; those of the others are read without harm, whatever they hold.
@@ -177,7 +208,8 @@ fn any_request_is_adapted_or_refused() {
         for api in [Api::ChatCompletions, Api::Completions, Api::Embeddings] {
             let body = Bytes::from_static(body.as_bytes());
             for openai_routes in [true, false] {
-                let asked = Asked { api, body: body.clone(), streamed: true, openai_routes, text: None };
+                let mut asked = Asked::new(api, body.clone(), true);
+                asked.server.openai_routes = openai_routes;
                 match prepare(engine, asked) {
                     Ok(prepared) if engine.name() == "vllm" => assert_eq!(prepared.body.as_ptr(), body.as_ptr()),
                     Ok(prepared) => assert!(prepared.path.starts_with('/'), "{engine:?}"),

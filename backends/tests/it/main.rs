@@ -5,6 +5,7 @@
 mod adapters;
 mod faults;
 mod http2;
+mod inference_proto;
 mod kv_events;
 mod remote;
 mod support;

@@ -127,7 +127,7 @@ impl<'a> Found<'a> {
 
     fn is_context_length(&self, message: &str) -> bool {
         // Each with the engine that says so.
-        const SAID: [&str; 8] = [
+        const SAID: [&str; 9] = [
             "maximum context length",             // vLLM, SGLang, OpenAI
             "greater than max_model_len",         // vLLM, of max_tokens
             "exceeds the available context size", // llama.cpp
@@ -136,6 +136,7 @@ impl<'a> Found<'a> {
             "`inputs` must have less than",       // TGI
             "`inputs` tokens + `max_new_tokens`", // TGI
             "should not exceed max_seq_len",      // TensorRT-LLM
+            "exceeds maximum input length",       // TensorRT-LLM behind Triton
         ];
         self.kind == "exceed_context_size_error" || SAID.iter().any(|said| message.contains(said))
     }

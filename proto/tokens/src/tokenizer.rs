@@ -253,6 +253,12 @@ impl Tokenizer {
         self.inner.get_vocab_size(true)
     }
 
+    /// The token that ends an answer (`eos_token`), where the configuration names one.
+    #[must_use]
+    pub fn end(&self) -> Option<u32> {
+        self.id(self.config.special.0.get("eos_token")?)
+    }
+
     #[must_use]
     pub fn has_template(&self) -> bool {
         !self.templates.is_empty()

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use super::{NAME, OPTIONS};
 use crate::engines::{
     Asked, Members, Prepared, Translation, Unsupported,
-    answer::{Translator, event},
+    answer::{Translator, Wire, event},
     chunks::{Chunks, Cost, Piece, new_id},
 };
 
@@ -44,7 +44,7 @@ pub(super) fn adapt(asked: &Asked, members: &Members<'_>) -> Result<Prepared, Un
         body.extend(given.filter_map(|(name, value)| Some((name.to_owned(), value?))));
     }
     let translation = Some(Translation::new(Native { chunks: Chunks::new(asked.api, model), calls: 0 }));
-    Ok(Prepared { path: "/api/chat", body: body.to_string().into(), translation })
+    Ok(Prepared { path: "/api/chat", headers: &[], body: body.to_string().into(), translation })
 }
 
 /// A message with its text as one string, its images beside it, and the arguments of its calls as objects.
@@ -152,8 +152,8 @@ impl Translator for Native {
         Some(self.chunks.whole(piece, cost(&own)))
     }
 
-    fn lines(&self) -> bool {
-        true
+    fn wire(&self) -> Wire {
+        Wire::Lines
     }
 }
 
@@ -175,8 +175,7 @@ mod tests {
             "top_k":4,"repetition_penalty":1.1,"max_tokens":9,"stop":"z","reasoning_effort":"none",
             "response_format":{"type":"json_object"}}"#;
         let members = Members::read(body.as_bytes()).expect("an object");
-        let asked =
-            Asked { api: Api::ChatCompletions, body: Bytes::new(), streamed: true, openai_routes: true, text: None };
+        let asked = Asked::new(Api::ChatCompletions, Bytes::new(), true);
         let prepared = adapt(&asked, &members).expect("it can");
         let sent: Value = serde_json::from_slice(&prepared.body).expect("JSON");
         let expected = json!({"model": "m", "stream": true, "truncate": false, "format": "json", "think": false,
@@ -198,7 +197,7 @@ mod tests {
             let mut translation = Translation::new(native());
             let mut out = translation.push(bytes.slice(..cut)).expect("short").to_vec();
             out.extend_from_slice(&translation.push(bytes.slice(cut..)).expect("short"));
-            out.extend_from_slice(&translation.finish());
+            out.extend_from_slice(&translation.finish(None));
             let text = String::from_utf8(out).expect("UTF-8");
             let events: Vec<&str> = text.split("\n\n").filter_map(|event| event.strip_prefix("data: ")).collect();
             assert_eq!(events.len(), 6, "{text}");

@@ -13,15 +13,24 @@ use crate::engines::{
 
 /// Its parameters that have the names and meanings that others have for them.
 const SAME: [&str; 6] = ["seed", "top_p", "top_k", "typical_p", "repetition_penalty", "frequency_penalty"];
-const HEEDED: &[&str] =
-    &["top_k", "typical_p", "repetition_penalty", "response_format", "stop", "truncate_prompt_tokens"];
+/// The first two by the template, which is written here.
+const HEEDED: &[&str] = &[
+    "reasoning_effort",
+    "chat_template_kwargs",
+    "top_k",
+    "typical_p",
+    "repetition_penalty",
+    "response_format",
+    "stop",
+    "truncate_prompt_tokens",
+];
 
 pub(super) fn adapt(asked: &Asked, members: &Members<'_>) -> Result<Prepared, Unsupported> {
     refuse_unheeded(NAME, members, HEEDED)?;
     if members.get("tools").is_some_and(|tools| tools != "[]") {
         return Err(Unsupported::field(NAME, "tools"));
     }
-    let inputs = match &asked.text {
+    let inputs = match &asked.written.text {
         Some(text) => text.clone(),
         None => prompt(members)?,
     };
@@ -29,7 +38,7 @@ pub(super) fn adapt(asked: &Asked, members: &Members<'_>) -> Result<Prepared, Un
     let body = json!({"inputs": inputs, "parameters": parameters(asked, members)}).to_string();
     let model = members.get_as("model").unwrap_or_default();
     let translation = Some(Translation::new(Native(Chunks::new(asked.api, model))));
-    Ok(Prepared { path, body: body.into(), translation })
+    Ok(Prepared { path, headers: &[], body: body.into(), translation })
 }
 
 fn prompt(members: &Members<'_>) -> Result<String, Unsupported> {
@@ -49,7 +58,7 @@ fn parameters(asked: &Asked, members: &Members<'_>) -> Map<String, Value> {
     // Without it a whole answer does not tell the prompt's length.
     parameters.insert("decoder_input_details".to_owned(), (!asked.streamed).into());
     // For a chat it is what is left, as is its own.
-    let completion = asked.text.is_none().then(|| json!(COMPLETION_TOKENS));
+    let completion = asked.written.text.is_none().then(|| json!(COMPLETION_TOKENS));
     if let Some(most) = get("max_completion_tokens").or_else(|| get("max_tokens")).or(completion) {
         parameters.insert("max_new_tokens".to_owned(), most);
     }
@@ -120,8 +129,10 @@ mod tests {
     use crate::engines::{Api, Engine, tgi::Tgi};
 
     fn asked(api: Api, body: &str, streamed: bool, text: Option<&str>) -> Asked {
-        let text = text.map(str::to_owned);
-        Asked { api, body: body.to_owned().into(), streamed, openai_routes: false, text }
+        let mut asked = Asked::new(api, body.to_owned().into(), streamed);
+        asked.server.openai_routes = false;
+        asked.written.text = text.map(str::to_owned);
+        asked
     }
 
     #[test]
@@ -163,7 +174,7 @@ mod tests {
             let mut translation = Translation::new(Native(Chunks::new(Api::ChatCompletions, "m".to_owned())));
             let mut out = translation.push(bytes.slice(..cut)).expect("short").to_vec();
             out.extend_from_slice(&translation.push(bytes.slice(cut..)).expect("short"));
-            out.extend_from_slice(&translation.finish());
+            out.extend_from_slice(&translation.finish(None));
             let text = String::from_utf8(out).expect("UTF-8");
             let events: Vec<&str> = text.split("\n\n").filter_map(|event| event.strip_prefix("data: ")).collect();
             assert_eq!(events.len(), 5, "{text}");

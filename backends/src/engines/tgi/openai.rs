@@ -150,7 +150,7 @@ mod tests {
         for piece in [bytes.slice(..cut), bytes.slice(cut..)] {
             all.extend_from_slice(&translation.push(piece).expect("short events"));
         }
-        all.extend_from_slice(&translation.finish());
+        all.extend_from_slice(&translation.finish(None));
         let text = String::from_utf8(all).expect("UTF-8");
         assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
         let data = text.split("\n\n").filter_map(|event| event.strip_prefix("data:")).map(str::trim);
