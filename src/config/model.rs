@@ -147,6 +147,20 @@ fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: 
     }
     let replay = kv_events_replay.map(|found| found.value);
     let gpus = section.list("gpus", |raw| node::gpu(raw, nodes));
+    for (at, again) in gpus.iter().enumerate() {
+        if let Some(first) = gpus.iter().take(at).find(|first| first.value == again.value) {
+            let remedy = format!("must name each GPU once: {} is the same", log.mention(&first.at));
+            log.refuse(&again.at, quoted(&format!("{}/{}", again.value.node, again.value.gpu)), remedy);
+        }
+    }
+    let memory = "to have it taken for all that a GPU has, if it may sleep";
+    let memory_gib = section.optional_count("memory_gib", defaults::MEMORY_GIB_LIMIT, memory);
+    let sleep = section.boolean("sleep", false);
+    if sleep && gpus.is_empty() {
+        let remedy = "needs `gpus` beside it: who may be awake together is decided by the GPUs they share";
+        log.refuse_absence(&section.at("sleep"), "true".to_owned(), remedy);
+    }
+    let awake_min = section.seconds("awake_seconds_min", 0, defaults::AWAKE_MIN);
     section.finish(&[]);
     let url = url?;
     let named = match own_name {
@@ -163,6 +177,9 @@ fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: 
         http2,
         kv_events: kv_events.map(|found| KvSource { events: found.value, replay }),
         gpus: gpus.into_iter().map(|found| found.value).collect(),
+        memory_gib,
+        sleep,
+        awake_min,
     };
     Some(Found { value: worker, at: url.at })
 }

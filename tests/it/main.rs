@@ -33,6 +33,7 @@ mod replay;
 mod rolling;
 mod simulate;
 mod simulated;
+mod sleep;
 mod slow_clients;
 mod stream_ends;
 mod streams;
