@@ -89,8 +89,10 @@ pub struct Server {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Node {
     pub name: Name,
-    /// `http` or `https` with a host and nothing more.
-    pub agent: Url,
+    /// `http` or `https` with a host and its port, and nothing more; `None`: no agent runs there.
+    pub agent: Option<Url>,
+    /// Memory of each of its GPUs, for as long as no agent tells.
+    pub gpu_memory_gib: Option<NonZeroU32>,
 }
 
 /// One GPU of a node, as in `gpu-a/0`.
@@ -237,9 +239,35 @@ pub struct Worker {
     pub metrics_port: Option<u16>,
     /// Whether it is sent token ids in place of text, where its engine takes them.
     pub token_ids: bool,
+    /// Memory that it takes of each of them while it is awake; `None`: all of it, if it may sleep.
+    pub memory_gib: Option<NonZeroU32>,
+    /// Whether it may be put to sleep, so that others have that memory. Then `gpus` are not empty.
+    pub sleep: bool,
+    /// How long it stays awake at least.
+    pub awake_min: Duration,
 }
 
 impl Worker {
+    /// A worker of which nothing is known but its name and its address.
+    #[must_use]
+    pub fn new(name: Name, url: Url) -> Self {
+        Self {
+            name,
+            url,
+            engine: None,
+            model: None,
+            api_key: None,
+            http2: false,
+            kv_events: None,
+            gpus: Vec::new(),
+            metrics_port: None,
+            token_ids: false,
+            memory_gib: None,
+            sleep: false,
+            awake_min: defaults::AWAKE_MIN,
+        }
+    }
+
     /// Whether it runs on the gateway's own machine, by its address.
     #[must_use]
     pub fn is_here(&self) -> bool {

@@ -19,6 +19,7 @@ mod models;
 mod ollama;
 mod openai;
 mod sglang;
+mod sleep;
 mod tally;
 mod tgi;
 mod tidy;
@@ -38,6 +39,7 @@ use self::members::Members;
 pub use self::{
     answer::{Answer, Translation},
     models::ServedModel,
+    sleep::{Dormant, is_asleep, set_asleep},
     triton::Tensors,
 };
 use crate::{Error, signals::kv_events::KvSource, transport::Channel};
@@ -246,6 +248,11 @@ pub trait Engine: Send + Sync {
 
     /// Path that tells where the engine publishes its KV events, as vLLM's `/kv_event_sources` does, where there is one.
     fn kv_sources_path(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// How its model leaves the memory of its GPUs and comes back, where it can.
+    fn dormant(&self) -> Option<Dormant> {
         None
     }
 

@@ -34,6 +34,16 @@ pub enum Action {
         /// Whom.
         worker: WorkerId,
     },
+    /// Bring its model into the memory of its GPUs, and answer with [`crate::Event::SleepDone`].
+    Wake {
+        /// Whose.
+        worker: WorkerId,
+    },
+    /// Take its model out of there; it has nothing to do. Answer with [`crate::Event::SleepDone`].
+    Sleep {
+        /// Whose.
+        worker: WorkerId,
+    },
     /// Nothing to do: its health changed, for logs and gauges.
     Health {
         /// Whose.

@@ -54,6 +54,20 @@ pub struct Config {
     pub gpu_lease: Duration,
     /// How long it is believed that others use a GPU when our own work hides whether they still do (15 s).
     pub foreign_lease: Duration,
+    /// Time that a worker takes to wake until that was measured (5 s: weights of some 60 GB from host memory).
+    pub wake_assumed: Duration,
+    /// The same to fall asleep (2 s).
+    pub sleep_assumed: Duration,
+    /// How long a worker that could not be woken, or put to sleep, is left alone (5 s); doubles with each failure.
+    pub wake_retry: Duration,
+    /// The longest of that (60 s).
+    pub wake_retry_max: Duration,
+    /// Longest wait for a worker that was told to wake or sleep (10 minutes: a cold start).
+    pub wake_max: Duration,
+    /// How long after such a change what its engine says of it may still be from before (5 s: two polls).
+    pub sleep_settles: Duration,
+    /// How long it is believed to take until memory is free that is not ours (10 s).
+    pub memory_lease: Duration,
     /// How long an overloaded worker is left alone when it names no time (1 s); twice as long each time it says so again
     /// and nothing worked in between, and up to a quarter longer by chance.
     pub busy_lease: Duration,
@@ -69,6 +83,10 @@ pub struct Config {
     pub slow_start: Duration,
     /// Share of a pool's workers that may be left alone for being slow; at least one of several (0.3).
     pub outliers_max: f64,
+    /// Share of what its workers can do at which a pool has as many as it needs (0.7: the rest is for bursts).
+    pub scale_full: f64,
+    /// How soon what waits should be prefilled in a pool that has as many as it needs (5 s).
+    pub scale_drain: Duration,
     /// Prefill speed of a pool in which nothing was measured or hinted yet (2000 tokens/s).
     pub rate_cold: f64,
     /// Decisions kept for `explain` (1024).
@@ -117,6 +135,13 @@ impl Default for Config {
             report_ttl: Duration::from_secs(15),
             gpu_lease: Duration::from_secs(5),
             foreign_lease: Duration::from_secs(15),
+            wake_assumed: Duration::from_secs(5),
+            sleep_assumed: Duration::from_secs(2),
+            wake_retry: Duration::from_secs(5),
+            wake_retry_max: Duration::from_secs(60),
+            wake_max: Duration::from_secs(600),
+            sleep_settles: Duration::from_secs(5),
+            memory_lease: Duration::from_secs(10),
             busy_lease: Duration::from_secs(1),
             busy_lease_max: Duration::from_secs(4),
             probe_first: Duration::from_millis(500),
@@ -124,6 +149,8 @@ impl Default for Config {
             breaker: Breaker::default(),
             slow_start: Duration::from_secs(20),
             outliers_max: 0.3,
+            scale_full: 0.7,
+            scale_drain: Duration::from_secs(5),
             rate_cold: 2000.0,
             decisions_kept: 1024,
         }

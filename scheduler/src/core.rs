@@ -9,6 +9,7 @@ pub(crate) mod check;
 mod fleet;
 mod gpus;
 mod settle;
+mod sleep;
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -150,6 +151,8 @@ impl Core {
             Event::WorkerDraining { worker } => self.worker_draining(worker, out),
             Event::WorkerLeft { worker } => self.worker_left(worker, out),
             Event::Load { worker, report } => self.load(worker, report),
+            Event::SleepSeen { worker, asleep } => self.sleep_seen(worker, asleep),
+            Event::SleepDone { worker, worked } => self.sleep_done(worker, worked),
             Event::LoadLost { worker } => self.load_lost(worker, out),
             Event::Probed { worker, healthy } => self.probed(worker, healthy, out),
             Event::Gpu { gpu, report } => self.gpu(gpu, &report, out),

@@ -142,6 +142,12 @@ pub struct WorkerSpec {
     pub kv_events: bool,
     /// The GPUs that it runs on, where known. Workers that name the same one share it.
     pub gpus: Vec<GpuId>,
+    /// Memory in bytes that it takes of each of them while it is awake, where configuration says.
+    pub memory_bytes: Option<u64>,
+    /// Memory in bytes of each of them, for where they do not say themselves.
+    pub gpu_bytes: Option<u64>,
+    /// It may be put to sleep, so that others have the memory of its GPUs.
+    pub sleep: Option<SleepSpec>,
     /// Workers with the same number are models of one server, which computes them together: they do not take the GPU
     /// from one another.
     pub server: Option<u64>,
@@ -157,9 +163,19 @@ impl Default for WorkerSpec {
             rate_hint: None,
             kv_events: false,
             gpus: Vec::new(),
+            memory_bytes: None,
+            gpu_bytes: None,
+            sleep: None,
             server: None,
         }
     }
+}
+
+/// How a worker sleeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SleepSpec {
+    /// How long it stays awake at least, once it is: what bounds the share of time that goes into waking.
+    pub residency: Duration,
 }
 
 /// What an engine's own metrics say.
@@ -187,12 +203,14 @@ pub struct GpuReport {
     pub foreign: Option<f64>,
     /// Share of its memory in use, 0 to 1.
     pub memory: Option<f64>,
+    /// Bytes of its memory, used or not.
+    pub memory_bytes: Option<u64>,
 }
 
 impl Default for GpuReport {
     /// Of a GPU that is well and tells nothing else.
     fn default() -> Self {
-        Self { derate: 1.0, fault: false, utilization: None, foreign: None, memory: None }
+        Self { derate: 1.0, fault: false, utilization: None, foreign: None, memory: None, memory_bytes: None }
     }
 }
 
@@ -331,6 +349,20 @@ pub enum Event {
         worker: WorkerId,
         /// What they said.
         report: LoadReport,
+    },
+    /// Its engine said, unasked, whether it sleeps.
+    SleepSeen {
+        /// Whose.
+        worker: WorkerId,
+        /// Whether.
+        asleep: bool,
+    },
+    /// It did what [`crate::Action::Wake`] or [`crate::Action::Sleep`] told it, or could not.
+    SleepDone {
+        /// Who.
+        worker: WorkerId,
+        /// Whether it did.
+        worked: bool,
     },
     /// Its metrics could not be read.
     LoadLost {

@@ -13,9 +13,10 @@
 //!              ├ attempt     send, first token, failure, end
 //!              ├ fleet       workers come, go, fall ill; caches and loads change
 //!              ├ gpus        what is beneath them slows, fails, or is shared
+//!              ├ sleep       models take turns in the memory of GPUs
 //!              └ settle      fill windows, steal, re-score, timers
 //!         pool ─ lane, shares, fairness, prefix, outputs      placement ─ candidates, terms, policy
-//!         worker ─ backlog, rate, step, kv, load, health, latency, beneath
+//!         worker ─ backlog, rate, step, kv, load, health, latency, beneath, sleep
 //! ```
 //!
 //! What it does not do: it knows no engine, wire or byte of a body; it does not stop what was sent (a deadline after the
@@ -44,10 +45,12 @@ pub use action::{Action, Refusal};
 pub use config::{Breaker, Config};
 pub use core::Core;
 pub use core::check::Broken;
-pub use event::{Class, End, Event, Failure, GpuReport, KvEvent, LoadReport, Policy, PoolLimits, Request, WorkerSpec};
+pub use event::{Class, End, Event, Failure, GpuReport, KvEvent, LoadReport, Policy, PoolLimits, Request};
+pub use event::{SleepSpec, WorkerSpec};
 pub use explain::{Candidate, Cause, Decision, LeftOut, Unfit};
 pub use ids::{GpuId, PoolId, RequestId, RouteId, TenantId, WorkerId};
 pub use placement::term_names;
 pub use time::Tick;
-pub use view::{PoolView, WorkerView};
+pub use view::{PoolView, ScaleView, WorkerView};
 pub use worker::health::HealthState;
+pub use worker::sleep::SleepState;

@@ -7,7 +7,9 @@ use crate::core::Core;
 use crate::placement::Scene;
 use crate::worker::Worker;
 use crate::worker::kv::Held;
-use crate::{Class, Decision, HealthState, LoadReport, PoolId, Request, RequestId, TenantId, Tick, WorkerId};
+use crate::{
+    Class, Decision, HealthState, LoadReport, PoolId, Request, RequestId, SleepState, TenantId, Tick, WorkerId,
+};
 
 /// One worker now.
 #[derive(Debug, Clone, PartialEq)]
@@ -49,6 +51,12 @@ pub struct WorkerView {
     pub gpu_share: f64,
     /// A fault of a GPU is why it gets nothing.
     pub gpu_fault: bool,
+    /// Where it is between waking and sleeping; none of a worker that never sleeps.
+    pub sleep: Option<SleepState>,
+    /// Time until it is awake, as far as that can be told.
+    pub wake: Duration,
+    /// Times that it was woken.
+    pub wakes: u64,
     /// What its engine said last, and how long ago; none when too old to use.
     pub reported: Option<(Duration, LoadReport)>,
 }
@@ -74,7 +82,58 @@ pub struct PoolView {
     pub index_bytes: usize,
 }
 
+/// How many workers one pool needs now, and how long its work lasts: what an autoscaler goes by. Of the moment; whoever
+/// scales smooths it over the time that a worker takes to start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScaleView {
+    /// Workers that would be busy for [`Config::scale_full`] of what they can do with what runs, and would prefill what
+    /// waits within [`Config::scale_drain`]. 0 only when nothing runs or waits.
+    ///
+    /// [`Config::scale_full`]: crate::Config::scale_full
+    /// [`Config::scale_drain`]: crate::Config::scale_drain
+    pub desired_workers: u32,
+    /// Time until the workers that serve now have prefilled all that waits or was sent; of a pool without any, the time
+    /// that one worker would take.
+    pub drain: Duration,
+    /// Time since it had any request.
+    pub idle: Duration,
+}
+
 impl Core {
+    /// What a pool needs.
+    #[must_use]
+    pub fn scale_view(&self, now: Tick, pool: PoolId) -> Option<ScaleView> {
+        let state = self.pools.get(&pool)?;
+        let fleet_rate = state.fleet_rate();
+        let (mut busy, mut rate, mut promised, mut runs) = (0.0, 0.0, 0.0, false);
+        for worker in state.workers.iter().filter_map(|slot| self.workers.get(*slot)) {
+            let speed = worker.speed(now, fleet_rate, &self.config);
+            let backlog = worker.backlog_tokens(now, speed);
+            busy += self.busy(now, worker, backlog / speed);
+            rate += if worker.serves() { speed } else { 0.0 };
+            promised += backlog;
+            runs |= !worker.sent.is_empty();
+        }
+        let waiting = state.queue.tokens.iter().sum::<u64>() as f64;
+        let present = runs || state.queue.len() > 0;
+        let needed = busy + waiting / (fleet_rate * self.config.scale_drain.as_secs_f64().max(1e-3));
+        let desired = (needed / self.config.scale_full).ceil().max(f64::from(u8::from(present)));
+        Some(ScaleView {
+            desired_workers: desired.min(f64::from(u32::MAX)) as u32,
+            drain: crate::time::duration((waiting + promised) / if rate > 0.0 { rate } else { fleet_rate }),
+            idle: if present { Duration::ZERO } else { now.since(state.used) },
+        })
+    }
+
+    /// Share of what a worker can do that it does, by whichever of its limits is nearest, 0 to 1.
+    fn busy(&self, now: Tick, worker: &Worker, backlog_seconds: f64) -> f64 {
+        let said = worker.reported.said(now, self.config.report_ttl);
+        let kv = worker.kv_pressure(now, Held::default(), said.kv, &self.config).unwrap_or(0.0);
+        let slots = worker.held.sequences() as f64 / f64::from(worker.spec.sequences_max.max(1));
+        let window = backlog_seconds / self.config.window.as_secs_f64().max(1e-3);
+        kv.max(slots).max(window).clamp(0.0, 1.0)
+    }
+
     /// All workers, by name.
     pub fn worker_views(&self, now: Tick) -> impl Iterator<Item = WorkerView> {
         self.workers.iter().filter_map(move |(_, worker)| self.view(now, worker))
@@ -115,7 +174,7 @@ impl Core {
             let said = worker.reported.said(now, self.config.report_ttl);
             let speed = worker.speeds(now, state.fleet_rate(), &said).now;
             let ahead = scene.ahead_tokens(worker, &said, speed, worker.lane.before(class, in_turn).tokens);
-            (ahead / speed).max(worker.busy_until.seconds_since(now))
+            (ahead / speed + worker.wake_seconds(now, &self.config)).max(worker.busy_until.seconds_since(now))
         });
         seconds.min_by(f64::total_cmp).map(crate::time::duration)
     }
@@ -163,6 +222,9 @@ impl Core {
             gpu_derate: worker.beneath.derate(now),
             gpu_share: speeds.gpu_share,
             gpu_fault: worker.beneath.fault && worker.health.state() != HealthState::Up,
+            sleep: worker.spec.sleep.map(|_| worker.sleep.state()),
+            wake: crate::time::duration(worker.wake_seconds(now, &self.config)),
+            wakes: worker.sleep.wakes,
             reported: worker.reported.fresh(now, self.config.report_ttl).map(|(at, load)| (now.since(at), load)),
         })
     }

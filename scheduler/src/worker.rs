@@ -11,6 +11,7 @@ pub(crate) mod kv;
 pub(crate) mod latency;
 pub(crate) mod load;
 mod rate;
+pub(crate) mod sleep;
 pub(crate) mod step;
 pub(crate) mod whole;
 
@@ -29,6 +30,7 @@ use kv::Held;
 use latency::Latency;
 use load::{Reported, Said};
 use rate::Rate;
+use sleep::{Sleep, SleepState};
 use step::Pace;
 use whole::{Answer, Before, Whole};
 
@@ -82,6 +84,7 @@ pub(crate) struct Worker {
     sent_tokens: u64,
     pub(crate) pace: Pace,
     pub(crate) beneath: Beneath,
+    pub(crate) sleep: Sleep,
     /// Mean seconds that a request stays.
     stay_seconds: Option<f64>,
     /// When its window was empty last and began to be filled.
@@ -119,6 +122,7 @@ impl Worker {
             sent_tokens: 0,
             pace: Pace::default(),
             beneath: Beneath::default(),
+            sleep: Sleep::new(now, config),
             stay_seconds: None,
             filling: now,
             rescored: now,
@@ -131,11 +135,21 @@ impl Worker {
 
     /// Whether requests may be bound to it. A lane on trial takes one.
     pub(crate) fn is_eligible(&self) -> bool {
-        self.may_send() && (self.health.state() == HealthState::Up || self.lane.is_empty())
+        self.serves() && (self.health.state() == HealthState::Up || self.lane.is_empty())
     }
 
-    /// Whether what is bound to it may be sent, as far as its health goes.
+    /// Whether what is bound to it may be sent: it serves, and is awake.
     pub(crate) fn may_send(&self) -> bool {
+        self.serves() && self.sleep.state() == SleepState::Awake
+    }
+
+    /// Seconds until it is awake.
+    pub(crate) fn wake_seconds(&self, now: Tick, config: &Config) -> f64 {
+        if self.spec.sleep.is_some() { self.sleep.wait_seconds(now, config) } else { 0.0 }
+    }
+
+    /// Whether requests may be sent to it, now or once it is awake, as far as its health goes.
+    pub(crate) fn serves(&self) -> bool {
         !self.draining
             && match self.health.state() {
                 HealthState::Up => true,
@@ -313,6 +327,7 @@ impl Worker {
         let need = self.need(plan);
         self.held = self.held.plus(need);
         self.sent.insert(request.id);
+        self.sleep.used = now;
         self.sent_tokens = self.sent_tokens.wrapping_add(u64::from(uncached));
         if self.health.state() == HealthState::HalfOpen {
             self.trial = Some(request.id);
@@ -359,6 +374,7 @@ impl Worker {
             return;
         }
         self.held = self.held.minus(held);
+        self.sleep.used = now;
         if self.trial == Some(request.id) {
             self.trial = None;
         }

@@ -58,6 +58,13 @@ pub struct Worker {
     pub gpu_share: f64,
     /// A fault of a GPU is why it gets nothing.
     pub gpu_fault: bool,
+    /// `awake`, `leaving` (finishes what it has, since another needs the memory), `falling_asleep`, `asleep` or `waking`;
+    /// null for a worker that is never put to sleep.
+    pub sleep: Option<String>,
+    /// Until it is awake, as far as that can be told.
+    pub wake_seconds: f64,
+    /// Times that it was woken.
+    pub wakes: u64,
     /// Those it runs on, as far as that is known.
     pub gpus: Vec<Gpu>,
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use forebay_backends::signals::gpu::slowdown;
+use forebay_scheduler::SleepState;
 
 use super::wire::{Gpu, Reported, Worker, Workers};
 use super::{Admin, health, rounded};
@@ -46,7 +47,20 @@ fn worker(status: WorkerStatus) -> Worker {
         gpu_derate: rounded(view.gpu_derate),
         gpu_share: rounded(view.gpu_share),
         gpu_fault: view.gpu_fault,
+        sleep: view.sleep.map(|state| sleep(state).to_owned()),
+        wake_seconds: rounded(view.wake.as_secs_f64()),
+        wakes: view.wakes,
         gpus: status.gpus.into_iter().map(gpu).collect(),
+    }
+}
+
+fn sleep(state: SleepState) -> &'static str {
+    match state {
+        SleepState::Awake => "awake",
+        SleepState::Leaving => "leaving",
+        SleepState::FallingAsleep => "falling_asleep",
+        SleepState::Asleep => "asleep",
+        SleepState::Waking => "waking",
     }
 }
 

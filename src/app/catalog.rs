@@ -3,6 +3,7 @@
 //! Whenever either changes, the routing table is made anew and swapped. What was learned of a model survives a reload.
 
 use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -11,12 +12,12 @@ use anyhow::Context;
 use forebay_backends::engines;
 use forebay_backends::signals::gpu::{Readings, Source};
 use forebay_backends::transport::Endpoint;
-use forebay_scheduler::{PoolId, PoolLimits};
+use forebay_scheduler::{PoolId, PoolLimits, SleepSpec};
 use forebay_tokens::Tokenizer;
 use tokio::sync::{Mutex, mpsc};
 
 use super::tokenizers::{self, Tokenizers};
-use crate::config::{self, Config};
+use crate::config::{self, Config, GpuName};
 use crate::dispatch::{Dispatch, Fact, Learned, NodeSpec, PoolSpec, WorkerSpec};
 use crate::routing::{Counting, EngineTokenizer, Model, Routing};
 use crate::telemetry::ModelMetrics;
@@ -108,13 +109,15 @@ impl Catalog {
     }
 
     fn nodes(&self, config: &Config) -> Vec<NodeSpec> {
-        let agent =
-            |node: &config::Node| NodeSpec { name: (&*node.name).into(), source: Source::Agent(node.agent.clone()) };
+        let agent = |node: &config::Node| {
+            let source = Source::Agent(node.agent.clone()?);
+            Some(NodeSpec { name: (&*node.name).into(), source })
+        };
         match (&config.nodes[..], &self.here) {
             ([], Some(here)) => {
                 vec![NodeSpec { name: config::GpuName::HERE.into(), source: Source::Here(here.clone()) }]
             }
-            (nodes, _) => nodes.iter().map(agent).collect(),
+            (nodes, _) => nodes.iter().filter_map(agent).collect(),
         }
     }
 
@@ -197,7 +200,9 @@ impl State {
 
     fn pools(&self) -> anyhow::Result<Vec<PoolSpec>> {
         let models = self.config.models.iter();
-        models.filter_map(|model| Some(pool(model, self.models.get(model.name.as_str())?))).collect()
+        models
+            .filter_map(|model| Some(pool(&self.config.nodes, model, self.models.get(model.name.as_str())?)))
+            .collect()
     }
 
     /// Whether the size of the model's prefix blocks changed.
@@ -237,7 +242,7 @@ fn endpoint(worker: &config::Worker) -> anyhow::Result<Endpoint> {
         .with_context(|| format!("worker `{}` cannot be reached by its url", worker.name.as_str()))
 }
 
-fn pool(model: &config::Model, known: &Known) -> anyhow::Result<PoolSpec> {
+fn pool(nodes: &[config::Node], model: &config::Model, known: &Known) -> anyhow::Result<PoolSpec> {
     let limits = PoolLimits {
         policy: model.policy,
         block_tokens: known.block_tokens,
@@ -249,6 +254,8 @@ fn pool(model: &config::Model, known: &Known) -> anyhow::Result<PoolSpec> {
         worker_grace: model.worker_grace,
         class_shares: model.class_shares,
     };
+    let bytes = |gib: NonZeroU32| u64::from(gib.get()) << 30;
+    let gpu_gib = |gpu: &GpuName| nodes.iter().find(|node| node.name == gpu.node)?.gpu_memory_gib;
     let workers = model.workers.iter().map(|worker| {
         let endpoint = endpoint(worker)?;
         Ok(WorkerSpec {
@@ -259,6 +266,9 @@ fn pool(model: &config::Model, known: &Known) -> anyhow::Result<PoolSpec> {
             kv_events: worker.kv_events.clone(),
             gpus: worker.gpus.clone(),
             token_ids: worker.token_ids,
+            memory_bytes: worker.memory_gib.map(bytes),
+            gpu_bytes: worker.gpus.iter().filter_map(gpu_gib).map(bytes).min(),
+            sleep: worker.sleep.then_some(SleepSpec { residency: worker.awake_min }),
             first_byte: model.first_byte_timeout,
             first_token: model.first_token_timeout.unwrap_or(model.first_byte_timeout),
             idle: model.idle_timeout,

@@ -92,18 +92,7 @@ async fn demo(
             Options { model: MODEL.to_owned(), seed: u64::from(index), tokenizer: None, ..Options::default() };
         let bound = forebay_simulated_engine::bind(options, listener).await?;
         engines.spawn(forebay_simulated_engine::serve(bound, stop.clone()));
-        workers.push(Worker {
-            name: Name::new(&name)?,
-            url: Url::parse(&format!("http://{address}"))?,
-            engine: None,
-            model: None,
-            api_key: None,
-            http2: false,
-            kv_events: None,
-            gpus: Vec::new(),
-            metrics_port: None,
-            token_ids: false,
-        });
+        workers.push(Worker::new(Name::new(&name)?, Url::parse(&format!("http://{address}"))?));
     }
     let mut config = gateway::reader(Vec::new()).without_file().map_err(|mistakes| anyhow::anyhow!("{mistakes}"))?;
     config.server.data_dir = directory.join("data");

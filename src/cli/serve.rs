@@ -106,22 +106,13 @@ fn models(found: &[Found], server: &Server) -> anyhow::Result<Vec<Model>> {
     for engine in found {
         for model in engine.detected.models.iter().filter(|model| !model.alternative) {
             let place = format!("127.0.0.1:{}", engine.url.port_or_known_default().unwrap_or_default());
+            // A server of several models is a worker of each.
+            let several = engine.detected.models.len() > 1;
+            let name = if several { format!("{place}/{}", model.id) } else { place };
             let worker = Worker {
-                // A server of several models is a worker of each.
-                name: Name::new(&if engine.detected.models.len() == 1 {
-                    place
-                } else {
-                    format!("{place}/{}", model.id)
-                })?,
-                url: engine.url.clone(),
                 engine: Some(engine.detected.engine.name()),
                 model: Some(Name::new(&model.id)?),
-                api_key: None,
-                http2: false,
-                kv_events: None,
-                gpus: Vec::new(),
-                metrics_port: None,
-                token_ids: false,
+                ..Worker::new(Name::new(&name)?, engine.url.clone())
             };
             workers.entry(&model.id).or_default().push(worker);
         }

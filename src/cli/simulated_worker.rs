@@ -83,6 +83,18 @@ pub(super) struct Arguments {
     /// Write these events as vLLM's releases before 0.32 did.
     #[arg(long)]
     kv_events_arrays: bool,
+    /// Have vLLM's sleep mode.
+    #[arg(long)]
+    enable_sleep_mode: bool,
+    /// Sleep at the start.
+    #[arg(long, requires = "enable_sleep_mode")]
+    asleep: bool,
+    /// Seconds to wake.
+    #[arg(long)]
+    wake_seconds: Option<f64>,
+    /// Seconds to fall asleep.
+    #[arg(long)]
+    sleep_seconds: Option<f64>,
     /// Go wrong this way; may be repeated.
     #[arg(long)]
     fault: Vec<Fault>,
@@ -168,6 +180,10 @@ fn options(arguments: Arguments) -> anyhow::Result<Options> {
             buffer_steps: arguments.kv_events_buffer_steps,
         }),
         faults: arguments.fault,
+        sleep_mode: arguments.enable_sleep_mode,
+        asleep: arguments.asleep,
+        wake_time: seconds(arguments.wake_seconds, "--wake-seconds")?.unwrap_or_default(),
+        sleep_time: seconds(arguments.sleep_seconds, "--sleep-seconds")?.unwrap_or_default(),
         refuse_at_start: seconds(arguments.refuse_seconds, "--refuse-seconds")?,
         ..Options::default()
     })

@@ -159,6 +159,9 @@ fn standing(worker: &Worker) -> String {
         "open" if worker.gpu_fault => "gpu fault".to_owned(),
         "up" if worker.draining => "draining".to_owned(),
         "up" if worker.busy_seconds > 0.0 => format!("busy {:.0}s", worker.busy_seconds.ceil()),
+        "up" if worker.sleep.as_deref().is_some_and(|state| state != "awake") => {
+            worker.sleep.as_deref().unwrap_or_default().replace('_', " ")
+        }
         health => health.replace('_', "-"),
     }
 }

@@ -49,6 +49,12 @@ pub(super) const QUEUE_BYTES_LIMIT: u64 = 64 << 30;
 /// About as long as a person or a proxy waits for a first token; after it the work would be done for nobody.
 pub(super) const QUEUE_WAIT_MAX: Duration = Duration::from_secs(60);
 
+/// A wake takes seconds: of thirty that a model has for itself, most are left for work.
+pub(super) const AWAKE_MIN: Duration = Duration::from_secs(30);
+
+/// Far more than any GPU has.
+pub(super) const MEMORY_GIB_LIMIT: u32 = 1 << 20;
+
 /// A proxy that restarts or a connection that drops goes unnoticed; a dead fleet is reported soon.
 pub(super) const WORKER_GRACE: Duration = Duration::from_secs(2);
 

@@ -235,6 +235,20 @@ fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: 
     let gpus = section.list("gpus", |raw| node::gpu(raw, nodes));
     let metrics_port = section.optional_count("metrics_port", u16::MAX.into(), "for the engine's default");
     let token_ids = section.boolean("token_ids", false);
+    for (at, again) in gpus.iter().enumerate() {
+        if let Some(first) = gpus.iter().take(at).find(|first| first.value == again.value) {
+            let remedy = format!("must name each GPU once: {} is the same", log.mention(&first.at));
+            log.refuse(&again.at, quoted(&format!("{}/{}", again.value.node, again.value.gpu)), remedy);
+        }
+    }
+    let memory = "to have it taken for all that a GPU has, if it may sleep";
+    let memory_gib = section.optional_count("memory_gib", defaults::MEMORY_GIB_LIMIT, memory);
+    let sleep = section.boolean("sleep", false);
+    if sleep && gpus.is_empty() {
+        let remedy = "needs `gpus` beside it: who may be awake together is decided by the GPUs they share";
+        log.refuse_absence(&section.at("sleep"), "true".to_owned(), remedy);
+    }
+    let awake_min = section.seconds("awake_seconds_min", 0, defaults::AWAKE_MIN);
     section.finish(&[]);
     let url = url?;
     let named = match own_name {
@@ -253,6 +267,9 @@ fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: 
         gpus: gpus.into_iter().map(|found| found.value).collect(),
         metrics_port: metrics_port.and_then(|port| u16::try_from(port.get()).ok()),
         token_ids,
+        memory_gib,
+        sleep,
+        awake_min,
     };
     Some(Found { value: worker, at: url.at })
 }

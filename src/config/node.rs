@@ -5,23 +5,50 @@ use std::collections::btree_map::Entry;
 
 use url::Url;
 
+use super::defaults::MEMORY_GIB_LIMIT;
 use super::log::At;
 use super::mistake::quoted;
 use super::tree::{Raw, Refusal, Section};
 use super::{GpuName, Name, Node};
 
+/// Where `forebay agent` listens unless it is told otherwise.
+const AGENT_PORT: u16 = 7072;
+
 /// Every node that could be read; what could not is in the log.
 pub(super) fn read_all(root: &mut Section<'_>) -> Vec<Node> {
     let mut taken: BTreeMap<Name, At> = BTreeMap::new();
-    root.tables("node", "node").into_iter().filter_map(|section| read(section, &mut taken)).collect()
+    let mut agents = BTreeMap::new();
+    root.tables("node", "node").into_iter().filter_map(|section| read(section, &mut taken, &mut agents)).collect()
 }
 
-fn read(mut section: Section<'_>, taken: &mut BTreeMap<Name, At>) -> Option<Node> {
+/// Host and port of agents that stand already, and where.
+type Agents = BTreeMap<(String, Option<u16>), At>;
+
+fn read(mut section: Section<'_>, taken: &mut BTreeMap<Name, At>, agents: &mut Agents) -> Option<Node> {
     let log = section.log;
     let name = section.required("name", "write the name by which workers' `gpus` call the machine", name);
-    let agent =
-        section.required("agent", "write the address of the agent there, as in agent = \"http://gpu-a:7072\"", agent);
+    let gpu_memory_gib = section.optional_count("gpu_memory_gib", MEMORY_GIB_LIMIT, "to take what the agent says");
+    let agent = match gpu_memory_gib {
+        Some(_) => section.read("agent", agent),
+        None => section.required(
+            "agent",
+            "write the address of the agent there, as in agent = \"http://gpu-a:7072\"",
+            agent,
+        ),
+    };
     section.finish(&[]);
+    if let Some(agent) = &agent {
+        let address = (agent.value.host_str().unwrap_or_default().to_owned(), agent.value.port_or_known_default());
+        match agents.entry(address) {
+            Entry::Occupied(first) => {
+                let remedy = format!("must be the agent of one node: {} has it already", log.mention(first.get()));
+                log.refuse(&agent.at, quoted(agent.value.as_str()), remedy);
+            }
+            Entry::Vacant(place) => {
+                place.insert(agent.at.clone());
+            }
+        }
+    }
     let name = name?;
     match taken.entry(name.value.clone()) {
         Entry::Occupied(first) => {
@@ -32,7 +59,10 @@ fn read(mut section: Section<'_>, taken: &mut BTreeMap<Name, At>) -> Option<Node
             place.insert(name.at);
         }
     }
-    Some(Node { name: name.value, agent: agent?.value })
+    if agent.is_none() && gpu_memory_gib.is_none() {
+        return None;
+    }
+    Some(Node { name: name.value, agent: agent.map(|found| found.value), gpu_memory_gib })
 }
 
 fn name(raw: &Raw<'_>) -> Result<Name, Refusal> {
@@ -40,7 +70,20 @@ fn name(raw: &Raw<'_>) -> Result<Name, Refusal> {
 }
 
 fn agent(raw: &Raw<'_>) -> Result<Url, Refusal> {
-    grpc_address(raw, "http://gpu-a:7072")
+    let mut url = grpc_address(raw, "http://gpu-a:7072")?;
+    if url.port().is_none() && !names_port(raw.text()?) {
+        // Never fails: the address has a host.
+        let _ = url.set_port(Some(AGENT_PORT));
+    }
+    Ok(url)
+}
+
+/// Whether an address names its port, be it the one that its scheme implies.
+fn names_port(address: &str) -> bool {
+    let host = address.split_once("://").map_or(address, |(_, rest)| rest);
+    let host = host.split('/').next().unwrap_or_default();
+    let after_v6 = host.rsplit_once(']').map_or(host, |(_, rest)| rest);
+    after_v6.contains(':')
 }
 
 /// Where a gRPC server is.

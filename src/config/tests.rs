@@ -142,10 +142,38 @@ agent = "http://gpu-a:7072"
     assert_eq!(*second, Model::new(name("other"), second.workers.clone(), &config.server));
     assert_eq!(&*second.workers[0].name, "[::1]:8000");
     let [node] = &config.nodes[..] else { panic!("{config:?}") };
-    assert_eq!((&*node.name, node.agent.as_str()), ("gpu-a", "http://gpu-a:7072/"));
+    assert_eq!((&*node.name, node.agent.as_ref().map(Url::as_str)), ("gpu-a", Some("http://gpu-a:7072/")));
     let gpus = ["0", "GPU-1"].map(|gpu| GpuName { node: name("gpu-a"), gpu: name(gpu) });
     assert_eq!((&second.workers[0].gpus[..], second.workers[0].is_here()), (&gpus[..], true));
     assert!(a.gpus.is_empty() && !a.is_here());
+}
+
+#[test]
+fn models_that_take_turns_in_a_gpu() {
+    let text = "[[node]]\nname = 'a'\ngpu_memory_gib = 80\n[[node]]\nname = 'b'\nagent = 'http://b'\n\
+                [[model]]\nname = 'm'\n[[model.worker]]\nurl = 'http://a:1'\ngpus = ['a/0', 'a/1']\nsleep = true\n\
+                memory_gib = 40\nawake_seconds_min = 5\n[[model.worker]]\nurl = 'http://a:2'";
+    let config = reader([]).text("f.toml", text).unwrap_or_else(|mistakes| panic!("{mistakes}"));
+    let [a, b] = &config.nodes[..] else { panic!("{config:?}") };
+    assert_eq!((&a.agent, a.gpu_memory_gib), (&None, NonZeroU32::new(80)));
+    assert_eq!(b.agent.as_ref().map(Url::as_str), Some("http://b:7072/"), "an agent's usual port");
+    let [turns, stays] = &config.models[0].workers[..] else { panic!("{config:?}") };
+    assert_eq!((turns.sleep, turns.memory_gib, turns.awake_min), (true, NonZeroU32::new(40), Duration::from_secs(5)));
+    assert_eq!((stays.sleep, stays.memory_gib, stays.awake_min), (false, None, Duration::from_secs(30)));
+    let refuse = |text: &str, expect: &str| {
+        let said = reader([]).text("f.toml", text).unwrap_err().to_string();
+        assert!(said.contains(expect), "{said}");
+    };
+    let model = "[[model]]\nname = 'm'\n[[model.worker]]\nurl = 'http://a:1'\n";
+    let node = "[[node]]\nname = 'a'\nagent = 'http://a:7072'\n";
+    refuse(&format!("{model}sleep = true"), "sleep is true: needs `gpus` beside it");
+    let twice = format!("{node}{model}gpus = ['a/0', 'a/1', 'a/0']");
+    refuse(&twice, "gpus[2] is \"a/0\": must name each GPU once");
+    let same = format!("{node}[[node]]\nname = 'b'\nagent = 'http://a'\n{model}");
+    refuse(&same, "must be the agent of one node: ");
+    refuse(&format!("[[node]]\nname = 'a'\n{model}"), "node[0].agent is missing");
+    let kept = reader([]).text("f.toml", &format!("[[node]]\nname = 'a'\nagent = 'http://a:80'\n{model}")).unwrap();
+    assert_eq!(kept.nodes[0].agent.as_ref().and_then(Url::port_or_known_default), Some(80), "as it was written");
 }
 
 #[test]

@@ -77,6 +77,8 @@ pub(super) struct Nodes(Mutex<State>);
 struct State {
     next: u32,
     nodes: Vec<Node>,
+    /// Those that workers are configured to run on, whether anybody tells of them or not.
+    named: Vec<(GpuName, GpuId)>,
 }
 
 struct Node {
@@ -107,14 +109,16 @@ pub(super) struct Tenant {
 impl Dispatch {
     /// Makes the nodes that are followed those of `specs`.
     pub fn follow_nodes(&self, specs: &[NodeSpec]) {
-        let mut state = self.intake.nodes.0.lock();
+        let mut guard = self.intake.nodes.0.lock();
+        let state = &mut *guard;
         let mut left: Vec<GpuId> = Vec::new();
         state.nodes.retain(|node| {
             let stays = specs.iter().any(|spec| spec.is(&node.spec));
             if !stays {
                 node.gone.cancel();
                 node.clear();
-                left.extend(node.gpus.values().map(|seen| seen.id));
+                let named = |id: &GpuId| state.named.iter().any(|(_, named)| named == id);
+                left.extend(node.gpus.values().map(|seen| seen.id).filter(|id| !named(id)));
             }
             stays
         });
@@ -127,7 +131,7 @@ impl Dispatch {
                 self.intake.tracker.spawn(gone.run_until_cancelled_owned(following));
             }
         }
-        drop(state);
+        drop(guard);
         for Tenant { worker, .. } in self.intake.tenants() {
             let ran_there = worker.spec.lock().gpus.iter().any(|id| left.contains(id));
             if ran_there {
@@ -152,6 +156,27 @@ impl Dispatch {
             foreign_processes: seen.foreign_processes,
         });
         found.collect()
+    }
+}
+
+impl Nodes {
+    /// The GPUs of these names, before anybody told of them: who shares one is known from the configuration alone.
+    pub(super) fn named(&self, names: &[GpuName]) -> Vec<GpuId> {
+        let State { next, nodes, named } = &mut *self.0.lock();
+        let seen = |name: &GpuName| {
+            let mut all = nodes.iter().flat_map(|node| node.gpus.values().map(move |seen| (&node.spec, seen)));
+            all.find(|(node, seen)| is_named(name, node, &seen.said)).map(|(_, seen)| seen.id)
+        };
+        let mut ids = BTreeSet::new();
+        for name in names {
+            let known = seen(name).or_else(|| named.iter().find(|(known, _)| known == name).map(|(_, id)| *id));
+            let id = known.unwrap_or_else(|| fresh(next));
+            if !named.iter().any(|(known, _)| known == name) {
+                named.push((name.clone(), id));
+            }
+            ids.insert(id);
+        }
+        ids.into_iter().collect()
     }
 }
 
@@ -188,11 +213,11 @@ impl Intake {
         let tenants = self.tenants();
         let (joins, reports) = {
             let mut state = self.nodes.0.lock();
-            let State { next, nodes } = &mut *state;
+            let State { next, nodes, named } = &mut *state;
             let others = nodes.iter().filter(|node| !node.spec.is(spec)).flat_map(|node| node.gpus.values());
             let others: BTreeSet<GpuId> = others.map(|seen| seen.id).collect();
             let Some(node) = nodes.iter_mut().find(|node| node.spec.is(spec)) else { return };
-            node.take_in(next, snapshot);
+            node.take_in((next, named), snapshot);
             let joins: Vec<_> =
                 tenants.iter().filter_map(|tenant| Some((tenant, node.join(tenant, &others)?))).collect();
             (joins, node.reports(&tenants))
@@ -213,7 +238,7 @@ impl Node {
         self.gpus.values().for_each(|seen| seen.metrics.clear());
     }
 
-    fn take_in(&mut self, next: &mut u32, snapshot: &Snapshot) {
+    fn take_in(&mut self, (next, named): (&mut u32, &[(GpuName, GpuId)]), snapshot: &Snapshot) {
         let now = Instant::now();
         let key = |gpu: &Gpu| gpu.uuid.clone().unwrap_or_else(|| gpu.index.clone());
         let keys: BTreeSet<String> = snapshot.gpus.iter().map(key).collect();
@@ -226,9 +251,9 @@ impl Node {
         });
         for gpu in &snapshot.gpus {
             let seen = self.gpus.entry(key(gpu)).or_insert_with(|| {
-                *next += 1;
                 let metrics = GpuMetrics::new(Arc::clone(&self.spec.name), gpu.index.clone());
-                let id = GpuId(*next);
+                let known = named.iter().find(|(name, _)| is_named(name, &self.spec, gpu)).map(|(_, id)| *id);
+                let id = known.unwrap_or_else(|| fresh(next));
                 Seen { id, metrics, said: gpu.clone(), at: now, corrupted: None, fault: None, foreign_processes: 0 }
             });
             if gpu.ecc_uncorrected.zip(seen.said.ecc_uncorrected).is_some_and(|(new, old)| new > old) {
@@ -252,10 +277,7 @@ impl Node {
     fn join(&self, tenant: &Tenant, others: &BTreeSet<GpuId>) -> Option<Vec<GpuId>> {
         let runs_on = |seen: &Seen| match &tenant.configured[..] {
             [] => seen.said.processes.iter().any(|process| self.is_reached(tenant, &process.listens)),
-            names => names.iter().any(|name| {
-                *name.node == *self.spec.name
-                    && [Some(&seen.said.index), seen.said.uuid.as_ref()].contains(&Some(&(*name.gpu).to_owned()))
-            }),
+            names => names.iter().any(|name| is_named(name, &self.spec, &seen.said)),
         };
         let found: BTreeSet<GpuId> = self.gpus.values().filter(|seen| runs_on(seen)).map(|seen| seen.id).collect();
         if found.is_empty() {
@@ -315,7 +337,18 @@ fn report(seen: &Seen, foreign: Option<f64>) -> GpuReport {
         utilization: gpu.utilization_percent.map(|percent| f64::from(percent) / 100.0),
         foreign,
         memory: memory.map(|(used, total)| used as f64 / total as f64),
+        memory_bytes: memory.map(|(_, total)| total),
     }
+}
+
+fn fresh(next: &mut u32) -> GpuId {
+    *next += 1;
+    GpuId(*next)
+}
+
+/// Whether a node's GPU is the one that a worker names.
+fn is_named(name: &GpuName, node: &NodeSpec, gpu: &Gpu) -> bool {
+    *name.node == *node.name && (*name.gpu == *gpu.index || gpu.uuid.as_deref() == Some(&*name.gpu))
 }
 
 /// Whether a socket that listens on the node at `host` (none: here) is the one that `endpoint` reaches.

@@ -12,7 +12,7 @@ use forebay_backends::engines::{self, Api, Detected, Load, Ways};
 use forebay_backends::signals::kv_events::KvSource;
 use forebay_backends::signals::{Pace, Signal, Signals, Traffic};
 use forebay_backends::transport::{Channel, Endpoint, Timeouts, Transport};
-use forebay_scheduler::{Action, Event, PoolId, PoolLimits, WorkerId};
+use forebay_scheduler::{Action, Event, PoolId, PoolLimits, SleepSpec, WorkerId};
 use http::HeaderValue;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -63,6 +63,12 @@ pub struct WorkerSpec {
     pub gpus: Vec<GpuName>,
     /// Whether it is sent token ids where its engine takes them.
     pub token_ids: bool,
+    /// Memory that it takes of each of them while it is awake.
+    pub memory_bytes: Option<u64>,
+    /// Memory of each of them, for as long as they do not say themselves.
+    pub gpu_bytes: Option<u64>,
+    /// Whether and how it may be put to sleep.
+    pub sleep: Option<SleepSpec>,
     pub first_byte: Duration,
     /// The same, of an answer that is streamed.
     pub first_token: Duration,
@@ -90,6 +96,13 @@ pub enum Fact {
     },
     /// Tokens in one of its KV blocks.
     BlockTokens(u32),
+}
+
+/// What a worker's model is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    Wake,
+    Sleep,
 }
 
 /// What belongs to one configured worker while it is here.
@@ -252,6 +265,10 @@ impl Intake {
             first_token: spec.first_token,
             identity: ArcSwapOption::empty(),
             spec: Mutex::new(forebay_scheduler::WorkerSpec {
+                gpus: self.nodes.named(&spec.gpus),
+                memory_bytes: spec.memory_bytes,
+                gpu_bytes: spec.gpu_bytes,
+                sleep: spec.sleep,
                 server: Some(xxh3_64(spec.endpoint.to_string().as_bytes())),
                 ..forebay_scheduler::WorkerSpec::default()
             }),
@@ -272,8 +289,36 @@ impl Intake {
                 let name = self.workers.get(*worker).map(|worker| Arc::clone(&worker.name));
                 tracing::info!(worker = name.as_deref(), ?from, ?to, "worker health changed");
             }
+            Action::Wake { worker } => self.turn(*worker, Turn::Wake),
+            Action::Sleep { worker } => self.turn(*worker, Turn::Sleep),
             Action::Send { .. } | Action::Refuse { .. } => {}
         }
+    }
+
+    /// Wakes a worker's model or puts it to sleep, and tells the core what became of it.
+    fn turn(self: &Arc<Self>, id: WorkerId, turn: Turn) {
+        let (Some((_, gone, _)), Some(worker)) = (self.member_facts(id), self.workers.get(id)) else { return };
+        let driver = Arc::clone(&self.driver);
+        let turning = async move {
+            let began = Instant::now();
+            let worked = match worker.identity.load_full() {
+                Some(identity) => {
+                    let Identity { engine, model, .. } = &*identity;
+                    engines::set_asleep(&worker.channel, *engine, model, turn == Turn::Sleep).await
+                }
+                None => Err(forebay_backends::Error::Unreadable),
+            };
+            let seconds = began.elapsed().as_secs_f64();
+            match &worked {
+                Ok(()) => tracing::info!(worker = &*worker.name, ?turn, seconds, "the engine did it"),
+                Err(error) => {
+                    let error: &dyn std::error::Error = error;
+                    tracing::warn!(worker = &*worker.name, ?turn, error, "the engine did not do it");
+                }
+            }
+            driver.tell(Event::SleepDone { worker: id, worked: worked.is_ok() });
+        };
+        self.tracker.spawn(gone.run_until_cancelled_owned(turning));
     }
 
     async fn probe(self: Arc<Self>, id: WorkerId) {
@@ -286,6 +331,7 @@ impl Intake {
             Some(Some(detected)) => {
                 let first = worker.identity.load().is_none();
                 self.identified(&worker, &spec, &model, &detected).await;
+                self.look_asleep(&worker, &spec).await;
                 if first {
                     self.watch(&worker, &gone, detected.engine);
                     self.follow_cache(&worker, &gone, detected.engine, spec.kv_events.clone());
@@ -295,6 +341,19 @@ impl Intake {
             }
         };
         self.driver.tell(Event::Probed { worker: id, healthy });
+    }
+
+    /// Asks a worker that may be put to sleep whether it is, before anything is sent there.
+    async fn look_asleep(&self, worker: &Worker, spec: &WorkerSpec) {
+        let Some(identity) = worker.identity.load_full().filter(|_| spec.sleep.is_some()) else { return };
+        match engines::is_asleep(&worker.channel, identity.engine, &identity.model).await {
+            Ok(Some(asleep)) => self.driver.tell(Event::SleepSeen { worker: worker.id, asleep }),
+            Ok(None) => {
+                let engine = identity.engine.name();
+                tracing::warn!(worker = &*worker.name, engine, "it cannot be put to sleep as it was started");
+            }
+            Err(error) => tracing::debug!(worker = &*worker.name, %error, "whether it sleeps is not known"),
+        }
     }
 
     fn member_facts(&self, id: WorkerId) -> Option<(WorkerSpec, CancellationToken, Arc<str>)> {
@@ -351,8 +410,12 @@ impl Intake {
             let (channel, traffic) = (worker.channel.clone(), worker.traffic.clone());
             let Some(mut signals) = Signals::new(channel, engine, traffic, Pace::default()) else { return };
             let mut cache = (None, None);
+            let sleeps = worker.spec.lock().sleep.is_some();
             loop {
                 match signals.next().await {
+                    Signal::Load(load) if load.sleeping && sleeps => {
+                        intake.driver.tell(Event::SleepSeen { worker: worker.id, asleep: true });
+                    }
                     Signal::Load(load) if load.sleeping => {
                         intake.driver.tell(Event::Probed { worker: worker.id, healthy: false });
                     }
@@ -367,6 +430,9 @@ impl Intake {
                         gauges.waiting.set(f64::from(load.waiting));
                         gauges.kv_usage.set(load.kv_usage.unwrap_or(0.0));
                         let report = load.report();
+                        if sleeps {
+                            intake.driver.tell(Event::SleepSeen { worker: worker.id, asleep: false });
+                        }
                         intake.driver.tell(Event::Load { worker: worker.id, report });
                     }
                     Signal::Lost => intake.driver.tell(Event::LoadLost { worker: worker.id }),
@@ -423,8 +489,10 @@ async fn identify(channel: &Channel, spec: &WorkerSpec) -> Option<Detected> {
         let detected = engines::detect(channel, spec.engine.and_then(engines::by_name)).await?;
         let engine = detected.engine;
         engines::probe(channel, engine).await?;
-        // vLLM's health path answers 200 while the model sleeps. What only one may read is left to the poll.
-        let load = if engine.load_drains() { None } else { engines::load(channel, engine).await.ok().flatten() };
+        // vLLM's health path answers 200 while the model sleeps. What only one may read is left to the poll, and a worker
+        // that we put to sleep is well.
+        let unasked = engine.load_drains() || spec.sleep.is_some();
+        let load = if unasked { None } else { engines::load(channel, engine).await.ok().flatten() };
         let asleep = load.is_some_and(|load| load.sleeping);
         Ok::<_, forebay_backends::Error>((!asleep).then_some(detected))
     };

@@ -7,7 +7,7 @@ use foldhash::HashMap;
 use forebay_backends::engines::{Engine, Ways};
 use forebay_backends::signals::Traffic;
 use forebay_backends::transport::Channel;
-use forebay_scheduler::{HealthState, PoolId, WorkerId, WorkerSpec};
+use forebay_scheduler::{HealthState, PoolId, SleepState, WorkerId, WorkerSpec};
 use http::HeaderValue;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -101,6 +101,7 @@ impl Workers {
         for (_, metrics) in self.pools.load().iter().filter(|(pool, _)| is_gone(pool)) {
             (0..CLASSES.len()).for_each(|class| metrics.queue_depth(class, 0));
             metrics.prefix_index(0, 0);
+            metrics.scale(None);
         }
         self.table.store(Arc::new(table));
         self.pools.store(Arc::new(pools));
@@ -115,6 +116,8 @@ impl Workers {
                     gauges.up.set(flag(takes_requests(&view)));
                     gauges.health_score.set(view.health_score);
                     gauges.breaker_open.set(flag(view.health == HealthState::Open));
+                    gauges.asleep.set(flag(view.sleep == Some(SleepState::Asleep)));
+                    gauges.wakes.absolute(view.wakes);
                     #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^52")]
                     gauges.promised_tokens.set(view.promised_tokens as f64);
                 }
@@ -125,6 +128,7 @@ impl Workers {
                         metrics.queue_depth(class, *waiting as usize);
                     }
                     metrics.prefix_index(view.index_blocks, view.index_bytes);
+                    metrics.scale(core.scale_view(now, *pool));
                 }
             }
         });

@@ -4,6 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use forebay_backends::signals::gpu::{self, Gpu};
 use forebay_backends::signals::kv_events::{Loss, Standing};
+use forebay_scheduler::ScaleView;
 use metrics::{Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram};
 use metrics::{gauge, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
@@ -14,6 +15,9 @@ const TTFT_SECONDS: &str = "forebay_ttft_seconds";
 const TPOT_SECONDS: &str = "forebay_tpot_seconds";
 const QUEUE_WAIT_SECONDS: &str = "forebay_queue_wait_seconds";
 const QUEUE_DEPTH: &str = "forebay_queue_depth";
+const DESIRED_WORKERS: &str = "forebay_model_desired_workers";
+const DRAIN_SECONDS: &str = "forebay_model_drain_seconds";
+const IDLE_SECONDS: &str = "forebay_model_idle_seconds";
 const TOKENS: &str = "forebay_tokens_total";
 const PREFIX_HIT_TOKENS: &str = "forebay_prefix_hit_tokens_total";
 const PREFIX_INDEX_BLOCKS: &str = "forebay_prefix_index_blocks";
@@ -28,6 +32,8 @@ const WORKER_KV_USAGE: &str = "forebay_worker_kv_usage_ratio";
 const WORKER_PROMISED: &str = "forebay_worker_promised_tokens";
 const WORKER_UP: &str = "forebay_worker_up";
 const WORKER_HEALTH: &str = "forebay_worker_health_score";
+const WORKER_ASLEEP: &str = "forebay_worker_asleep";
+const WORKER_WAKES: &str = "forebay_worker_wakes_total";
 const BREAKER_OPEN: &str = "forebay_breaker_open";
 const GPU_MEMORY_USED: &str = "forebay_gpu_memory_used_bytes";
 const GPU_MEMORY_TOTAL: &str = "forebay_gpu_memory_total_bytes";
@@ -190,6 +196,12 @@ fn describe() {
     describe_histogram!(TPOT_SECONDS, Unit::Seconds, "mean gap between output tokens after the first");
     describe_histogram!(QUEUE_WAIT_SECONDS, Unit::Seconds, "arrival at the scheduler to being sent, by class");
     describe_gauge!(QUEUE_DEPTH, "requests waiting in lanes, by model and class");
+    describe_gauge!(
+        DESIRED_WORKERS,
+        "workers that would serve what runs and waits now with room to spare; 0 when nothing does: scale by its mean"
+    );
+    describe_gauge!(DRAIN_SECONDS, Unit::Seconds, "time until the model's workers have prefilled all that waits now");
+    describe_gauge!(IDLE_SECONDS, Unit::Seconds, "time since the model had any request");
     describe_counter!(TOKENS, "tokens by model and kind (prompt, cached, output)");
     describe_counter!(PREFIX_HIT_TOKENS, "prompt tokens that the chosen worker was expected to hold in its KV cache");
     describe_gauge!(PREFIX_INDEX_BLOCKS, "blocks in the prefix index, by model");
@@ -210,6 +222,8 @@ fn describe() {
     describe_gauge!(WORKER_PROMISED, "uncached prompt tokens promised to the worker and not yet prefilled");
     describe_gauge!(WORKER_UP, "1 when the worker takes requests");
     describe_gauge!(WORKER_HEALTH, "how well the worker is, 1 to 0; falls with failures and with late first tokens");
+    describe_gauge!(WORKER_ASLEEP, "1 while the worker's model is not in the memory of its GPUs");
+    describe_counter!(WORKER_WAKES, "times that the worker's model was woken");
     describe_gauge!(BREAKER_OPEN, "1 while the worker's circuit breaker is open");
     describe_gauge!(GPU_MEMORY_USED, Unit::Bytes, "memory in use on a GPU, with what the driver reserves");
     describe_gauge!(GPU_MEMORY_TOTAL, Unit::Bytes, "memory of a GPU");
@@ -248,6 +262,9 @@ pub struct ModelMetrics {
     queue_depth: [Gauge; CLASSES.len()],
     index_blocks: Gauge,
     index_bytes: Gauge,
+    desired_workers: Gauge,
+    drain_seconds: Gauge,
+    idle_seconds: Gauge,
 }
 
 impl std::fmt::Debug for ModelMetrics {
@@ -275,6 +292,9 @@ impl ModelMetrics {
             queue_depth: CLASSES.map(|class| gauge!(QUEUE_DEPTH, "model" => model(), "class" => class)),
             index_blocks: gauge!(PREFIX_INDEX_BLOCKS, "model" => model()),
             index_bytes: gauge!(PREFIX_INDEX_BYTES, "model" => model()),
+            desired_workers: gauge!(DESIRED_WORKERS, "model" => model()),
+            drain_seconds: gauge!(DRAIN_SECONDS, "model" => model()),
+            idle_seconds: gauge!(IDLE_SECONDS, "model" => model()),
         }
     }
 
@@ -300,6 +320,14 @@ impl ModelMetrics {
         self.index_bytes.set(bytes as f64);
     }
 
+    /// What an autoscaler goes by; `None` when the model is gone.
+    pub fn scale(&self, scale: Option<ScaleView>) {
+        let desired = scale.map_or(0, |scale| scale.desired_workers);
+        self.desired_workers.set(f64::from(desired));
+        self.drain_seconds.set(scale.map_or(0.0, |scale| scale.drain.as_secs_f64()));
+        self.idle_seconds.set(scale.map_or(0.0, |scale| scale.idle.as_secs_f64()));
+    }
+
     pub fn queue_depth(&self, class: usize, requests: usize) {
         if let Some(gauge) = self.queue_depth.get(class) {
             #[expect(clippy::cast_precision_loss, reason = "queues are bounded far below 2^52")]
@@ -317,6 +345,8 @@ pub struct WorkerMetrics {
     pub up: Gauge,
     pub health_score: Gauge,
     pub breaker_open: Gauge,
+    pub asleep: Gauge,
+    pub wakes: Counter,
     pub kv_events: Counter,
     kv_breaks: [Counter; KV_BREAKS.len()],
     kv_standing: Gauge,
@@ -340,6 +370,8 @@ impl WorkerMetrics {
             up: one(WORKER_UP),
             health_score: one(WORKER_HEALTH),
             breaker_open: one(BREAKER_OPEN),
+            asleep: one(WORKER_ASLEEP),
+            wakes: counter!(WORKER_WAKES, "worker" => worker.to_owned()),
             kv_events: counter!(KV_EVENTS, "worker" => worker.to_owned()),
             kv_breaks: KV_BREAKS.map(|kind| counter!(KV_EVENT_BREAKS, "worker" => worker.to_owned(), "kind" => kind)),
             kv_standing: one(KV_EVENTS_STANDING),
@@ -378,11 +410,11 @@ impl WorkerMetrics {
 
     /// Says that there is no such worker any more.
     pub fn clear(&self) {
-        let Self { running, waiting, kv_usage, promised_tokens, up, health_score, breaker_open, kv_standing, .. } =
-            self;
-        for gauge in [running, waiting, kv_usage, promised_tokens, up, health_score, breaker_open, kv_standing] {
+        let Self { running, waiting, kv_usage, promised_tokens, up, health_score, breaker_open, asleep, .. } = self;
+        for gauge in [running, waiting, kv_usage, promised_tokens, up, health_score, breaker_open, asleep] {
             gauge.set(0.0);
         }
+        self.kv_standing.set(0.0);
     }
 }
 

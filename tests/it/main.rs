@@ -35,6 +35,7 @@ mod replay;
 mod rolling;
 mod simulate;
 mod simulated;
+mod sleep;
 mod slow_clients;
 mod soak;
 mod stream_ends;

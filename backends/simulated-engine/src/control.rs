@@ -115,6 +115,7 @@ fn log(service: &Service) -> Value {
     let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
     json!({
         "connections": read(&log.connections),
+        "sleep": service.sleep.describe(),
         "bytes_received": read(&log.bytes_received),
         "requests": {"begun": read(&log.begun), "finished": read(&log.finished), "aborted": read(&log.aborted)},
         "sequences": {

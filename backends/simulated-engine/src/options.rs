@@ -61,6 +61,14 @@ pub struct Options {
     pub connection_keep_alive: Duration,
     /// vLLM's `--kv-events-config`: whether and where changes of the prefix cache are published.
     pub kv_events: Option<KvEventOptions>,
+    /// vLLM's `--enable-sleep-mode`, with the routes that a server in development mode has.
+    pub sleep_mode: bool,
+    /// It sleeps at the start.
+    pub asleep: bool,
+    /// Time to wake.
+    pub wake_time: Duration,
+    /// Time to fall asleep.
+    pub sleep_time: Duration,
     pub faults: Vec<Fault>,
     /// Refuses connections for this long after the start.
     pub refuse_at_start: Option<Duration>,
@@ -84,6 +92,10 @@ impl Default for Options {
             stream_keep_alive: None,
             connection_keep_alive: Duration::from_secs(5),
             kv_events: None,
+            sleep_mode: false,
+            asleep: false,
+            wake_time: Duration::ZERO,
+            sleep_time: Duration::ZERO,
             faults: Vec::new(),
             refuse_at_start: None,
         }

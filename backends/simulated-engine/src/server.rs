@@ -37,6 +37,7 @@ use crate::{
     faults::{Faults, MidKind, Plan},
     kv_events::{Publisher, Sockets},
     model::Model,
+    vllm::sleep::Sleep,
     wire::{self, Wire},
 };
 
@@ -53,6 +54,7 @@ pub(crate) struct Service {
     pub(crate) model: Model,
     pub(crate) driver: Arc<Driver>,
     pub(crate) faults: Faults,
+    pub(crate) sleep: Sleep,
     pub(crate) log: Log,
     /// The outage that was last asked for.
     pub(crate) outage: watch::Sender<Option<Duration>>,
@@ -181,7 +183,8 @@ impl Service {
         let driver = Arc::new(Driver::new(timing, options.speed, options.max_queued_requests, publisher));
         let faults = Faults::new(options.seed, options.faults.clone());
         let outage = watch::Sender::new(None);
-        Ok(Self { options, model, driver, faults, log: Log::default(), outage })
+        let sleep = Sleep::new(options.asleep);
+        Ok(Self { sleep, options, model, driver, faults, log: Log::default(), outage })
     }
 
     async fn respond(self: &Arc<Self>, request: Request<Incoming>, reset: Arc<AtomicBool>) -> Response<Body> {

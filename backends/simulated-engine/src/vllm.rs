@@ -12,6 +12,7 @@ mod logprobs;
 mod metrics;
 mod ranking;
 pub(crate) mod request;
+pub(crate) mod sleep;
 pub(crate) mod stream;
 pub(crate) mod tokenize;
 pub(crate) mod tools;
@@ -37,7 +38,7 @@ use self::error::Failure;
 use crate::{
     body::Death,
     server::{Answer, Service},
-    wire::Wire,
+    wire::{Wire, runs_model},
 };
 
 const VERSION: &str = "0.32.0";
@@ -65,6 +66,10 @@ const ROUTES: [(&str, Method); 16] = [
     ("/load", Method::GET),
     ("/kv_event_sources", Method::GET),
 ];
+
+/// The same of a server with sleep mode.
+const SLEEP_ROUTES: [(&str, Method); 3] =
+    [("/sleep", Method::POST), ("/wake_up", Method::POST), ("/is_sleeping", Method::GET)];
 
 /// The wire, see the module.
 pub(crate) struct Vllm;
@@ -119,7 +124,8 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
     let (parts, body) = request.into_parts();
     let path = parts.uri.path();
     authorize(service, path, &parts.headers)?;
-    let Some((_, method)) = ROUTES.iter().find(|(route, _)| *route == path) else {
+    let sleeps = SLEEP_ROUTES.iter().filter(|_| service.options.sleep_mode);
+    let Some((_, method)) = ROUTES.iter().chain(sleeps).find(|(route, _)| *route == path) else {
         return Err(unknown(path, &parts.headers));
     };
     if parts.method != method && !(path == "/ping" && parts.method == Method::POST) {
@@ -139,9 +145,13 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
         }
         "/metrics" => return Ok(metrics::answer(service)),
         "/v1/models" => return Ok(ok(&models(service))),
+        "/sleep" | "/wake_up" | "/is_sleeping" => return sleep::answer(service, path).await,
         _ => {}
     }
     let body = read(&parts.headers, body).await?;
+    if runs_model(path) {
+        service.sleep.require_awake()?;
+    }
     let caller = Caller { request_id: text_of(&parts.headers, "x-request-id").map(str::to_owned) };
     match path {
         "/v1/chat/completions" => run(service, Task::Chat, &body, &caller).await,

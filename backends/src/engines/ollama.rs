@@ -5,10 +5,11 @@
 
 mod native;
 
+use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::{
-    Api, Asked, Engine, Mark, Members, Prepared, ServedModel, Unsupported,
+    Api, Asked, Dormant, Engine, Mark, Members, Prepared, ServedModel, Unsupported,
     fields::{limit_completion, refuse_unheeded},
     require_text,
 };
@@ -62,6 +63,20 @@ impl Engine for Ollama {
         }
     }
 
+    fn dormant(&self) -> Option<Dormant> {
+        Some(Dormant {
+            sleep: |model| ("/api/generate", kept(model, 0)),
+            wake: |model| ("/api/generate", kept(model, -1)),
+            asks: "/api/ps",
+            reads: |answer, model| {
+                let answer: Value = serde_json::from_slice(answer).ok()?;
+                let loaded = answer.get("models")?.as_array()?;
+                let names = loaded.iter().filter_map(|loaded| loaded.get("name")?.as_str());
+                Some(!names.map(|name| name.strip_suffix(":latest").unwrap_or(name)).any(|name| name == bare(model)))
+            },
+        })
+    }
+
     fn serves(&self, api: Api) -> bool {
         matches!(api, Api::ChatCompletions | Api::Completions | Api::Embeddings)
     }
@@ -102,6 +117,16 @@ impl Engine for Ollama {
     }
 }
 
+/// A model's name without the tag that may be left out.
+fn bare(model: &str) -> &str {
+    model.strip_suffix(":latest").unwrap_or(model)
+}
+
+/// A request for nothing but that the model stays for so many seconds; for ever where that is negative.
+fn kept(model: &str, seconds: i32) -> Bytes {
+    json!({"model": model, "keep_alive": seconds, "stream": false}).to_string().into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -110,6 +135,20 @@ mod tests {
         let asked = Asked::new(api, body.to_owned().into(), false);
         let prepared = Ollama.adapt(asked).map_err(|unsupported| unsupported.param)?;
         Ok((prepared.path, serde_json::from_slice(&prepared.body).expect("JSON")))
+    }
+
+    #[test]
+    fn a_model_sleeps_that_is_not_loaded() {
+        let Dormant { sleep, wake, reads, .. } = Ollama.dormant().expect("it can");
+        let loaded = br#"{"models":[{"name":"m:latest","size":1},{"name":"n:8b"}]}"#;
+        for (model, asleep) in [("m", false), ("m:latest", false), ("n:8b", false), ("n", true), ("o", true)] {
+            assert_eq!(reads(loaded, model), Some(asleep), "{model}");
+        }
+        assert_eq!((reads(b"{\"models\":[]}", "m"), reads(b"{}", "m"), reads(b"?", "m")), (Some(true), None, None));
+        let kept = |(path, body): (&'static str, Bytes)| (path, serde_json::from_slice::<Value>(&body).expect("JSON"));
+        let expected = |seconds: i32| json!({"model": "m", "keep_alive": seconds, "stream": false});
+        assert_eq!(kept(sleep("m")), ("/api/generate", expected(0)));
+        assert_eq!(kept(wake("m")), ("/api/generate", expected(-1)));
     }
 
     #[test]

@@ -2,7 +2,9 @@
 
 use forebay_proto::metrics_text::{Sample, samples};
 
-use super::{Api, Engine, Load, Mark, Totals, tally::Tally};
+use bytes::Bytes;
+
+use super::{Api, Dormant, Engine, Load, Mark, Totals, tally::Tally};
 
 pub(super) struct Vllm;
 
@@ -42,6 +44,17 @@ impl Engine for Vllm {
 
     fn takes_ids(&self, api: Api) -> bool {
         api == Api::Completions
+    }
+
+    /// Level 1, weights to the host's memory: after level 2 they would have to be loaded by other means before an answer
+    /// makes sense. It finishes what it has first, where releases know `mode`; we send nothing to one that is to sleep.
+    fn dormant(&self) -> Option<Dormant> {
+        Some(Dormant {
+            sleep: |_| ("/sleep?level=1&mode=wait", Bytes::new()),
+            wake: |_| ("/wake_up", Bytes::new()),
+            asks: "/is_sleeping",
+            reads: |answer, _| serde_json::from_slice::<serde_json::Value>(answer).ok()?.get("is_sleeping")?.as_bool(),
+        })
     }
 
     fn serves(&self, _: Api) -> bool {

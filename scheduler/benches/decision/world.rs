@@ -347,7 +347,7 @@ impl World {
                 self.costs.refused += 1;
             }
             Action::Probe { worker } => self.schedule(Duration::from_millis(1), Due::Probed(worker)),
-            Action::Health { .. } => {}
+            Action::Health { .. } | Action::Wake { .. } | Action::Sleep { .. } => {}
         }
     }
 

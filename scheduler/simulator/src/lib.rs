@@ -20,6 +20,7 @@ mod rng;
 mod run;
 mod settings;
 mod trace;
+mod turns;
 
 pub use cell::{Cell, Spread};
 pub use engine::{BlockEvent, Emission, Engine, EngineConfig, Load, Sequence, SequenceId, Standing, Step, TooLarge};
@@ -29,3 +30,4 @@ pub use policy::Policy;
 pub use run::{Outcome, run};
 pub use settings::{Fault, FaultKind, Settings};
 pub use trace::{Row, Trace};
+pub use turns::{Turned, Turns, Waker, take_turns};

@@ -261,7 +261,7 @@ impl<'a> Run<'a> {
                     let healthy = self.nodes.get(worker.0 as usize).is_some_and(Node::is_up);
                     self.tell(Event::Probed { worker, healthy });
                 }
-                Action::Health { .. } => {}
+                Action::Health { .. } | Action::Wake { .. } | Action::Sleep { .. } => {}
             }
         }
     }

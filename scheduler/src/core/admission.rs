@@ -30,7 +30,8 @@ impl Core {
             return;
         }
         let now = self.now;
-        let expires = self.pools.get(&request.pool).map_or(now, |pool| {
+        let expires = self.pools.get_mut(&request.pool).map_or(now, |pool| {
+            pool.used = now;
             let timeout = now.after(pool.limits.queue_timeout);
             request.deadline.map_or(timeout, |deadline| deadline.min(timeout))
         });

@@ -160,7 +160,8 @@ impl Core {
         let entry = self.requests.get_mut(&id)?;
         let Place::Sent(sent) = entry.place else { return None };
         entry.place = Place::Loose;
-        let (Some(slot), Some(pool)) = (sent.slot, self.pools.get(&entry.request.pool)) else { return Some(sent) };
+        let (Some(slot), Some(pool)) = (sent.slot, self.pools.get_mut(&entry.request.pool)) else { return Some(sent) };
+        pool.used = self.now;
         let Some(worker) = self.workers.get_mut(slot) else { return Some(sent) };
         let scales = (pool.fleet_rate(), &self.config);
         worker.release(self.now, &entry.request, (sent.held, sent.number), sent.started.is_some(), scales);

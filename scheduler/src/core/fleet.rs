@@ -135,7 +135,7 @@ impl Core {
             return;
         }
         out.push(Action::Health { worker: worker.id, from, to });
-        if !worker.may_send() {
+        if !worker.serves() {
             self.evacuate(slot, out);
             self.park_again(pool, out);
         }

@@ -46,12 +46,18 @@ pub(super) struct Gpu {
     /// What of the utilization is not ours, and when something was known of that last.
     unexplained: Option<(Tick, f64)>,
     memory_least: f64,
+    /// Bytes of its memory, once it said so.
+    memory_bytes: Option<u64>,
+    /// When a model came into it or left it last.
+    pub(super) memory_changed: Option<Tick>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Reading {
     derate: f64,
     memory: Option<f64>,
+    /// Of its memory.
+    free_bytes: Option<u64>,
     /// Mean share of processes that are none of ours.
     foreign: Option<f64>,
 }
@@ -105,7 +111,10 @@ impl Gpu {
             let before = self.read.and_then(|(_, reading)| reading.foreign).unwrap_or(foreign);
             (before + foreign) / 2.0
         });
-        self.read = Some((now, Reading { derate, memory, foreign: measured }));
+        self.memory_bytes = report.memory_bytes.or(self.memory_bytes);
+        let free = |bytes: u64, used: f64| (bytes as f64 * (1.0 - used)) as u64;
+        let free_bytes = report.memory_bytes.zip(share(report.memory)).map(|(bytes, used)| free(bytes, used));
+        self.read = Some((now, Reading { derate, memory, free_bytes, foreign: measured }));
         self.ours.pass(now, !self.busy.is_empty());
         let ours = self.ours.period(now);
         let unexplained = share(report.utilization).zip(ours).and_then(|(used, ours)| self.unexplained(used, ours));
@@ -139,6 +148,26 @@ impl Gpu {
 }
 
 impl Gpu {
+    /// Who runs there.
+    pub(super) fn workers(&self) -> impl Iterator<Item = Slot> {
+        self.workers.iter().copied()
+    }
+
+    /// All of its memory, as far as it said so.
+    pub(super) fn memory_bytes(&self) -> Option<u64> {
+        self.memory_bytes
+    }
+
+    /// What of its memory nobody has, if it spoke of late.
+    pub(super) fn free_bytes(&self, now: Tick, config: &Config) -> Option<u64> {
+        self.read.filter(|(at, _)| now.since(*at) < config.gpu_lease).and_then(|(_, reading)| reading.free_bytes)
+    }
+
+    /// Whether it spoke last before a model came or left.
+    pub(super) fn read_before_change(&self) -> bool {
+        self.read.zip(self.memory_changed).is_some_and(|((at, _), changed)| at <= changed)
+    }
+
     /// Whether it knows the worker, and whether that has work.
     pub(super) fn knows(&self, slot: Slot, has_work: bool) -> bool {
         self.workers.contains(&slot) && self.busy.contains(&slot) == has_work

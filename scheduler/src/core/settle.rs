@@ -45,6 +45,7 @@ impl Core {
                 (worker.touched, worker.may_take) = (false, false);
             }
             self.occupy(slot);
+            self.doze(slot, out);
             if let Some(pool) = self.order(slot) {
                 self.rehome(pool, out);
             }
@@ -135,7 +136,8 @@ impl Core {
         let ready = eligible.then(|| {
             let speed = worker.speed(now, fleet_rate, &self.config);
             let tokens = worker.backlog_tokens(now, speed) + worker.lane.work().tokens as f64;
-            now.after(duration(tokens / speed)).max(worker.busy_until)
+            let wake = worker.wake_seconds(now, &self.config);
+            now.after(duration(tokens / speed + wake)).max(worker.busy_until)
         });
         if worker.ready_key != ready {
             if let Some(key) = worker.ready_key {
@@ -162,7 +164,8 @@ impl Core {
         let busy = Some(worker.busy_until).filter(|until| laden && *until > now);
         let rescore = laden.then(|| worker.rescored.after(self.config.rescore_every));
         let health = worker.health.next_wake().filter(|_| !worker.draining);
-        let wanted = [busy, rescore, health].into_iter().flatten().min();
+        let asleep = worker.sleep.gives_up(&self.config);
+        let wanted = [busy, rescore, health, asleep].into_iter().flatten().min();
         self.timers.set(Timer::Worker(slot), &mut worker.timer, wanted);
         appeared.then_some(worker.pool)
     }

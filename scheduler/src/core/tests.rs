@@ -1,4 +1,6 @@
 mod behaviour;
 mod gpus;
+mod scale;
 mod schedules;
+mod sleep;
 mod world;

@@ -12,6 +12,7 @@ mod overlap_credit;
 mod prefill;
 mod slot_wait;
 mod slow_start;
+mod wake;
 
 use super::Prospect;
 
@@ -19,9 +20,10 @@ type Seconds = fn(&Prospect<'_>) -> f64;
 
 /// The table; its order is that of explanations. The first is the time until the worker begins, the first
 /// [`TO_FIRST_TOKEN`] the time to the first token, as far as we can tell.
-pub(crate) const TERMS: [(&str, Seconds); 9] = [
+pub(crate) const TERMS: [(&str, Seconds); 10] = [
     ("drain_time", drain_time::seconds),
     ("prefill", prefill::seconds),
+    ("wake", wake::seconds),
     ("gpu_throttle", gpu_throttle::seconds),
     ("gpu_share", gpu_share::seconds),
     ("slot_wait", slot_wait::seconds),
@@ -31,7 +33,7 @@ pub(crate) const TERMS: [(&str, Seconds); 9] = [
     ("overlap_credit", overlap_credit::seconds),
 ];
 
-pub(super) const TO_FIRST_TOKEN: usize = 5;
+pub(super) const TO_FIRST_TOKEN: usize = 6;
 
 #[cfg(test)]
 mod tests;

@@ -20,6 +20,7 @@ pub(crate) fn answer(service: &Service) -> Answer {
 
 fn render(service: &Service) -> String {
     let (load, stats) = service.driver.load();
+    let asleep = service.sleep.is_asleep();
     let mut page = Page { text: String::new(), model: escape(&service.options.model) };
     page.gauge("num_requests_running", "Number of requests in model execution batches.", f64::from(load.running));
     page.gauge("num_requests_waiting", "Number of requests waiting to be processed.", f64::from(load.waiting));
@@ -27,8 +28,8 @@ fn render(service: &Service) -> String {
     page.sample("num_requests_waiting_by_reason", r#",reason="capacity""#, f64::from(load.waiting));
     page.sample("num_requests_waiting_by_reason", r#",reason="deferred""#, 0.0);
     page.family("engine_sleep_state", "gauge", "Engine sleep state; awake = 1 means engine is awake.");
-    for (state, value) in [("awake", 1.0), ("weights_offloaded", 0.0), ("discard_all", 0.0)] {
-        page.sample("engine_sleep_state", &format!(r#",sleep_state="{state}""#), value);
+    for (state, value) in [("awake", !asleep), ("weights_offloaded", asleep), ("discard_all", false)] {
+        page.sample("engine_sleep_state", &format!(r#",sleep_state="{state}""#), f64::from(u8::from(value)));
     }
     page.gauge("kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", load.kv_usage);
     let queries = "Prefix cache queries, in terms of number of queried tokens.";

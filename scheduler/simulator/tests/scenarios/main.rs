@@ -15,3 +15,4 @@ mod fairness;
 mod faults;
 mod fleet;
 mod load;
+mod turns;

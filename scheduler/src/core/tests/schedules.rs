@@ -178,7 +178,7 @@ fn run(world: &mut World, step: &Step) {
         Step::LoadLost(worker) => Event::LoadLost { worker: WorkerId(worker) },
         Step::Gpu(worker, derate, fault) => {
             let (utilization, memory) = (Some(derate), Some(1.0 - derate));
-            let report = GpuReport { derate, fault, utilization, memory, foreign: None };
+            let report = GpuReport { derate, fault, utilization, memory, ..GpuReport::default() };
             Event::Gpu { gpu: GpuId(worker / 2), report }
         }
         Step::Kv(worker, kind, seed, len) => {

@@ -1,6 +1,6 @@
 //! A shell for tests: performs actions, remembers what it was told, and holds the core to its promises at each step.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +22,9 @@ pub(super) struct World {
     draining: Vec<WorkerId>,
     failed_on: Vec<(RequestId, WorkerId)>,
     erred: Vec<(RequestId, WorkerId)>,
+    /// Workers that sleep, as far as the core was told, and those that were told to change that.
+    pub(super) asleep: BTreeSet<WorkerId>,
+    pub(super) told: BTreeSet<WorkerId>,
     pub(super) log: Vec<(Tick, Action)>,
     pub(super) next: u64,
 }
@@ -66,6 +69,8 @@ impl World {
             draining: Vec::new(),
             failed_on: Vec::new(),
             erred: Vec::new(),
+            asleep: BTreeSet::new(),
+            told: BTreeSet::new(),
             log: Vec::new(),
             next: 0,
         };
@@ -115,6 +120,19 @@ impl World {
                     if again { &mut self.erred } else { &mut self.failed_on }.push((*request, worker));
                 }
             }
+            Event::SleepSeen { worker, asleep } => {
+                if *asleep {
+                    self.asleep.insert(*worker);
+                } else {
+                    self.asleep.remove(worker);
+                }
+            }
+            Event::SleepDone { worker, worked } => {
+                assert!(self.told.remove(worker), "{worker} was told nothing");
+                if *worked && !self.asleep.remove(worker) {
+                    self.asleep.insert(*worker);
+                }
+            }
             Event::WorkerDraining { worker } => self.draining.push(*worker),
             Event::WorkerLeft { worker } => {
                 self.health.remove(worker);
@@ -153,6 +171,8 @@ impl World {
                     let health = self.health.get(worker);
                     assert!(matches!(health, Some(HealthState::Up | HealthState::HalfOpen)), "{worker} is {health:?}");
                     assert!(!self.draining.contains(worker), "{worker} is draining");
+                    let awake = !self.asleep.contains(worker) && !self.told.contains(worker);
+                    assert!(awake, "{request} was sent to {worker}, which is not awake");
                     assert!(!self.failed_on.contains(&(*request, *worker)), "{request} failed on {worker} before");
                 }
                 Action::Refuse { request, reason, retry_after } => {
@@ -161,6 +181,14 @@ impl World {
                     let comes_back =
                         !matches!(reason, Refusal::PoolUnknown | Refusal::TooLarge | Refusal::DeadlineTooShort);
                     assert_eq!(retry_after.is_some(), comes_back, "{reason}");
+                }
+                Action::Wake { worker } => {
+                    assert!(self.asleep.contains(worker) && self.told.insert(*worker), "{worker} is to wake");
+                }
+                Action::Sleep { worker } => {
+                    assert!(!self.asleep.contains(worker) && self.told.insert(*worker), "{worker} is to sleep");
+                    let has_work = self.stages.values().any(|stage| *stage == Stage::Sent(*worker));
+                    assert!(!has_work, "{worker} is to sleep over its work");
                 }
                 Action::Probe { worker } => assert!(self.health.contains_key(worker)),
                 Action::Health { worker, from, to } => {

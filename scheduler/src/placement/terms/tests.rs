@@ -41,13 +41,21 @@ fn every_term_is_finite_and_named_once() {
     for (worker, spec) in (0..).zip(specs) {
         let worker = WorkerId(worker);
         let gpu = GpuId(worker.0 / 2);
-        let spec = WorkerSpec { gpus: vec![gpu], ..spec };
+        let sleep = (worker.0 % 2 == 1).then_some(SleepSpec { residency: Duration::MAX });
+        let spec = WorkerSpec { gpus: vec![gpu], sleep, memory_bytes: Some(u64::MAX), ..spec };
         core.handle(Tick(0), Event::WorkerJoined { worker, pool: POOL, spec }, &mut out);
         core.handle(Tick(0), Event::Probed { worker, healthy: true }, &mut out);
+        core.handle(Tick(0), Event::SleepSeen { worker, asleep: true }, &mut out);
         let report = LoadReport { running: u32::MAX, waiting: u32::MAX, kv_usage: Some(1e308) };
         core.handle(Tick(0), Event::Load { worker, report }, &mut out);
-        let wild =
-            GpuReport { derate: 0.0, fault: false, utilization: Some(1e9), foreign: Some(7.0), memory: Some(2.0) };
+        let wild = GpuReport {
+            derate: 0.0,
+            fault: false,
+            utilization: Some(1e9),
+            foreign: Some(7.0),
+            memory: Some(2.0),
+            memory_bytes: Some(u64::MAX),
+        };
         core.handle(Tick(0), Event::Gpu { gpu, report: wild }, &mut out);
     }
     let mut seen = 0;
