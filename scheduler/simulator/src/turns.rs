@@ -396,5 +396,6 @@ fn request(number: usize, row: &Row) -> Request {
         sequences: 1,
         body_bytes: 0,
         streamed: true,
+        beside: None,
     }
 }
