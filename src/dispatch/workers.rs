@@ -164,7 +164,7 @@ mod tests {
         ] {
             assert!(!identity.is_stranger(known), "{known}");
         }
-        for other in ["other", "baseline", "lora", "m"] {
+        for other in ["another", "baseline", "lora", "m"] {
             assert!(identity.is_stranger(other), "{other}");
         }
         let unlisted = Identity { names: Vec::new(), ..identity };
