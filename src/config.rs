@@ -185,6 +185,9 @@ pub struct Worker {
     pub http2: bool,
     /// Where it publishes what its prefix cache holds; `None`: asked of the worker.
     pub kv_events: Option<KvSource>,
+    /// Data-parallel ranks behind its address, each a worker of its own to us. More than 1 only without `kv_events` and
+    /// `sleep`.
+    pub data_parallel: NonZeroU32,
     /// The GPUs it runs on; empty: found by the port it listens on.
     pub gpus: Vec<GpuName>,
     /// Memory that it takes of each of them while it is awake; `None`: all of it, if it may sleep.
@@ -207,6 +210,7 @@ impl Worker {
             api_key: None,
             http2: false,
             kv_events: None,
+            data_parallel: NonZeroU32::MIN,
             gpus: Vec::new(),
             memory_gib: None,
             sleep: false,

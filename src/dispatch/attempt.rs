@@ -86,11 +86,11 @@ pub(super) async fn attempt(worker: &Worker, job: &Job<'_>, number: u32) -> Resu
 async fn open(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Failed> {
     let Prepared { path, body, translation } = prepared(worker, job).await?;
     let sent_at = Instant::now();
-    let response = match worker.channel.send(outgoing((job, number), path, body.clone())).await {
+    let response = match worker.channel.send(outgoing((worker, job, number), path, body.clone())).await {
         // An idle connection that the worker closed while the request was on its way there: no failure of the worker's,
         // and no reason to leave its cache. Later than that the worker may have worked on it, and is to blame.
         Err(forebay_backends::Error::Reset { reused: true, .. }) if sent_at.elapsed() < CLOSED_AS_IDLE => {
-            Box::pin(worker.channel.send_fresh(outgoing((job, number), path, body))).await?
+            Box::pin(worker.channel.send_fresh(outgoing((worker, job, number), path, body))).await?
         }
         sent => sent?,
     };
@@ -150,7 +150,7 @@ async fn written(job: &Job<'_>) -> Result<Option<String>, Failed> {
     })
 }
 
-fn outgoing((job, number): (&Job<'_>, u32), path: &'static str, body: Bytes) -> Outgoing {
+fn outgoing((worker, job, number): (&Worker, &Job<'_>, u32), path: &'static str, body: Bytes) -> Outgoing {
     let mut headers = job.headers.clone();
     // Engines name their own requests after it: a name used twice would meet itself in vLLM.
     if let Some(name) = RequestName::fresh_header() {
@@ -161,6 +161,11 @@ fn outgoing((job, number): (&Job<'_>, u32), path: &'static str, body: Bytes) -> 
         if let Ok(parent) = HeaderValue::try_from(attempt.to_string()) {
             headers.insert(TRACE_PARENT, parent);
         }
+    }
+    // Whatever the client wrote there: the place that it was given is at this rank.
+    let header = worker.identity.load().as_ref().and_then(|identity| identity.engine.rank_header());
+    if let Some((rank, header)) = worker.rank.zip(header) {
+        headers.insert(header, rank.into());
     }
     headers.insert(CONTENT_TYPE, JSON);
     Outgoing { method: Method::POST, path: PathAndQuery::from_static(path), headers, body }

@@ -27,6 +27,7 @@ mod ledger;
 mod metrics;
 mod models;
 mod queue;
+mod ranks;
 mod refusals;
 mod reload;
 mod replay;
