@@ -233,6 +233,9 @@ pub struct Worker {
     pub http2: bool,
     /// Where it publishes what its prefix cache holds; `None`: asked of the worker.
     pub kv_events: Option<KvSource>,
+    /// Data-parallel ranks behind its address, each a worker of its own to us. More than 1 only without `kv_events` and
+    /// `sleep`.
+    pub data_parallel: NonZeroU32,
     /// The GPUs it runs on; empty: found by the port it listens on.
     pub gpus: Vec<GpuName>,
     /// The port of its metrics on the same host, where that is one of its own; `None`: the engine's default.
@@ -259,6 +262,7 @@ impl Worker {
             api_key: None,
             http2: false,
             kv_events: None,
+            data_parallel: NonZeroU32::MIN,
             gpus: Vec::new(),
             metrics_port: None,
             token_ids: false,

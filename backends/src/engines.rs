@@ -32,7 +32,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use bytes::Bytes;
 use forebay_scheduler::LoadReport;
 use forebay_tokens::Tokenizer;
-use http::StatusCode;
+use http::{HeaderName, StatusCode};
 use serde_json::Value;
 
 use self::members::Members;
@@ -243,6 +243,17 @@ pub trait Engine: Send + Sync {
     /// Reads the engine's own view of its load. `None` when the answer does not tell it.
     fn read_load(&self, answer: &[u8]) -> Option<Load> {
         let _ = answer;
+        None
+    }
+
+    /// The same of one data-parallel rank of the server alone, where the engine tells them apart.
+    fn read_load_of(&self, answer: &[u8], rank: u32) -> Option<Load> {
+        let _ = rank;
+        self.read_load(answer)
+    }
+
+    /// Header that pins a request to a data-parallel rank of the server, by its number.
+    fn rank_header(&self) -> Option<HeaderName> {
         None
     }
 
@@ -482,17 +493,18 @@ pub async fn probe(channel: &Channel, engine: &dyn Engine) -> Result<(), Error> 
     first_of(channel, engine.health_paths(), MODELS_BYTES_MAX).await.map(drop)
 }
 
-/// What the engine says of its load now; `None` where it publishes none that can be read.
+/// What the engine says of its load now, or of that of one of its data-parallel ranks; `None` where it publishes none that
+/// can be read.
 ///
 /// # Errors
 /// When it does not answer, or refuses.
-pub async fn load(channel: &Channel, engine: &dyn Engine) -> Result<Option<Load>, Error> {
+pub async fn load(channel: &Channel, engine: &dyn Engine, rank: Option<u32>) -> Result<Option<Load>, Error> {
     if engine.load_paths().is_empty() {
         return Ok(None);
     }
     let channel = engine.metrics_port().map_or(channel, |port| channel.metrics(port));
     let answer = first_of(channel, engine.load_paths(), METRICS_BYTES_MAX).await?;
-    Ok(engine.read_load(&answer))
+    Ok(rank.map_or_else(|| engine.read_load(&answer), |rank| engine.read_load_of(&answer, rank)))
 }
 
 /// The answer of the first of these paths that the server has.
@@ -508,14 +520,14 @@ async fn first_of(channel: &Channel, paths: &[&'static str], bytes_max: usize) -
     last
 }
 
-/// Where the engine publishes what its prefix cache holds; `None` where it does not, or does not say.
+/// Where the engine, or one of its data-parallel ranks, publishes what its prefix cache holds; `None` where it does not, or does not say.
 ///
 /// # Errors
 /// When it does not answer.
-pub async fn kv_source(channel: &Channel, engine: &dyn Engine) -> Result<Option<KvSource>, Error> {
+pub async fn kv_source(channel: &Channel, engine: &dyn Engine, rank: Option<u32>) -> Result<Option<KvSource>, Error> {
     let Some(path) = engine.kv_sources_path() else { return Ok(None) };
     let (status, body) = channel.get(path, ANSWER_LIMIT, SMALL_BYTES_MAX).await?;
-    Ok(kv_sources::read(&body, channel.endpoint().host()).filter(|_| status.is_success()))
+    Ok(kv_sources::read(&body, channel.endpoint().host(), rank).filter(|_| status.is_success()))
 }
 
 /// A small answer that all works without.

@@ -79,6 +79,7 @@ impl Traffic {
 pub struct Signals {
     channel: Channel,
     engine: &'static dyn Engine,
+    rank: Option<u32>,
     traffic: Traffic,
     pace: Pace,
     next_look: Instant,
@@ -103,7 +104,13 @@ impl Signals {
             return None;
         }
         let now = Instant::now();
-        Some(Self { channel, engine, traffic, pace, next_look: now, poll_by: now, told: Told::Nothing })
+        Some(Self { channel, engine, rank: None, traffic, pace, next_look: now, poll_by: now, told: Told::Nothing })
+    }
+
+    /// Those of one data-parallel rank alone.
+    #[must_use]
+    pub fn of_rank(self, rank: Option<u32>) -> Self {
+        Self { rank, ..self }
     }
 
     /// Waits for the next signal; the first comes at once. Cancel-safe: a poll that is cut short is begun again by the
@@ -138,7 +145,7 @@ impl Signals {
     }
 
     async fn poll(&self) -> Option<Load> {
-        engines::load(&self.channel, self.engine).await.unwrap_or_else(|error| {
+        engines::load(&self.channel, self.engine, self.rank).await.unwrap_or_else(|error| {
             let error: &dyn std::error::Error = &error;
             tracing::debug!(endpoint = %self.channel.endpoint(), error, "the engine's metrics cannot be read");
             None

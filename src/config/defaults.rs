@@ -52,6 +52,9 @@ pub(super) const QUEUE_WAIT_MAX: Duration = Duration::from_secs(60);
 /// A wake takes seconds: of thirty that a model has for itself, most are left for work.
 pub(super) const AWAKE_MIN: Duration = Duration::from_secs(30);
 
+/// Far more ranks than one server has.
+pub(super) const DATA_PARALLEL_LIMIT: u32 = 256;
+
 /// Far more than any GPU has.
 pub(super) const MEMORY_GIB_LIMIT: u32 = 1 << 20;
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use forebay_backends::signals::kv_events::KvSource;
@@ -248,6 +249,12 @@ fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: 
         let remedy = "needs `gpus` beside it: who may be awake together is decided by the GPUs they share";
         log.refuse_absence(&section.at("sleep"), "true".to_owned(), remedy);
     }
+    let data_parallel = section.count("data_parallel", defaults::DATA_PARALLEL_LIMIT, NonZeroU32::MIN);
+    if data_parallel > NonZeroU32::MIN && (sleep || kv_events.is_some()) {
+        let remedy =
+            "cannot stand beside `sleep`, nor beside `kv_events`: each rank has its own, which it is asked for";
+        log.refuse_absence(&section.at("data_parallel"), data_parallel.to_string(), remedy);
+    }
     let awake_min = section.seconds("awake_seconds_min", 0, defaults::AWAKE_MIN);
     section.finish(&[]);
     let url = url?;
@@ -267,6 +274,7 @@ fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: 
         gpus: gpus.into_iter().map(|found| found.value).collect(),
         metrics_port: metrics_port.and_then(|port| u16::try_from(port.get()).ok()),
         token_ids,
+        data_parallel,
         memory_gib,
         sleep,
         awake_min,

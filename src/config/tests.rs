@@ -165,6 +165,8 @@ fn models_that_take_turns_in_a_gpu() {
         assert!(said.contains(expect), "{said}");
     };
     let model = "[[model]]\nname = 'm'\n[[model.worker]]\nurl = 'http://a:1'\n";
+    let ranks = format!("{model}kv_events = 'tcp://a:5557'\ndata_parallel = 2");
+    refuse(&ranks, "data_parallel is 2: cannot stand beside `sleep`, nor beside `kv_events`");
     let node = "[[node]]\nname = 'a'\nagent = 'http://a:7072'\n";
     refuse(&format!("{model}sleep = true"), "sleep is true: needs `gpus` beside it");
     let twice = format!("{node}{model}gpus = ['a/0', 'a/1', 'a/0']");

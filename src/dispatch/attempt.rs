@@ -47,8 +47,8 @@ const UNAVAILABLE: [u16; 2] = [503, 529];
 const MALFORMED_IN_A_ROW_MAX: u32 = 8;
 const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Fields of a request to an engine that are ours: its name, trace and type, and the transport's three.
-const OWN_FIELDS: usize = 6;
+/// Fields of a request to an engine that are ours: its name, trace, rank and type, and the transport's three.
+const OWN_FIELDS: usize = 7;
 const TRACE_PARENT: HeaderName = HeaderName::from_static("traceparent");
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
@@ -103,7 +103,7 @@ pub(super) async fn attempt(worker: &Worker, job: &Job<'_>, number: u32) -> Resu
 
 async fn open(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Failed> {
     let Prepared { path, headers, body, translation } = prepared(worker, job).await?;
-    let request = |body| outgoing((job, number), (path, headers), body);
+    let request = |body| outgoing((worker, job, number), (path, headers), body);
     let sent_at = Instant::now();
     let response = match worker.channel.send(request(body.clone())).await {
         // An idle connection that the worker closed while the request was on its way there: no failure of the worker's,
@@ -208,7 +208,11 @@ async fn written(job: &Job<'_>, form: Form) -> Result<Written, Failed> {
 
 type Headers = &'static [(&'static str, &'static str)];
 
-fn outgoing((job, number): (&Job<'_>, u32), (path, own): (&'static str, Headers), body: Bytes) -> Outgoing {
+fn outgoing(
+    (worker, job, number): (&Worker, &Job<'_>, u32),
+    (path, own): (&'static str, Headers),
+    body: Bytes,
+) -> Outgoing {
     let mut headers = if own.is_empty() { job.headers.clone() } else { HeaderMap::new() };
     headers.reserve(OWN_FIELDS);
     // Engines name their own requests after it: a name used twice would meet itself in vLLM.
@@ -220,6 +224,11 @@ fn outgoing((job, number): (&Job<'_>, u32), (path, own): (&'static str, Headers)
         if let Ok(parent) = HeaderValue::try_from(attempt.to_string()) {
             headers.insert(TRACE_PARENT, parent);
         }
+    }
+    // Whatever the client wrote there: the place that it was given is at this rank.
+    let header = worker.identity.load().as_ref().and_then(|identity| identity.engine.rank_header());
+    if let Some((rank, header)) = worker.rank.zip(header) {
+        headers.insert(header, rank.into());
     }
     headers.insert(CONTENT_TYPE, JSON);
     for (name, value) in own {

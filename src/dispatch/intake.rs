@@ -53,6 +53,8 @@ pub struct PoolSpec {
 pub struct WorkerSpec {
     pub name: Arc<str>,
     pub endpoint: Endpoint,
+    /// Of a server with several data-parallel ranks, the one that this is: a cache and a queue of its own.
+    pub rank: Option<u32>,
     /// `None`: to be detected.
     pub engine: Option<&'static str>,
     /// The model's name at the worker; `None`: detected.
@@ -261,6 +263,7 @@ impl Intake {
             name: Arc::clone(&spec.name),
             header: HeaderValue::from_str(&spec.name).unwrap_or_else(|_| HeaderValue::from_static("worker")),
             channel: self.transport.channel(spec.endpoint.clone(), timeouts),
+            rank: spec.rank,
             first_byte: spec.first_byte,
             first_token: spec.first_token,
             identity: ArcSwapOption::empty(),
@@ -372,6 +375,9 @@ impl Intake {
         if facts.is_none() && !detected.models.is_empty() {
             tracing::warn!(worker = &*worker.name, model = served, "the worker does not list this model");
         }
+        if worker.rank.is_some() && detected.engine.rank_header().is_none() {
+            tracing::warn!(worker = &*worker.name, "its engine takes no request for one of its ranks");
+        }
         let counts = detected.engine.serves(Api::Tokenize);
         let fact = Fact::Model {
             max_model_len: facts.and_then(|facts| facts.max_model_len),
@@ -409,6 +415,7 @@ impl Intake {
         self.tracker.spawn(gone.clone().run_until_cancelled_owned(async move {
             let (channel, traffic) = (worker.channel.clone(), worker.traffic.clone());
             let Some(mut signals) = Signals::new(channel, engine, traffic, Pace::default()) else { return };
+            signals = signals.of_rank(worker.rank);
             let mut cache = (None, None);
             let sleeps = worker.spec.lock().sleep.is_some();
             loop {
@@ -492,7 +499,7 @@ async fn identify(channel: &Channel, spec: &WorkerSpec) -> Option<Detected> {
         // vLLM's health path answers 200 while the model sleeps. What only one may read is left to the poll, and a worker
         // that we put to sleep is well.
         let unasked = engine.load_drains() || spec.sleep.is_some();
-        let load = if unasked { None } else { engines::load(channel, engine).await.ok().flatten() };
+        let load = if unasked { None } else { engines::load(channel, engine, None).await.ok().flatten() };
         let asleep = load.is_some_and(|load| load.sleeping);
         Ok::<_, forebay_backends::Error>((!asleep).then_some(detected))
     };

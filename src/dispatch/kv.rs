@@ -67,7 +67,7 @@ impl Intake {
             loop {
                 let source = match &configured {
                     Some(source) => Ok(Some(source.clone())),
-                    None => engines::kv_source(&worker.channel, engine).await,
+                    None => engines::kv_source(&worker.channel, engine, worker.rank).await,
                 };
                 match (source, intake.kv_thread.handle()) {
                     (Ok(Some(source)), Some(handle)) => {

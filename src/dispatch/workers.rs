@@ -26,6 +26,8 @@ pub struct Worker {
     /// The name as `x-forebay-worker` shows it.
     pub header: HeaderValue,
     pub channel: Channel,
+    /// Of a server with several data-parallel ranks, the one that this is.
+    pub(super) rank: Option<u32>,
     /// Longest wait for an answer's first event or byte.
     pub(super) first_byte: std::time::Duration,
     /// The same, of an answer that is streamed.

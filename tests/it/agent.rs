@@ -6,6 +6,8 @@ use std::process::{Child, Command};
 
 use forebay_backends::signals::gpu::{Process, Standing};
 
+use crate::support::PATIENCE;
+use crate::support::client::Connection;
 use crate::support::gpus::{Agent, StandIn, library};
 
 /// A child that does nothing, ended with its test.
@@ -22,6 +24,15 @@ impl Drop for Idle {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+#[test]
+fn whoever_says_nothing_is_let_go_and_keeps_nobody_out() {
+    let agent = Agent::start(1);
+    let mut silent: Vec<_> = (0..3).map(|_| Connection::to(agent.address)).collect();
+    assert!(agent.watch().next().is_some_and(|snapshot| snapshot.gpus.len() == 1));
+    assert!(silent.iter_mut().all(|connection| connection.closes_within(PATIENCE)));
+    assert!(agent.watch().next().is_some());
 }
 
 #[test]

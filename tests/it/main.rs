@@ -29,6 +29,7 @@ mod metrics;
 mod models;
 mod queue;
 mod random_faults;
+mod ranks;
 mod refusals;
 mod reload;
 mod replay;

@@ -16,11 +16,14 @@ struct Publisher {
     replay_endpoint: Option<String>,
 }
 
-/// The publisher of a server with one rank, as seen from here: it may name its own machine `*`. A server with several
-/// ranks has a cache in each behind one address, which is no single cache to know.
-pub(super) fn read(body: &[u8], host: &str) -> Option<KvSource> {
+/// The publisher of a rank, as seen from here: it may name its own machine `*`. Without a rank, that of a server with one:
+/// several have a cache in each behind one address, which is no single cache to know.
+pub(super) fn read(body: &[u8], host: &str, rank: Option<u32>) -> Option<KvSource> {
     let mut ranks: BTreeMap<String, Publisher> = serde_json::from_slice(body).ok()?;
-    let (_, rank) = ranks.pop_first().filter(|_| ranks.is_empty())?;
+    let rank = match rank {
+        Some(rank) => ranks.remove(&rank.to_string())?,
+        None => ranks.pop_first().filter(|_| ranks.is_empty())?.1,
+    };
     if !rank.enable_kv_cache_events || rank.publisher.as_deref() != Some("zmq") {
         return None;
     }
@@ -33,7 +36,7 @@ mod tests {
     use super::*;
 
     fn shown(body: &str) -> Option<(String, Option<String>)> {
-        let source = read(body.as_bytes(), "gpu-a")?;
+        let source = read(body.as_bytes(), "gpu-a", None)?;
         Some((source.events.to_string(), source.replay.map(|address| address.to_string())))
     }
 
@@ -54,5 +57,7 @@ mod tests {
         for none in ["{}", "", "[]", "null", off, &two, &own(r#""endpoint":"ipc:///tmp/x""#)] {
             assert_eq!(shown(none), None, "{none}");
         }
+        let of = |rank| read(two.as_bytes(), "gpu-a", Some(rank)).map(|source| source.events.to_string());
+        assert_eq!([0, 1, 2].map(of), [Some("tcp://gpu-a:1".to_owned()), Some("tcp://gpu-a:2".to_owned()), None]);
     }
 }

@@ -3,6 +3,7 @@
 use forebay_proto::metrics_text::{Sample, samples};
 
 use bytes::Bytes;
+use http::HeaderName;
 
 use super::{Api, Dormant, Engine, Load, Mark, Totals, tally::Tally};
 
@@ -31,11 +32,16 @@ impl Engine for Vllm {
     }
 
     fn read_load(&self, metrics: &[u8]) -> Option<Load> {
-        let mut reading = Reading::default();
-        for sample in samples(metrics) {
-            reading.take(&sample);
-        }
-        reading.load()
+        read(metrics, |_| true)
+    }
+
+    fn read_load_of(&self, metrics: &[u8], rank: u32) -> Option<Load> {
+        let rank = rank.to_string();
+        read(metrics, |of| of.is_none_or(|of| of == rank))
+    }
+
+    fn rank_header(&self) -> Option<HeaderName> {
+        Some(HeaderName::from_static("x-data-parallel-rank"))
     }
 
     fn kv_sources_path(&self) -> Option<&'static str> {
@@ -60,6 +66,15 @@ impl Engine for Vllm {
     fn serves(&self, _: Api) -> bool {
         true
     }
+}
+
+/// The load of those ranks of which `counts` says so, by the label `engine`.
+fn read(metrics: &[u8], counts: impl Fn(Option<&str>) -> bool) -> Option<Load> {
+    let mut reading = Reading::default();
+    for sample in samples(metrics).filter(|sample| counts(sample.labels.get("engine").as_deref())) {
+        reading.take(&sample);
+    }
+    reading.load()
 }
 
 /// What is gathered from the text, over all ranks (label `engine`) of a data-parallel server.
@@ -171,6 +186,14 @@ vllm:cache_config_info{block_size="16",engine="1",kv_cache_size_tokens="1500",nu
         assert_eq!((load.running, load.waiting, load.kv_usage), (7, 2, Some(0.5)));
         assert_eq!((load.block_tokens, load.kv_tokens, load.sleeping), (Some(16), Some(3100), false));
         assert_eq!((load.totals.prompt_tokens, load.totals.generation_tokens), (Some(1500), None));
+    }
+
+    #[test]
+    fn one_rank_alone() {
+        let text = "vllm:num_requests_running{engine=\"0\"} 3\nvllm:num_requests_running{engine=\"1\"} 4\n\
+                    vllm:num_requests_waiting{engine=\"0\"} 0\nvllm:num_requests_waiting{engine=\"1\"} 2\n";
+        let of = |rank| Vllm.read_load_of(text.as_bytes(), rank).map(|load| (load.running, load.waiting));
+        assert_eq!([0, 1, 2].map(of), [Some((3, 0)), Some((4, 2)), None]);
     }
 
     #[test]

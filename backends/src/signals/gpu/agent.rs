@@ -2,10 +2,13 @@
 //!
 //! Readings only; nothing can be changed through it. A subscriber that reads slowly gets the latest snapshot, not all.
 
-use std::{pin::Pin, time::Duration};
+use std::{future::ready, io, pin::Pin, time::Duration};
 
 use futures::{Stream, StreamExt as _, stream};
-use tokio::net::TcpListener;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     Request, Response, Status,
@@ -24,6 +27,10 @@ use super::{
 const KEEPALIVE: Duration = Duration::from_secs(10);
 /// How long connections may take to end: one that says nothing never would.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// A connection on which nothing was said for so long since it was made is closed.
+const SILENCE_MAX: Duration = Duration::from_secs(5);
+/// Connections that may be silent at once; others wait to be accepted.
+const SILENT_MAX: usize = 64;
 /// Calls at once on one connection.
 const CALLS_MAX: u32 = 16;
 
@@ -51,11 +58,23 @@ pub async fn serve(
         server = server.tls_config(ServerTlsConfig::new().identity(Identity::from_pem(certificate, key)))?;
     }
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = incoming.map(spoken).buffer_unordered(SILENT_MAX).filter_map(ready);
     let service = TelemetryServer::new(Agent { readings, stop: stop.clone() });
     let serving = server.add_service(service).serve_with_incoming_shutdown(incoming, stop.cancelled());
     tokio::select! {
         ended = serving => ended,
         () = async { stop.cancelled().await; tokio::time::sleep(LAST_WORDS).await } => Ok(()),
+    }
+}
+
+/// A connection once its client said something; none where it did not.
+async fn spoken(accepted: io::Result<TcpStream>) -> Option<io::Result<TcpStream>> {
+    match accepted {
+        Ok(connection) => {
+            let said = timeout(SILENCE_MAX, connection.peek(&mut [0])).await;
+            matches!(said, Ok(Ok(1))).then_some(Ok(connection))
+        }
+        failed => Some(failed),
     }
 }
 

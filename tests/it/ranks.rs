@@ -1,0 +1,42 @@
+//! Data-parallel ranks behind one address are workers of their own: their load, their caches, and vLLM's header.
+
+use crate::support::client::post_with;
+use crate::support::eventually;
+use crate::support::process::{Gateway, model, tokenizer};
+use crate::support::recorder::{Recorder, json};
+
+const ANSWER: &str = r#"{"id":"cmpl-1","object":"text_completion","created":1,"model":"m","choices":[{"index":0,"text":"x","logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":64,"total_tokens":65,"completion_tokens":1}}"#;
+
+/// A prompt of 64 tokens that shares no block with one of another number.
+fn prompt(number: u32) -> String {
+    let ids: Vec<u32> = (0..64).map(|at| 10 + (number * 97 + at) % 900).collect();
+    serde_json::json!({"model": "m", "prompt": ids, "max_tokens": 1}).to_string()
+}
+
+#[test]
+fn each_rank_is_a_candidate_and_the_request_says_which() {
+    let server = Recorder::start("m", vec![json("200 OK", ANSWER)]);
+    let keys = format!("tokenizer = {:?}", tokenizer());
+    let gateway = Gateway::start(&(model("m", &[server.address], &keys) + "data_parallel = 3\n"));
+    let listed = || gateway.admin("workers").json()["workers"].as_array().cloned().unwrap_or_default();
+    eventually("all ranks", || listed().iter().all(|worker| worker["takes_requests"] == true).then_some(()));
+    assert_eq!(listed().iter().map(|worker| worker["name"].clone()).collect::<Vec<_>>(), ["w0/0", "w0/1", "w0/2"]);
+
+    let mut used = std::collections::BTreeSet::new();
+    for number in 0..24 {
+        let mut last = None;
+        for _ in 0..3 {
+            // What a client writes there counts for nothing.
+            let answer = post_with(gateway.client, "/v1/completions", &["x-data-parallel-rank: 7"], &prompt(number));
+            assert_eq!(answer.status, 200, "{}", answer.text());
+            let worker = answer.header("x-forebay-worker").expect("a worker").to_owned();
+            let posts = server.posts();
+            let rank = posts.last().and_then(|post| post.header("x-data-parallel-rank")).expect("a rank").to_owned();
+            assert_eq!(worker, format!("w0/{rank}"));
+            // Its prefix is in that rank's cache and in no other's.
+            assert_eq!(last.get_or_insert_with(|| rank.clone()), &rank);
+            used.insert(rank);
+        }
+    }
+    assert_eq!(used.len(), 3, "{used:?}");
+}
