@@ -149,7 +149,7 @@ mod tests {
     fn strangers() {
         let names = ["base", "/models/Base-7B.gguf", "sql-lora", "org/Other-Name"].map(str::to_owned).to_vec();
         let engine = forebay_backends::engines::by_name("vllm").unwrap();
-        let identity = Identity { engine, openai_routes: true, model: "alias".to_owned(), adapter: None, names };
+        let identity = Identity { engine, server: Ways::default(), model: "alias".to_owned(), adapter: None, names };
         for known in [
             "alias",
             "ALIAS",
