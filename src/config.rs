@@ -138,6 +138,8 @@ pub struct Model {
     pub first_byte_timeout: Duration,
     /// Longest silence of a worker inside an answer.
     pub idle_timeout: Duration,
+    /// What requests for embeddings and the like may be asked as one; `None`: each by itself.
+    pub micro_batch: Option<MicroBatch>,
     /// At least one where it comes from a file.
     pub workers: Vec<Worker>,
 }
@@ -161,9 +163,19 @@ impl Model {
             attempts_max: defaults::ATTEMPTS_MAX,
             first_byte_timeout: defaults::FIRST_BYTE_TIMEOUT,
             idle_timeout: defaults::IDLE_TIMEOUT,
+            micro_batch: Some(MicroBatch::default()),
             workers,
         }
     }
+}
+
+/// `[model.micro_batch]`: embeddings, rankings and scores of several clients as one call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MicroBatch {
+    /// Tokens of one call; a request that has more goes alone.
+    pub max_tokens: NonZeroU32,
+    /// How long a request may wait for others while every worker is busy.
+    pub max_delay: Duration,
 }
 
 /// `[[model.worker]]`: one engine instance that the model's requests are sent to.

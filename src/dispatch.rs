@@ -4,7 +4,8 @@
 //! answer. An attempt that fails before that is placed again by the core, elsewhere where it can; afterwards nothing
 //! is ever retried. A [`Place`] is the core's promise for one request; dropping it gives the place back.
 //!
-//! Here: `driver` owns the core, `attempt` speaks with one worker, `intake` owns the tasks that feed the core with
+//! Here: `driver` owns the core, `attempt` speaks with one worker, `micro_batch` makes one call
+//! of several requests, `intake` owns the tasks that feed the core with
 //! what workers report of themselves, `kv` what they publish of their caches, `gpus` what is said of their GPUs, `explain` tells administration what the
 //! core knows and why it decided as it did. Not here: another model or a cloud when a pool cannot (`pipeline`).
 
@@ -14,6 +15,7 @@ mod explain;
 mod gpus;
 mod intake;
 mod kv;
+mod micro_batch;
 mod recent;
 mod workers;
 
@@ -42,7 +44,8 @@ pub use explain::{Decided, Explained, Moment, NotKept, Unweighed, Weighed, Worke
 pub use gpus::{GpuStatus, NodeSpec};
 use intake::Intake;
 pub use intake::{Fact, Learned, PoolSpec, WorkerSpec};
-use recent::{Known, Recent};
+use micro_batch::MicroBatches;
+use recent::{Known, Names, Recent};
 pub use workers::Worker;
 use workers::Workers;
 
@@ -50,11 +53,13 @@ use workers::Workers;
 pub struct Job<'a> {
     /// What the client calls the request.
     pub name: RequestName,
+    /// Other requests that its answer is for, see `micro_batch`.
+    pub others: &'a [RequestName],
     /// Where it stands in its trace; its attempts stand below it, numbered from there.
     pub trace: Option<TraceParent>,
     pub model: &'a Arc<Model>,
     /// For engines that want a prompt written out.
-    pub prepare: &'a Prepare,
+    pub prepare: &'a Arc<Prepare>,
     pub class: Class,
     /// Latest first token.
     pub deadline: Option<Instant>,
@@ -66,6 +71,10 @@ pub struct Job<'a> {
 }
 
 impl Job<'_> {
+    fn names(&self) -> Names {
+        std::iter::once(&self.name).chain(self.others).cloned().collect()
+    }
+
     fn streamed(&self) -> bool {
         self.asked.streaming().is_some_and(|streaming| streaming.stream)
     }
@@ -107,7 +116,7 @@ pub struct Whole {
 }
 
 /// Why no worker answered.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error("{reason}")]
     Refused { reason: Refusal, retry_after: Option<Duration> },
@@ -122,6 +131,7 @@ pub struct Dispatch {
     workers: Arc<Workers>,
     intake: Arc<Intake>,
     recent: Recent,
+    micro_batches: MicroBatches,
     registry: Registry,
 }
 
@@ -133,10 +143,13 @@ impl Dispatch {
     ///
     /// # Errors
     /// See [`Error`]; the client has seen nothing, and no engine works on the request any more.
-    pub async fn open(&self, job: Job<'_>, mut on_send: impl FnMut(&Worker, Duration) + Send) -> Result<Opened, Error> {
+    pub async fn open(
+        &self,
+        job: Job<'_>,
+        mut on_send: impl FnMut(&Arc<Worker>, Duration) + Send,
+    ) -> Result<Opened, Error> {
         let (place, verdict) = self.driver.arrive(|id| request(id, &job, &self.driver));
-        let known =
-            Arc::new(Known::new(job.name.clone(), place.request(), (job.model.pool, job.class, job.prompt.tokens)));
+        let known = Arc::new(Known::new(job.names(), place.request(), (job.model.pool, job.class, job.prompt.tokens)));
         self.recent.note(Arc::clone(&known));
         let attempts = std::pin::pin!(self.attempts(&job, place, verdict, |worker, waited| {
             known.sent(worker.id, waited);
@@ -156,7 +169,7 @@ impl Dispatch {
 
     /// Remembers a request whose deadline passed before it could be brought to a worker, so that it can be explained.
     pub fn too_late(&self, name: RequestName, pool: PoolId, class: Class) {
-        let known = Known::new(name, self.driver.next_request(), (pool, class, 0));
+        let known = Known::new([name].into(), self.driver.next_request(), (pool, class, 0));
         known.refused(Refusal::DeadlinePassed, None);
         self.recent.note(Arc::new(known));
     }
@@ -166,7 +179,7 @@ impl Dispatch {
         job: &Job<'_>,
         mut place: Place,
         mut verdict: Waiting,
-        mut on_send: impl FnMut(&Worker, Duration),
+        mut on_send: impl FnMut(&Arc<Worker>, Duration),
     ) -> Result<Opened, Error> {
         let class = job.class as usize;
         let mut queued = Duration::ZERO;

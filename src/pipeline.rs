@@ -82,10 +82,23 @@ impl Pipeline {
         entry.prompt(prompt.tokens, prompt.exact);
         let name = entry.name().clone();
         let trace = entry.trace_parent();
-        let prepare = &*self.prepare;
-        let job = Job { name, trace, model, prepare, class, deadline, prompt, asked: &asked, body, api, headers };
+        let prepare = &self.prepare;
+        let job = Job {
+            name,
+            others: &[],
+            trace,
+            model,
+            prepare,
+            class,
+            deadline,
+            prompt,
+            asked: &asked,
+            body,
+            api,
+            headers,
+        };
         let opened =
-            self.dispatch.open(job, |worker, queued| entry.sent(&worker.name, worker.engine(), queued)).await?;
+            self.dispatch.open_or_join(job, |worker, queued| entry.sent(&worker.name, worker.engine(), queued)).await?;
         entry.first_byte(opened.matched_tokens);
         Ok((route, opened))
     }

@@ -88,6 +88,16 @@ impl Asked {
         }
     }
 
+    /// The inputs, where they can stand in one call with those of other requests.
+    #[must_use]
+    pub fn items(&self) -> Option<&peek::Items> {
+        match self {
+            Self::Embedding(embedding) => embedding.items.as_ref(),
+            Self::Ranking(ranking) => ranking.items.as_ref(),
+            Self::Chat(_) | Self::Completion(_) => None,
+        }
+    }
+
     /// The field that holds the prompt.
     fn prompt_field(&self) -> &'static str {
         match self {
@@ -138,6 +148,8 @@ impl Asked {
 pub struct Prompt {
     /// All prompts of the request together.
     pub tokens: u32,
+    /// The longest one; of an estimate all together.
+    pub longest: u32,
     /// False for an estimate.
     pub exact: bool,
     /// Rolling hash of each full KV block of the (first) prompt.
@@ -243,7 +255,7 @@ impl Prepare {
                 return Err(Error::TooLong { tokens, output, limit, param: asked.prompt_field() });
             }
         }
-        Ok(Prompt { tokens: counted.tokens, exact: counted.exact, blocks: counted.blocks })
+        Ok(Prompt { tokens: counted.tokens, longest: counted.longest, exact: counted.exact, blocks: counted.blocks })
     }
 
     /// The conversation as the text that the model reads, for engines that know no messages. `None` where the model's

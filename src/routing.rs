@@ -13,6 +13,7 @@ use forebay_backends::transport::Channel;
 use forebay_scheduler::PoolId;
 use forebay_tokens::Tokenizer;
 
+use crate::config::MicroBatch;
 use crate::telemetry::ModelMetrics;
 
 /// How prompts of a model are counted.
@@ -44,6 +45,8 @@ pub struct Model {
     pub max_model_len: Option<u32>,
     /// Tokens in one KV block at the workers, the unit of prefix hashes.
     pub block_tokens: u32,
+    /// What embeddings and the like of several clients may be asked as one call; `None`: each by itself.
+    pub micro_batch: Option<MicroBatch>,
     pub metrics: Arc<ModelMetrics>,
     /// Unix seconds at which this gateway began to serve the model.
     pub created: u64,

@@ -195,6 +195,14 @@ pub trait Engine: Send + Sync {
     /// Whether the engine speaks this API. A model may still refuse: embeddings of a chat model.
     fn serves(&self, api: Api) -> bool;
 
+    /// Whether it gains from one call with the inputs of several requests in place of a call each, and answers each input as
+    /// if it were alone. A model's inputs must be a list in the request, and the answer a list with their `index`, as in
+    /// OpenAI's embeddings; what an adapter makes of that on the wire is its own.
+    fn merges(&self, api: Api) -> bool {
+        let _ = api;
+        false
+    }
+
     /// Whether it takes a conversation only as the text that its model reads.
     fn needs_text(&self, api: Api, openai_routes: bool) -> bool {
         let _ = (api, openai_routes);

@@ -11,6 +11,7 @@
 
 mod field;
 mod input;
+mod items;
 mod keys;
 mod messages;
 mod refusal;
@@ -19,6 +20,7 @@ pub(crate) mod tests;
 
 use field::Field;
 pub use input::{INPUTS_MAX, Input};
+pub use items::Items;
 use keys::keys;
 pub use refusal::Refusal;
 
@@ -159,6 +161,8 @@ pub enum Source<T> {
 pub struct Embedding {
     pub model: Model,
     pub input: Source<Input>,
+    /// None: messages, or an answer that is not JSON.
+    pub items: Option<Items>,
     pub template: TemplateFields,
     pub truncation: Truncation,
     pub cache_salt: Option<String>,
@@ -173,6 +177,9 @@ pub struct Ranking {
     pub model: Model,
     /// Length of what is compared with each other, as JSON.
     pub text_bytes: usize,
+    /// What one text is compared with. None: several texts stand against as many, they are no plain texts, or only the
+    /// best of them are asked for.
+    pub items: Option<Items>,
 }
 
 /// `POST /tokenize`, in vLLM's shape.
@@ -237,6 +244,7 @@ keys!(EmbeddingKeys {
     model,
     input,
     messages,
+    encoding_format,
     add_generation_prompt,
     continue_final_message,
     add_special_tokens,
@@ -248,7 +256,7 @@ keys!(EmbeddingKeys {
     user,
 });
 
-keys!(RankingKeys { model, query, documents, text_1, text_2, queries, items });
+keys!(RankingKeys { model, query, documents, top_n, text_1, text_2, queries, items });
 
 keys!(TokenizeKeys {
     model,
@@ -322,9 +330,16 @@ impl Embedding {
     /// Reads an embedding request.
     pub fn peek(body: &[u8]) -> Result<Self, Refusal> {
         let (keys, open) = keys::read::<EmbeddingKeys<'_>>(body)?;
+        let input = source(&keys.input, input::read(&keys.input)?, &keys.messages)?;
+        let is_json = matches!(keys.encoding_format.text(), None | Some(r#""float""# | r#""base64""#));
+        let items = match &input {
+            Source::Plain(input) if is_json => Items::of(&keys.input, input),
+            _ => None,
+        };
         Ok(Self {
             model: model(&keys.model)?.ok_or_else(|| keys.model.missing())?,
-            input: source(&keys.input, input::read(&keys.input)?, &keys.messages)?,
+            input,
+            items,
             template: TemplateFields {
                 add_generation_prompt: keys.add_generation_prompt.boolean()?,
                 continue_final_message: keys.continue_final_message.boolean()?,
@@ -350,6 +365,7 @@ impl Ranking {
         Ok(Self {
             model: model(&keys.model)?.ok_or_else(|| keys.model.missing())?,
             text_bytes: query.len() + documents.len(),
+            items: if keys.top_n.span().is_none() { Items::texts(&keys.documents) } else { None },
         })
     }
 
@@ -357,9 +373,16 @@ impl Ranking {
     pub fn score(body: &[u8]) -> Result<Self, Refusal> {
         let (keys, _) = keys::read::<RankingKeys<'_>>(body)?;
         let named = [&keys.text_1, &keys.text_2, &keys.query, &keys.queries, &keys.documents, &keys.items];
+        let items = match (only(keys.text_1, keys.queries), only(keys.text_2, keys.documents)) {
+            (Some(one), Some(several)) if one.is_string() && !keys.query.is_given() && !keys.items.is_given() => {
+                Items::texts(&several)
+            }
+            _ => None,
+        };
         Ok(Self {
             model: model(&keys.model)?.ok_or_else(|| keys.model.missing())?,
             text_bytes: named.into_iter().filter_map(Field::span).map(|span| span.len()).sum(),
+            items,
         })
     }
 }
@@ -452,6 +475,15 @@ fn source<T>(field: &Field<'_>, plain: Option<T>, messages: &Field<'_>) -> Resul
         (Some(_), Some(_)) => {
             Err(Refusal::value(messages.name(), format_args!("give either it or '{}', not both", field.name())))
         }
+    }
+}
+
+/// The one of two fields that is given.
+fn only<'a>(one: Field<'a>, other: Field<'a>) -> Option<Field<'a>> {
+    match (one.is_given(), other.is_given()) {
+        (true, false) => Some(one),
+        (false, true) => Some(other),
+        _ => None,
     }
 }
 

@@ -186,6 +186,7 @@ impl State {
             counting,
             max_model_len: model.max_model_len.map(Into::into).or_else(|| known.max_model_len()),
             block_tokens: known.block_tokens,
+            micro_batch: model.micro_batch,
             metrics: Arc::clone(&known.metrics),
             created: known.created,
         }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::num::NonZeroU32;
 
 use forebay_backends::signals::kv_events::KvSource;
 use forebay_backends::transport::zmtp;
@@ -11,7 +12,7 @@ use url::Url;
 use super::log::{At, Log};
 use super::mistake::quoted;
 use super::tree::{Found, Raw, Refusal, Section};
-use super::{Model, Name, Node, Reader, Worker, defaults, node, secret, tokenizer};
+use super::{MicroBatch, Model, Name, Node, Reader, Worker, defaults, node, secret, tokenizer};
 
 /// Names that stand already, and where.
 #[derive(Default)]
@@ -71,6 +72,7 @@ fn read(
     let first_byte_timeout = section.seconds("first_byte_seconds", 1, defaults::FIRST_BYTE_TIMEOUT);
     let idle_timeout = section.seconds("idle_seconds", 1, defaults::IDLE_TIMEOUT);
     let class_shares = class_shares(&mut section);
+    let micro_batch = micro_batch(&mut section);
     let workers = workers(&mut section, (reader, nodes), worker_names);
     section.finish(&["overflow"]);
     Some(Model {
@@ -88,6 +90,7 @@ fn read(
         attempts_max,
         first_byte_timeout,
         idle_timeout,
+        micro_batch,
         workers,
     })
 }
@@ -105,6 +108,18 @@ fn class_shares(model: &mut Section<'_>) -> [f64; 3] {
     }
     section.finish(&[]);
     shares
+}
+
+/// `[model.micro_batch]`.
+fn micro_batch(model: &mut Section<'_>) -> Option<MicroBatch> {
+    let default = MicroBatch::default();
+    let Some(mut section) = model.optional_table("micro_batch", "model.micro_batch") else { return Some(default) };
+    let tokens = 0..=defaults::MICRO_BATCH_TOKENS_LIMIT;
+    let max_tokens = section.whole("max_tokens", tokens, default.max_tokens.get().into());
+    let max_delay = section.milliseconds("max_delay_ms", defaults::MICRO_BATCH_DELAY_LIMIT, default.max_delay);
+    section.finish(&[]);
+    let max_tokens = u32::try_from(max_tokens).ok().and_then(NonZeroU32::new)?;
+    Some(MicroBatch { max_tokens, max_delay })
 }
 
 fn workers(model: &mut Section<'_>, given: (&Reader, &[Node]), names: &mut Taken) -> Vec<Worker> {

@@ -24,6 +24,7 @@ use super::Dispatch;
 use super::driver::Driver;
 use super::gpus::{Nodes, Tenant};
 use super::kv::KvThread;
+use super::micro_batch::MicroBatches;
 use super::recent::Recent;
 use super::workers::{Identity, Worker, Workers};
 use crate::config::GpuName;
@@ -159,7 +160,8 @@ impl Dispatch {
                 acting.act(&action);
             }
         }));
-        Ok((Arc::new(Self { driver, workers, intake, recent: Recent::default(), registry }), facts))
+        let (recent, micro_batches) = (Recent::default(), MicroBatches::new(tracker.clone()));
+        Ok((Arc::new(Self { driver, workers, intake, recent, micro_batches, registry }), facts))
     }
 
     /// Makes the core's pools and workers those of `pools`. Workers that stay keep their connections and load.

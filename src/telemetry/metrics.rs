@@ -35,6 +35,7 @@ const GPU_UTILIZATION: &str = "forebay_gpu_utilization_ratio";
 const GPU_TEMPERATURE: &str = "forebay_gpu_temperature_celsius";
 const GPU_POWER: &str = "forebay_gpu_power_watts";
 const GPU_THROTTLED: &str = "forebay_gpu_throttled";
+const MICRO_BATCH_SIZE: &str = "forebay_micro_batch_size";
 const RETRIES: &str = "forebay_retries_total";
 const SPANS_DROPPED: &str = "forebay_spans_dropped_total";
 
@@ -45,6 +46,9 @@ pub const RETRY_REASONS: [&str; 7] =
     ["connect", "reset", "timeout", "status", "overloaded", "malformed", "unsupported"];
 /// Request classes in the order of the scheduler's enum.
 pub const CLASSES: [&str; 3] = ["interactive", "default", "batch"];
+
+/// What can leave together, as `forebay_micro_batch_size{kind}` names it.
+const MICRO_BATCH_KINDS: [Api; 3] = [Api::Embeddings, Api::Rerank, Api::Score];
 
 /// What became of a break in a worker's KV events, as `forebay_kv_event_breaks_total{kind}` names it.
 const KV_BREAKS: [&str; 5] = ["filled", "gap", "restarted", "unproven", "unreadable"];
@@ -86,6 +90,7 @@ pub struct Registry {
     pub decision_seconds: Histogram,
     queue_wait: [Histogram; CLASSES.len()],
     retries: [Counter; RETRY_REASONS.len()],
+    micro_batch_size: [Histogram; MICRO_BATCH_KINDS.len()],
 }
 
 impl Registry {
@@ -110,6 +115,8 @@ impl Registry {
         builder = seconds(TPOT_SECONDS, &tpot, builder)?;
         builder = seconds(QUEUE_WAIT_SECONDS, &wait, builder)?;
         builder = seconds(DECISION_SECONDS, &decision, builder)?;
+        let sizes: [f64; 8] = std::array::from_fn(|power| f64::from(1u8 << power));
+        builder = builder.set_buckets_for_metric(Matcher::Full(MICRO_BATCH_SIZE.to_owned()), &sizes)?;
         let handle = builder.install_recorder()?;
         describe();
         Ok(Self {
@@ -117,6 +124,7 @@ impl Registry {
             decision_seconds: histogram!(DECISION_SECONDS),
             queue_wait: CLASSES.map(|class| histogram!(QUEUE_WAIT_SECONDS, "class" => class)),
             retries: RETRY_REASONS.map(|reason| counter!(RETRIES, "reason" => reason)),
+            micro_batch_size: MICRO_BATCH_KINDS.map(|kind| histogram!(MICRO_BATCH_SIZE, "kind" => kind.name())),
         })
     }
 
@@ -134,6 +142,15 @@ impl Registry {
     pub fn queue_waited(&self, class: usize, seconds: f64) {
         if let Some(histogram) = self.queue_wait.get(class) {
             histogram.record(seconds);
+        }
+    }
+
+    /// Notes how many requests left together as one call.
+    #[expect(clippy::cast_precision_loss, reason = "a call answers some hundred requests at most")]
+    pub fn micro_batched(&self, kind: Api, requests: usize) {
+        let at = MICRO_BATCH_KINDS.iter().position(|known| *known == kind);
+        if let Some(histogram) = at.and_then(|at| self.micro_batch_size.get(at)) {
+            histogram.record(requests as f64);
         }
     }
 
@@ -185,6 +202,7 @@ fn describe() {
     describe_gauge!(GPU_TEMPERATURE, "temperature of a GPU in degrees Celsius");
     describe_gauge!(GPU_POWER, "power that a GPU draws in watts");
     describe_gauge!(GPU_THROTTLED, "1 while heat or power holds a GPU below its usual speed");
+    describe_histogram!(MICRO_BATCH_SIZE, "requests that left as one call, by what they ask");
     describe_counter!(RETRIES, "attempts that failed before the first byte and were placed again, by reason");
 }
 

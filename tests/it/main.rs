@@ -25,6 +25,7 @@ mod http_refusals;
 mod kv_events;
 mod ledger;
 mod metrics;
+mod micro_batch;
 mod models;
 mod queue;
 mod refusals;

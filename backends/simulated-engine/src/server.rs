@@ -49,6 +49,8 @@ pub(crate) struct Service {
     pub(crate) options: Options,
     pub(crate) model: Model,
     pub(crate) driver: Arc<Driver>,
+    /// Whose call the server works at, see [`Options::call_ms`].
+    pub(crate) calls: tokio::sync::Mutex<()>,
     pub(crate) faults: Faults,
     pub(crate) log: Log,
     /// The outage that was last asked for.
@@ -163,7 +165,16 @@ impl Service {
         let driver = Arc::new(Driver::new(timing, options.speed, options.max_queued_requests, publisher));
         let faults = Faults::new(options.seed, options.faults.clone());
         let outage = watch::Sender::new(None);
-        Ok(Self { options, model, driver, faults, log: Log::default(), outage })
+        Ok(Self { options, model, driver, calls: tokio::sync::Mutex::default(), faults, log: Log::default(), outage })
+    }
+
+    /// The server's own work for one call, see [`Options::call_ms`].
+    pub(crate) async fn call(&self) {
+        let _turn = self.calls.lock().await;
+        let work = self.driver.time_of(self.options.call_ms);
+        if !work.is_zero() {
+            tokio::time::sleep(work).await;
+        }
     }
 
     async fn respond(self: &Arc<Self>, request: Request<Incoming>, reset: Arc<AtomicBool>) -> Response<Body> {

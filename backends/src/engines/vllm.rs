@@ -43,6 +43,10 @@ impl Engine for Vllm {
     fn serves(&self, _: Api) -> bool {
         true
     }
+
+    fn merges(&self, api: Api) -> bool {
+        matches!(api, Api::Embeddings | Api::Rerank | Api::Score)
+    }
 }
 
 /// What is gathered from the text, over all ranks (label `engine`) of a data-parallel server.

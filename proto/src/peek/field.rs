@@ -47,6 +47,10 @@ impl<'a> Field<'a> {
         self.text().and_then(|_| self.place())
     }
 
+    pub(super) fn is_string(&self) -> bool {
+        self.text().is_some_and(|text| kind(text) == Kind::String)
+    }
+
     pub(super) fn boolean(&self) -> Result<Option<bool>, Refusal> {
         match self.text() {
             None => Ok(None),
