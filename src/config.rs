@@ -140,6 +140,8 @@ pub struct Model {
     pub idle_timeout: Duration,
     /// What requests for embeddings and the like may be asked as one; `None`: each by itself.
     pub micro_batch: Option<MicroBatch>,
+    /// Whether equal requests in flight, of which nothing is left to chance, share one answer.
+    pub coalesce: bool,
     /// At least one where it comes from a file.
     pub workers: Vec<Worker>,
 }
@@ -164,6 +166,7 @@ impl Model {
             first_byte_timeout: defaults::FIRST_BYTE_TIMEOUT,
             idle_timeout: defaults::IDLE_TIMEOUT,
             micro_batch: Some(MicroBatch::default()),
+            coalesce: false,
             workers,
         }
     }

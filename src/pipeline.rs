@@ -1,9 +1,11 @@
-//! One request's way through the rooms, in order: route, count, place; then its answer's way back ([`relay`]).
+//! One request's way through the rooms, in order: route, count, place; then its answer's way back ([`relay`]), which equal requests may
+//! have in common ([`shared`]).
 //!
 //! Nothing is released by hand: the entry of the ledger and the place at the worker move into the answer's body and
 //! end when it is dropped, whether at its last byte or because the client left.
 
 pub mod relay;
+pub mod shared;
 
 use std::sync::Arc;
 
@@ -18,6 +20,7 @@ use crate::dispatch::{self, Dispatch, Job, Opened};
 use crate::ledger::Entry;
 use crate::prepare::{self, Asked, Prepare};
 use crate::routing::{Route, Routing, UnknownModel};
+use shared::Shared;
 
 /// A request as its room of arrival understood it.
 #[derive(Debug)]
@@ -34,7 +37,7 @@ pub struct Call {
 }
 
 /// Why a request got no answer from a worker.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error(transparent)]
     Route(#[from] UnknownModel),
@@ -52,6 +55,7 @@ pub struct Pipeline {
     pub routing: Arc<Routing>,
     pub prepare: Arc<Prepare>,
     pub dispatch: Arc<Dispatch>,
+    pub shared: Arc<Shared>,
 }
 
 impl Pipeline {

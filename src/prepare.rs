@@ -66,6 +66,23 @@ impl Asked {
         }
     }
 
+    /// Whether the usage that we ask a stream for is not the client's to see.
+    #[must_use]
+    pub fn hides_usage(&self) -> bool {
+        self.streaming().is_some_and(|streaming| streaming.stream && !streaming.include_usage)
+    }
+
+    /// Whether equal requests get equal answers, and a client acts on none of them.
+    #[must_use]
+    pub fn can_be_shared(&self) -> bool {
+        match self {
+            // A tool that is called twice by one answer may do its work twice.
+            Self::Chat(chat) => chat.deterministic && chat.tools.is_none(),
+            Self::Completion(completion) => completion.deterministic,
+            Self::Embedding(_) | Self::Ranking(_) => true,
+        }
+    }
+
     /// The most tokens the client wants of each choice, where it said so.
     #[must_use]
     pub fn max_output(&self) -> Option<u32> {
@@ -157,7 +174,7 @@ pub struct Prompt {
 }
 
 /// Why a prompt cannot be served.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error("the prompt has {tokens} tokens and {output} more are asked for, the context is {limit}")]
     TooLong {

@@ -47,6 +47,8 @@ pub struct Model {
     pub block_tokens: u32,
     /// What embeddings and the like of several clients may be asked as one call; `None`: each by itself.
     pub micro_batch: Option<MicroBatch>,
+    /// Whether equal requests in flight share an answer.
+    pub coalesce: bool,
     pub metrics: Arc<ModelMetrics>,
     /// Unix seconds at which this gateway began to serve the model.
     pub created: u64,
@@ -59,7 +61,7 @@ pub struct Route {
 }
 
 /// Nobody configured a model of that name.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 #[error("no model `{name}`")]
 pub struct UnknownModel {
     pub name: String,

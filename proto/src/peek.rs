@@ -125,6 +125,8 @@ pub struct Chat {
     pub cache_salt: Option<String>,
     pub cache_salt_at: Place,
     pub user: Option<String>,
+    /// Nothing is drawn by chance: `temperature` is 0, or there is a `seed`.
+    pub deterministic: bool,
 }
 
 /// `POST /v1/completions`.
@@ -146,6 +148,8 @@ pub struct Completion {
     pub cache_salt: Option<String>,
     pub cache_salt_at: Place,
     pub user: Option<String>,
+    /// As [`Chat::deterministic`].
+    pub deterministic: bool,
 }
 
 /// A prompt given plainly, or as messages for the model's chat template.
@@ -223,6 +227,8 @@ keys!(ChatKeys {
     truncation_side,
     cache_salt,
     user,
+    temperature,
+    seed,
 });
 
 keys!(CompletionKeys {
@@ -238,6 +244,8 @@ keys!(CompletionKeys {
     truncation_side,
     cache_salt,
     user,
+    temperature,
+    seed,
 });
 
 keys!(EmbeddingKeys {
@@ -300,6 +308,7 @@ impl Chat {
             cache_salt: keys.cache_salt.string()?,
             cache_salt_at: place(&keys.cache_salt, open),
             user: keys.user.string()?,
+            deterministic: deterministic(&keys.temperature, &keys.seed),
         })
     }
 }
@@ -322,6 +331,7 @@ impl Completion {
             cache_salt: keys.cache_salt.string()?,
             cache_salt_at: place(&keys.cache_salt, open),
             user: keys.user.string()?,
+            deterministic: deterministic(&keys.temperature, &keys.seed),
         })
     }
 }
@@ -476,6 +486,15 @@ fn source<T>(field: &Field<'_>, plain: Option<T>, messages: &Field<'_>) -> Resul
             Err(Refusal::value(messages.name(), format_args!("give either it or '{}', not both", field.name())))
         }
     }
+}
+
+/// Their types are the engine's to judge; what cannot be read makes nothing certain.
+fn deterministic(temperature: &Field<'_>, seed: &Field<'_>) -> bool {
+    if temperature.is_repeated() || seed.is_repeated() {
+        return false; // engines may read the first or the last
+    }
+    temperature.text().and_then(|text| text.parse().ok()) == Some(0.0f64)
+        || seed.text().is_some_and(|text| text.parse::<i64>().is_ok())
 }
 
 /// The one of two fields that is given.

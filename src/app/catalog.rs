@@ -187,6 +187,7 @@ impl State {
             max_model_len: model.max_model_len.map(Into::into).or_else(|| known.max_model_len()),
             block_tokens: known.block_tokens,
             micro_batch: model.micro_batch,
+            coalesce: model.coalesce,
             metrics: Arc::clone(&known.metrics),
             created: known.created,
         }

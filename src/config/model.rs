@@ -72,6 +72,7 @@ fn read(
     let first_byte_timeout = section.seconds("first_byte_seconds", 1, defaults::FIRST_BYTE_TIMEOUT);
     let idle_timeout = section.seconds("idle_seconds", 1, defaults::IDLE_TIMEOUT);
     let class_shares = class_shares(&mut section);
+    let coalesce = section.boolean("coalesce", false);
     let micro_batch = micro_batch(&mut section);
     let workers = workers(&mut section, (reader, nodes), worker_names);
     section.finish(&["overflow"]);
@@ -91,6 +92,7 @@ fn read(
         first_byte_timeout,
         idle_timeout,
         micro_batch,
+        coalesce,
         workers,
     })
 }

@@ -86,6 +86,9 @@ pub struct Row {
     pub matched_tokens: Option<u32>,
     pub output_tokens: u32,
     pub output_tokens_from: TokensFrom,
+    /// `coalesced`: its answer and its counts are those of a call that stands in the row of another request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<&'static str>,
     /// In lanes, over all attempts; also of a request that was never sent.
     pub queue_ms: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -111,6 +114,7 @@ impl Row {
             matched_tokens: None,
             output_tokens: 0,
             output_tokens_from: TokensFrom::None,
+            cache: None,
             queue_ms: 0.0,
             ttft_ms: None,
             total_ms: 0.0,

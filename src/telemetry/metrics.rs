@@ -35,6 +35,7 @@ const GPU_UTILIZATION: &str = "forebay_gpu_utilization_ratio";
 const GPU_TEMPERATURE: &str = "forebay_gpu_temperature_celsius";
 const GPU_POWER: &str = "forebay_gpu_power_watts";
 const GPU_THROTTLED: &str = "forebay_gpu_throttled";
+const CACHE_LOOKUPS: &str = "forebay_cache_lookups_total";
 const MICRO_BATCH_SIZE: &str = "forebay_micro_batch_size";
 const RETRIES: &str = "forebay_retries_total";
 const SPANS_DROPPED: &str = "forebay_spans_dropped_total";
@@ -210,6 +211,15 @@ fn describe() {
 pub fn spans_dropped() -> Counter {
     describe_counter!(SPANS_DROPPED, "spans that were dropped because the collector took none or too few");
     counter!(SPANS_DROPPED)
+}
+
+/// Requests that looked for an equal one in flight, by whether they found it: no, yes.
+pub fn coalescing_lookups() -> [Counter; 2] {
+    describe_counter!(
+        CACHE_LOOKUPS,
+        "requests that looked for an answer that needs no call of its own, by where and with what result"
+    );
+    ["miss", "hit"].map(|result| counter!(CACHE_LOOKUPS, "kind" => "coalesce", "result" => result))
 }
 
 /// One model's handles, registered when the model is configured.

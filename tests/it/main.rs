@@ -14,6 +14,7 @@ mod architecture;
 mod bytes;
 mod cancel;
 mod cli;
+mod coalesce;
 mod conformance;
 mod connections;
 mod drain;
