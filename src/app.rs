@@ -25,6 +25,7 @@ use crate::config::Config;
 use crate::dispatch::Dispatch;
 use crate::ledger::{Journal, Ledger};
 use crate::pipeline::Pipeline;
+use crate::pipeline::shared::Shared;
 use crate::prepare::Prepare;
 use crate::routing::Routing;
 use crate::server::{Bounds, Server};
@@ -115,7 +116,9 @@ impl Gateway {
                 upkeep.upkeep();
             }
         }));
-        let pipeline = Pipeline { routing, prepare, dispatch: Arc::clone(&dispatch), registry: registry.clone() };
+        let shared = Arc::new(Shared::new(tracker.clone(), closing.clone()));
+        let pipeline =
+            Pipeline { routing, prepare, dispatch: Arc::clone(&dispatch), shared, registry: registry.clone() };
         let traces = server_traces.map(|(traces, sending)| {
             tracker.spawn(sending);
             traces

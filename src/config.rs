@@ -148,6 +148,10 @@ pub struct Model {
     pub idle_timeout: Duration,
     /// Who answers when it cannot, in this order. Their own fallbacks do not count.
     pub fallbacks: Vec<Fallback>,
+    /// What requests for embeddings and the like may be asked as one; `None`: each by itself.
+    pub micro_batch: Option<MicroBatch>,
+    /// Whether equal requests in flight, of which nothing is left to chance, share one answer.
+    pub coalesce: bool,
     /// At least one where it comes from a file.
     pub workers: Vec<Worker>,
 }
@@ -210,9 +214,20 @@ impl Model {
             hedge_after: None,
             idle_timeout: defaults::IDLE_TIMEOUT,
             fallbacks: Vec::new(),
+            micro_batch: Some(MicroBatch::default()),
+            coalesce: false,
             workers,
         }
     }
+}
+
+/// `[model.micro_batch]`: embeddings, rankings and scores of several clients as one call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MicroBatch {
+    /// Tokens of one call; a request that has more goes alone.
+    pub max_tokens: NonZeroU32,
+    /// How long a request may wait for others while every worker is busy.
+    pub max_delay: Duration,
 }
 
 /// `[[model.worker]]`: one engine instance that the model's requests are sent to.

@@ -6,7 +6,8 @@
 //! beside a first that is slow to begin. A [`Place`] is the core's promise for one attempt; dropping it gives the place
 //! back.
 //!
-//! Here: `driver` owns the core, `attempt` speaks with one worker, `intake` owns the tasks that feed the core with
+//! Here: `driver` owns the core, `attempt` speaks with one worker, `micro_batch` makes one call
+//! of several requests, `intake` owns the tasks that feed the core with
 //! what workers report of themselves, `kv` what they publish of their caches, `gpus` what is said of their GPUs, `explain` tells administration what the
 //! core knows and why it decided as it did. Not here: another model or a cloud when a pool cannot (`pipeline`).
 
@@ -17,6 +18,7 @@ mod explain;
 mod gpus;
 mod intake;
 mod kv;
+mod micro_batch;
 mod recent;
 mod workers;
 
@@ -47,7 +49,8 @@ pub use explain::{Decided, Explained, Moment, NotKept, Unweighed, Weighed, Worke
 pub use gpus::{GpuStatus, NodeSpec};
 use intake::Intake;
 pub use intake::{Fact, Learned, PoolSpec, WorkerSpec};
-use recent::{Known, Recent};
+use micro_batch::MicroBatches;
+use recent::{Known, Names, Recent};
 pub use workers::Worker;
 use workers::Workers;
 
@@ -55,13 +58,15 @@ use workers::Workers;
 pub struct Job<'a> {
     /// What the client calls the request.
     pub name: RequestName,
+    /// Other requests that its answer is for, see `micro_batch`.
+    pub others: &'a [RequestName],
     /// Where it stands in its trace; its attempts stand below it, by their numbers.
     pub trace: Option<TraceParent>,
     /// Attempts made before, at other models.
     pub attempted: u32,
     pub model: &'a Arc<Model>,
     /// For engines that want a prompt written out.
-    pub prepare: &'a Prepare,
+    pub prepare: &'a Arc<Prepare>,
     pub class: Class,
     /// Latest first token.
     pub deadline: Option<Instant>,
@@ -73,6 +78,10 @@ pub struct Job<'a> {
 }
 
 impl Job<'_> {
+    fn names(&self) -> Names {
+        std::iter::once(&self.name).chain(self.others).cloned().collect()
+    }
+
     fn streamed(&self) -> bool {
         self.asked.streaming().is_some_and(|streaming| streaming.stream)
     }
@@ -86,11 +95,12 @@ impl Job<'_> {
 }
 
 /// What is told of a request on its way.
-pub enum Step<'a> {
+#[derive(Clone)]
+pub enum Step {
     /// An attempt begins, after so long in lanes since the last one.
-    Sent { worker: &'a Worker, queued: Duration },
+    Sent { worker: Arc<Worker>, queued: Duration },
     /// One brought nothing, for a reason in a word.
-    Failed { worker: &'a Worker, reason: &'static str },
+    Failed { worker: Arc<Worker>, reason: &'static str },
 }
 
 /// An answer that has begun.
@@ -129,7 +139,7 @@ pub struct Whole {
 }
 
 /// Why no worker answered.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error("{reason}")]
     Refused { reason: Refusal, retry_after: Option<Duration> },
@@ -145,6 +155,7 @@ pub struct Dispatch {
     intake: Arc<Intake>,
     recent: Recent,
     budget: Mutex<Budget>,
+    micro_batches: MicroBatches,
     registry: Registry,
 }
 
@@ -166,19 +177,19 @@ struct Course<F> {
     tell: F,
 }
 
-impl<F: FnMut(Step<'_>)> Course<F> {
-    fn sent(&mut self, worker: &Worker, queued: Duration) -> u32 {
+impl<F: FnMut(Step)> Course<F> {
+    fn sent(&mut self, worker: &Arc<Worker>, queued: Duration) -> u32 {
         self.queued += queued;
         self.attempts += 1;
-        (self.tell)(Step::Sent { worker, queued });
+        (self.tell)(Step::Sent { worker: Arc::clone(worker), queued });
         self.attempts
     }
 
-    fn failed(&mut self, worker: &Worker, failure: Failure, shown: Option<Box<Error>>) {
+    fn failed(&mut self, worker: &Arc<Worker>, failure: Failure, shown: Option<Box<Error>>) {
         let attempts = self.attempts;
         tracing::info!(worker = &*worker.name, %failure, attempts, "an attempt failed before its first byte");
         self.last = shown.map(|shown| *shown).or(self.last.take());
-        (self.tell)(Step::Failed { worker, reason: attempt::reason(failure) });
+        (self.tell)(Step::Failed { worker: Arc::clone(worker), reason: attempt::reason(failure) });
     }
 
     /// The most useful word on why nobody answered.
@@ -195,13 +206,12 @@ impl Dispatch {
     ///
     /// # Errors
     /// See [`Error`]; the client has seen nothing, and no engine works on the request any more.
-    pub async fn open(&self, job: Job<'_>, mut tell: impl FnMut(Step<'_>) + Send) -> Result<Opened, Error> {
+    pub async fn open(&self, job: Job<'_>, mut tell: impl FnMut(Step) + Send) -> Result<Opened, Error> {
         self.budget.lock().earn();
         let (place, verdict) = self.driver.arrive(|id| request(id, &job, &self.driver, None));
-        let known =
-            Arc::new(Known::new(job.name.clone(), place.request(), (job.model.pool, job.class, job.prompt.tokens)));
+        let known = Arc::new(Known::new(job.names(), place.request(), (job.model.pool, job.class, job.prompt.tokens)));
         self.recent.note(Arc::clone(&known));
-        let tell = |step: Step<'_>| {
+        let tell = |step: Step| {
             if let Step::Sent { worker, queued } = &step {
                 known.sent(worker.id, *queued);
             }
@@ -222,7 +232,7 @@ impl Dispatch {
 
     /// Remembers a request whose deadline passed before it could be brought to a worker, so that it can be explained.
     pub fn too_late(&self, name: RequestName, pool: PoolId, class: Class) {
-        let known = Known::new(name, self.driver.next_request(), (pool, class, 0));
+        let known = Known::new([name].into(), self.driver.next_request(), (pool, class, 0));
         known.refused(Refusal::DeadlinePassed, None);
         self.recent.note(Arc::new(known));
     }
@@ -232,7 +242,7 @@ impl Dispatch {
         job: &Job<'_>,
         mut place: Place,
         mut verdict: Waiting,
-        tell: impl FnMut(Step<'_>),
+        tell: impl FnMut(Step),
     ) -> Result<Opened, Error> {
         let mut course = Course { queued: Duration::ZERO, attempts: job.attempted, last: None, tell };
         let mut failed: Option<Failure> = None;
@@ -291,7 +301,7 @@ impl Dispatch {
 
     /// Makes an attempt; where it is slow to begin and the model is hedged, another one beside it. The first to begin
     /// answers, and the other is withdrawn; when one fails, the other goes on.
-    async fn answered<F: FnMut(Step<'_>)>(
+    async fn answered<F: FnMut(Step)>(
         &self,
         job: &Job<'_>,
         mut first: Leg,
@@ -335,7 +345,7 @@ impl Dispatch {
     }
 
     /// A place for a second attempt, at another worker than `worker` and at once, or none.
-    fn beside<F: FnMut(Step<'_>)>(&self, job: &Job<'_>, worker: WorkerId, course: &mut Course<F>) -> Option<Leg> {
+    fn beside<F: FnMut(Step)>(&self, job: &Job<'_>, worker: WorkerId, course: &mut Course<F>) -> Option<Leg> {
         let (place, verdict) = self.driver.arrive(|id| request(id, job, &self.driver, Some(worker)));
         let Waiting::Said(Verdict::Sent(sent)) = verdict else { return None };
         let worker = self.workers.get(sent.worker)?;

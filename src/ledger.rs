@@ -197,6 +197,34 @@ impl Entry {
         }
     }
 
+    /// An entry for a call that several requests share: it notes what theirs are told ([`Entry::shared`]), and becomes no
+    /// row.
+    #[must_use]
+    pub fn of_all(&self) -> Self {
+        Self {
+            permit: None,
+            metrics: Arc::clone(&self.metrics),
+            arrived: self.arrived,
+            counted: None,
+            first: None,
+            failed: Vec::new(),
+            row: self.row.clone(),
+            trace: None,
+        }
+    }
+
+    /// Takes over what a shared call has cost. One of its requests pays; the others' rows say that they do not.
+    pub fn shared(&mut self, call: &Row, pays: bool) {
+        let row = &mut *self.row;
+        row.worker.clone_from(&call.worker);
+        row.attempts = call.attempts;
+        (row.prompt_tokens, row.prompt_tokens_from) = (call.prompt_tokens, call.prompt_tokens_from);
+        (row.cached_tokens, row.matched_tokens) = (call.cached_tokens, call.matched_tokens);
+        (row.output_tokens, row.output_tokens_from) = (call.output_tokens, call.output_tokens_from);
+        row.queue_ms = call.queue_ms;
+        row.cache = if pays { None } else { Some("coalesced") };
+    }
+
     #[must_use]
     pub fn row(&self) -> &Row {
         &self.row
@@ -213,6 +241,7 @@ impl Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
+        let Some(permit) = self.permit.take() else { return };
         let now = Instant::now();
         let total = now.duration_since(self.arrived);
         self.row.total_ms = milliseconds(total);
@@ -221,10 +250,12 @@ impl Drop for Entry {
         }
         self.metrics.answered(self.row.api, self.row.status, total.as_secs_f64());
         let row = &self.row;
-        self.metrics.prompt_tokens.increment(u64::from(if self.first.is_some() { row.prompt_tokens } else { 0 }));
-        self.metrics.prefix_hit_tokens.increment(u64::from(row.matched_tokens.unwrap_or(0)));
-        self.metrics.cached_tokens.increment(u64::from(row.cached_tokens.unwrap_or(0)));
-        self.metrics.output_tokens.increment(u64::from(row.output_tokens));
+        if row.cache.is_none() {
+            self.metrics.prompt_tokens.increment(u64::from(if self.first.is_some() { row.prompt_tokens } else { 0 }));
+            self.metrics.prefix_hit_tokens.increment(u64::from(row.matched_tokens.unwrap_or(0)));
+            self.metrics.cached_tokens.increment(u64::from(row.cached_tokens.unwrap_or(0)));
+            self.metrics.output_tokens.increment(u64::from(row.output_tokens));
+        }
         if let (Some(first), true) = (self.first, row.stream) {
             self.metrics.ttft.record(first.duration_since(self.arrived).as_secs_f64());
             if row.output_tokens > 1 {
@@ -246,9 +277,7 @@ impl Drop for Entry {
             };
             trace.finish(now, facts);
         }
-        if let Some(permit) = self.permit.take() {
-            permit.send(Row::clone(&self.row));
-        }
+        permit.send(Row::clone(&self.row));
     }
 }
 

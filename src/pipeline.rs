@@ -1,4 +1,5 @@
-//! One request's way through the rooms, in order: route, count, place; then its answer's way back ([`relay`]).
+//! One request's way through the rooms, in order: route, count, place; then its answer's way back ([`relay`]), which equal requests may
+//! have in common ([`shared`]).
 //!
 //! Until something is said to the client, another model may be asked for the one that is in trouble: it is counted and
 //! placed anew.
@@ -7,6 +8,7 @@
 //! end when it is dropped, whether at its last byte or because the client left.
 
 pub mod relay;
+pub mod shared;
 
 use std::sync::Arc;
 
@@ -23,6 +25,7 @@ use crate::ledger::Entry;
 use crate::prepare::{self, Asked, Prepare};
 use crate::routing::{Model, Route, Routing, UnknownModel};
 use crate::telemetry::Registry;
+use shared::Shared;
 
 /// A request as its room of arrival understood it.
 #[derive(Debug)]
@@ -39,7 +42,7 @@ pub struct Call {
 }
 
 /// Why a request got no answer from a worker.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error(transparent)]
     Route(#[from] UnknownModel),
@@ -58,6 +61,7 @@ pub struct Pipeline {
     pub prepare: Arc<Prepare>,
     pub dispatch: Arc<Dispatch>,
     pub registry: Registry,
+    pub shared: Arc<Shared>,
 }
 
 impl Pipeline {
@@ -108,6 +112,7 @@ impl Pipeline {
         entry.prompt(prompt.tokens, prompt.exact);
         let job = Job {
             name: entry.name().clone(),
+            others: &[],
             trace: entry.trace_parent(),
             attempted: entry.row().attempts,
             model,
@@ -120,7 +125,7 @@ impl Pipeline {
             api: *api,
             headers: headers.clone(),
         };
-        let opened = self.dispatch.open(job, |step| match step {
+        let opened = self.dispatch.open_or_join(job, |step| match step {
             Step::Sent { worker, queued } => entry.sent(&worker.name, worker.engine(), queued),
             Step::Failed { worker, reason } => entry.failed(&worker.name, reason),
         });

@@ -68,6 +68,23 @@ impl Asked {
         }
     }
 
+    /// Whether the usage that we ask a stream for is not the client's to see.
+    #[must_use]
+    pub fn hides_usage(&self) -> bool {
+        self.streaming().is_some_and(|streaming| streaming.stream && !streaming.include_usage)
+    }
+
+    /// Whether equal requests get equal answers, and a client acts on none of them.
+    #[must_use]
+    pub fn can_be_shared(&self) -> bool {
+        match self {
+            // A tool that is called twice by one answer may do its work twice.
+            Self::Chat(chat) => chat.deterministic && chat.tools.is_none(),
+            Self::Completion(completion) => completion.deterministic,
+            Self::Embedding(_) | Self::Ranking(_) => true,
+        }
+    }
+
     /// The most tokens the client wants of each choice, where it said so.
     #[must_use]
     pub fn max_output(&self) -> Option<u32> {
@@ -87,6 +104,16 @@ impl Asked {
                 completion.n.saturating_mul(u32::try_from(completion.prompt.count()).unwrap_or(u32::MAX))
             }
             Self::Embedding(_) | Self::Ranking(_) => 0,
+        }
+    }
+
+    /// The inputs, where they can stand in one call with those of other requests.
+    #[must_use]
+    pub fn items(&self) -> Option<&peek::Items> {
+        match self {
+            Self::Embedding(embedding) => embedding.items.as_ref(),
+            Self::Ranking(ranking) => ranking.items.as_ref(),
+            Self::Chat(_) | Self::Completion(_) => None,
         }
     }
 
@@ -139,6 +166,8 @@ impl Asked {
 pub struct Prompt {
     /// All prompts of the request together.
     pub tokens: u32,
+    /// The longest one; of an estimate all together.
+    pub longest: u32,
     /// False for an estimate.
     pub exact: bool,
     /// Rolling hash of each full KV block of the (first) prompt.
@@ -146,7 +175,7 @@ pub struct Prompt {
 }
 
 /// Why a prompt cannot be served.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     #[error("the prompt has {tokens} tokens and {output} more are asked for, the context is {limit}")]
     TooLong {
@@ -244,7 +273,7 @@ impl Prepare {
                 return Err(Error::TooLong { tokens, output, limit, param: asked.prompt_field() });
             }
         }
-        Ok(Prompt { tokens: counted.tokens, exact: counted.exact, blocks: counted.blocks })
+        Ok(Prompt { tokens: counted.tokens, longest: counted.longest, exact: counted.exact, blocks: counted.blocks })
     }
 
     /// The prompt in another form: a conversation as the text that the model reads, for engines that know no messages,

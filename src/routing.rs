@@ -16,7 +16,7 @@ use forebay_backends::transport::Channel;
 use forebay_scheduler::PoolId;
 use forebay_tokens::Tokenizer;
 
-use crate::config::{Fallback, Trouble};
+use crate::config::{Fallback, MicroBatch, Trouble};
 use crate::telemetry::ModelMetrics;
 
 /// How prompts of a model are counted.
@@ -55,6 +55,10 @@ pub struct Model {
     pub hedge_after: Option<Duration>,
     /// Who answers when it cannot.
     pub fallbacks: Vec<Fallback>,
+    /// What embeddings and the like of several clients may be asked as one call; `None`: each by itself.
+    pub micro_batch: Option<MicroBatch>,
+    /// Whether equal requests in flight share an answer.
+    pub coalesce: bool,
     pub metrics: Arc<ModelMetrics>,
     /// Unix seconds at which this gateway began to serve the model.
     pub created: u64,
@@ -85,7 +89,7 @@ impl Model {
 }
 
 /// Nobody configured a model of that name.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 #[error("no model `{name}`")]
 pub struct UnknownModel {
     pub name: String,

@@ -270,6 +270,14 @@ pub trait Engine: Send + Sync {
     /// Whether the engine speaks this API. A model may still refuse: embeddings of a chat model.
     fn serves(&self, api: Api) -> bool;
 
+    /// Whether it gains from one call with the inputs of several requests in place of a call each, and answers each input as
+    /// if it were alone. A model's inputs must be a list in the request, and the answer a list with their `index`, as in
+    /// OpenAI's embeddings; what an adapter makes of that on the wire is its own.
+    fn merges(&self, api: Api) -> bool {
+        let _ = api;
+        false
+    }
+
     /// In which form this server of its kind wants a prompt.
     fn form(&self, api: Api, server: &Ways) -> Form {
         if server.token_ids && self.takes_ids(api) { Form::Ids } else { Form::AsAsked }

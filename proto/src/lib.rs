@@ -1,6 +1,7 @@
 //! What crosses a process boundary: bytes in, typed facts out, and the few bytes Forebay writes itself.
 //!
 //! * [`peek`] reads the fields of a request body that Forebay acts on; [`splice`] changes them in place;
+//! * [`merge`] makes one request of several, and several answers of one;
 //! * [`sse`] cuts a byte stream into server-sent events, [`stream`] reads one event of an OpenAI stream, [`tap`] finds
 //!   the usage of a whole answer without keeping it;
 //! * [`error`] turns any engine's error body into OpenAI's; [`metrics_text`] reads Prometheus text;
@@ -12,6 +13,7 @@
 
 pub mod error;
 pub mod kv_events;
+pub mod merge;
 pub mod metrics_text;
 mod msgpack;
 pub mod otlp;

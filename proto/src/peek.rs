@@ -11,6 +11,7 @@
 
 mod field;
 mod input;
+mod items;
 mod keys;
 mod messages;
 mod refusal;
@@ -19,6 +20,7 @@ pub(crate) mod tests;
 
 use field::Field;
 pub use input::{INPUTS_MAX, Input};
+pub use items::Items;
 use keys::keys;
 pub use refusal::Refusal;
 
@@ -123,6 +125,8 @@ pub struct Chat {
     pub cache_salt: Option<String>,
     pub cache_salt_at: Place,
     pub user: Option<String>,
+    /// Nothing is drawn by chance: `temperature` is 0, or there is a `seed`.
+    pub deterministic: bool,
 }
 
 /// `POST /v1/completions`.
@@ -144,6 +148,8 @@ pub struct Completion {
     pub cache_salt: Option<String>,
     pub cache_salt_at: Place,
     pub user: Option<String>,
+    /// As [`Chat::deterministic`].
+    pub deterministic: bool,
 }
 
 /// A prompt given plainly, or as messages for the model's chat template.
@@ -159,6 +165,8 @@ pub enum Source<T> {
 pub struct Embedding {
     pub model: Model,
     pub input: Source<Input>,
+    /// None: messages, or an answer that is not JSON.
+    pub items: Option<Items>,
     pub template: TemplateFields,
     pub truncation: Truncation,
     pub cache_salt: Option<String>,
@@ -173,6 +181,9 @@ pub struct Ranking {
     pub model: Model,
     /// Length of what is compared with each other, as JSON.
     pub text_bytes: usize,
+    /// What one text is compared with. None: several texts stand against as many, they are no plain texts, or only the
+    /// best of them are asked for.
+    pub items: Option<Items>,
 }
 
 /// `POST /tokenize`, in vLLM's shape.
@@ -216,6 +227,8 @@ keys!(ChatKeys {
     truncation_side,
     cache_salt,
     user,
+    temperature,
+    seed,
 });
 
 keys!(CompletionKeys {
@@ -231,12 +244,15 @@ keys!(CompletionKeys {
     truncation_side,
     cache_salt,
     user,
+    temperature,
+    seed,
 });
 
 keys!(EmbeddingKeys {
     model,
     input,
     messages,
+    encoding_format,
     add_generation_prompt,
     continue_final_message,
     add_special_tokens,
@@ -248,7 +264,7 @@ keys!(EmbeddingKeys {
     user,
 });
 
-keys!(RankingKeys { model, query, documents, text_1, text_2, queries, items });
+keys!(RankingKeys { model, query, documents, top_n, text_1, text_2, queries, items });
 
 keys!(TokenizeKeys {
     model,
@@ -292,6 +308,7 @@ impl Chat {
             cache_salt: keys.cache_salt.string()?,
             cache_salt_at: place(&keys.cache_salt, open),
             user: keys.user.string()?,
+            deterministic: deterministic(&keys.temperature, &keys.seed),
         })
     }
 }
@@ -314,6 +331,7 @@ impl Completion {
             cache_salt: keys.cache_salt.string()?,
             cache_salt_at: place(&keys.cache_salt, open),
             user: keys.user.string()?,
+            deterministic: deterministic(&keys.temperature, &keys.seed),
         })
     }
 }
@@ -322,9 +340,16 @@ impl Embedding {
     /// Reads an embedding request.
     pub fn peek(body: &[u8]) -> Result<Self, Refusal> {
         let (keys, open) = keys::read::<EmbeddingKeys<'_>>(body)?;
+        let input = source(&keys.input, input::read(&keys.input)?, &keys.messages)?;
+        let is_json = matches!(keys.encoding_format.text(), None | Some(r#""float""# | r#""base64""#));
+        let items = match &input {
+            Source::Plain(input) if is_json => Items::of(&keys.input, input),
+            _ => None,
+        };
         Ok(Self {
             model: model(&keys.model, open)?,
-            input: source(&keys.input, input::read(&keys.input)?, &keys.messages)?,
+            input,
+            items,
             template: TemplateFields {
                 add_generation_prompt: keys.add_generation_prompt.boolean()?,
                 continue_final_message: keys.continue_final_message.boolean()?,
@@ -347,16 +372,27 @@ impl Ranking {
         let (keys, open) = keys::read::<RankingKeys<'_>>(body)?;
         let query = keys.query.span().ok_or_else(|| keys.query.missing())?;
         let documents = keys.documents.array()?.ok_or_else(|| keys.documents.missing())?;
-        Ok(Self { model: model(&keys.model, open)?, text_bytes: query.len() + documents.len() })
+        Ok(Self {
+            model: model(&keys.model, open)?,
+            text_bytes: query.len() + documents.len(),
+            items: if keys.top_n.span().is_none() { Items::texts(&keys.documents) } else { None },
+        })
     }
 
     /// Reads a request to score pairs of texts, which engines and their releases name differently.
     pub fn score(body: &[u8]) -> Result<Self, Refusal> {
         let (keys, open) = keys::read::<RankingKeys<'_>>(body)?;
         let named = [&keys.text_1, &keys.text_2, &keys.query, &keys.queries, &keys.documents, &keys.items];
+        let items = match (only(keys.text_1, keys.queries), only(keys.text_2, keys.documents)) {
+            (Some(one), Some(several)) if one.is_string() && !keys.query.is_given() && !keys.items.is_given() => {
+                Items::texts(&several)
+            }
+            _ => None,
+        };
         Ok(Self {
             model: model(&keys.model, open)?,
             text_bytes: named.into_iter().filter_map(Field::span).map(|span| span.len()).sum(),
+            items,
         })
     }
 }
@@ -449,6 +485,24 @@ fn source<T>(field: &Field<'_>, plain: Option<T>, messages: &Field<'_>) -> Resul
         (Some(_), Some(_)) => {
             Err(Refusal::value(messages.name(), format_args!("give either it or '{}', not both", field.name())))
         }
+    }
+}
+
+/// Their types are the engine's to judge; what cannot be read makes nothing certain.
+fn deterministic(temperature: &Field<'_>, seed: &Field<'_>) -> bool {
+    if temperature.is_repeated() || seed.is_repeated() {
+        return false; // engines may read the first or the last
+    }
+    temperature.text().and_then(|text| text.parse().ok()) == Some(0.0f64)
+        || seed.text().is_some_and(|text| text.parse::<i64>().is_ok())
+}
+
+/// The one of two fields that is given.
+fn only<'a>(one: Field<'a>, other: Field<'a>) -> Option<Field<'a>> {
+    match (one.is_given(), other.is_given()) {
+        (true, false) => Some(one),
+        (false, true) => Some(other),
+        _ => None,
     }
 }
 

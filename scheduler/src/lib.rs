@@ -19,10 +19,13 @@
 //!         worker ─ backlog, rate, step, kv, load, health, latency, beneath, sleep
 //! ```
 //!
+//! Beside it, [`BatchFormer`] says which requests leave together as one call, before the core sees that call.
+//!
 //! What it does not do: it knows no engine, wire or byte of a body; it does not stop what was sent (a deadline after the
 //! send is the shell's); it decides where inside a pool, never which model.
 
 mod action;
+mod batch_former;
 mod config;
 mod core;
 mod event;
@@ -42,6 +45,7 @@ mod view;
 mod worker;
 
 pub use action::{Action, Refusal};
+pub use batch_former::{BatchFormer, LotLimits, Member};
 pub use config::{Breaker, Config};
 pub use core::Core;
 pub use core::check::Broken;

@@ -10,7 +10,7 @@ use http::{HeaderMap, Response};
 use tokio::time::Instant;
 
 use super::errors::Error;
-use crate::dispatch::Opened;
+use crate::dispatch::Worker;
 use crate::ids::RequestName;
 use crate::routing::Route;
 
@@ -23,9 +23,11 @@ const QUEUE_MS: HeaderName = HeaderName::from_static("x-forebay-queue-ms");
 const PREDICTED_WAIT_MS: HeaderName = HeaderName::from_static("x-forebay-predicted-wait-ms");
 
 const ATTEMPTS: HeaderName = HeaderName::from_static("x-forebay-attempts");
+/// Whether the answer is another request's, too.
+pub(super) const CACHE: HeaderName = HeaderName::from_static("x-forebay-cache");
 
 /// Fields of an answer's head, the HTTP library's own among them.
-pub(super) const ANSWER_FIELDS: usize = 10;
+pub(super) const ANSWER_FIELDS: usize = 11;
 
 /// What goes on to an engine as it came: trace context, and vLLM's session attribution. Everything else (keys,
 /// cookies, addresses) stays here.
@@ -96,14 +98,19 @@ pub(super) fn identify<B>(response: &mut Response<B>, name: &RequestName) {
 }
 
 /// Says where and how an answer was made.
-pub(super) fn describe<B>(response: &mut Response<B>, route: &Route, opened: &Opened) {
+pub(super) fn describe<B>(
+    response: &mut Response<B>,
+    route: &Route,
+    worker: &Worker,
+    (queued, predicted_wait): (Duration, Duration),
+) {
     let headers = response.headers_mut();
-    headers.insert(WORKER, opened.worker.header.clone());
+    headers.insert(WORKER, worker.header.clone());
     if let Ok(model) = HeaderValue::from_str(&route.model.name) {
         headers.insert(MODEL, model);
     }
-    headers.insert(QUEUE_MS, whole_milliseconds(opened.queued));
-    headers.insert(PREDICTED_WAIT_MS, whole_milliseconds(opened.predicted_wait));
+    headers.insert(QUEUE_MS, whole_milliseconds(queued));
+    headers.insert(PREDICTED_WAIT_MS, whole_milliseconds(predicted_wait));
 }
 
 /// Lists the attempts that brought nothing, where there were any: `gpu-a=timeout, gpu-b=status`.

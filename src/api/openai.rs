@@ -8,8 +8,8 @@ use axum::response::Response;
 use bytes::Bytes;
 use forebay_backends::engines;
 use forebay_proto::peek::{self, Refusal};
+use http::HeaderValue;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
-use http::{HeaderValue, StatusCode};
 use tracing::Instrument;
 
 use super::errors::Error;
@@ -18,6 +18,7 @@ use crate::dispatch::Reply;
 use crate::ids::RequestName;
 use crate::ledger::Entry;
 use crate::pipeline::relay::{StreamRelay, WholeRelay};
+use crate::pipeline::shared::{Head, Joined};
 use crate::pipeline::{self, Call};
 use crate::prepare::Asked;
 use crate::telemetry::metrics::Api as ApiName;
@@ -83,7 +84,13 @@ async fn serve(api: &Api, request: Request, kind: Kind) -> Response {
 }
 
 /// An answer whose first event or byte is here.
-struct Open {
+enum Open {
+    Own(Box<Own>),
+    Shared(Box<Joined>),
+}
+
+/// One of its own.
+struct Own {
     route: crate::routing::Route,
     opened: crate::dispatch::Opened,
     choices: u32,
@@ -95,12 +102,15 @@ async fn answer(api: &Api, entry: &mut Entry, request: Request, kind: &Kind) -> 
     let body: Bytes = body::read(api, request).await?;
     let asked = api.pipeline.prepare.read(&body, kind.peek).await.map_err(pipeline::Error::from)??;
     let choices = asked.choices();
-    let streaming = asked.streaming();
-    entry.streaming(streaming.is_some_and(|streaming| streaming.stream));
-    let hide_usage = streaming.is_some_and(|streaming| streaming.stream && !streaming.include_usage);
+    let hide_usage = asked.hides_usage();
+    entry.streaming(asked.streaming().is_some_and(|streaming| streaming.stream));
     let call = Call { asked, body, api: kind.api, class, deadline, headers: forwarded };
+    let call = match api.pipeline.share(entry, call) {
+        Ok(sharing) => return Ok(Open::Shared(Box::new(sharing.begin(entry).await?))),
+        Err(call) => *call,
+    };
     let (route, opened) = api.pipeline.open(entry, call).await?;
-    Ok(Open { route, opened, choices, hide_usage })
+    Ok(Open::Own(Box::new(Own { route, opened, choices, hide_usage })))
 }
 
 impl Open {
@@ -108,24 +118,47 @@ impl Open {
         let mut response = Response::new(Body::empty());
         response.headers_mut().reserve(headers::ANSWER_FIELDS);
         headers::identify(&mut response, name);
-        headers::describe(&mut response, &self.route, &self.opened);
         headers::attempts(&mut response, entry.failures());
-        let place = self.opened.place;
+        match self {
+            Self::Own(own) => own.respond(response, api, entry),
+            Self::Shared(joined) => {
+                let Head { route, worker, queued, predicted_wait, content_type, .. } = &joined.head;
+                headers::describe(&mut response, route, worker, (*queued, *predicted_wait));
+                let found = HeaderValue::from_static(if joined.first { "miss" } else { "coalesced" });
+                response.headers_mut().insert(headers::CACHE, found);
+                content(&mut response, content_type.clone());
+                *response.body_mut() = Body::new(joined.relay(entry));
+                response
+            }
+        }
+    }
+}
+
+impl Own {
+    fn respond(self, mut response: Response, api: &Api, entry: Entry) -> Response {
+        let crate::dispatch::Opened { place, worker, queued, predicted_wait, reply, .. } = self.opened;
+        headers::describe(&mut response, &self.route, &worker, (queued, predicted_wait));
         let closing = api.closing.clone();
-        match self.opened.reply {
+        match reply {
             Reply::Stream(streamed) => {
-                let fields = response.headers_mut();
-                fields.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
-                fields.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+                content(&mut response, None);
                 *response.body_mut() =
                     Body::new(StreamRelay::new(entry, place, streamed, self.choices, self.hide_usage, closing));
             }
             Reply::Whole(whole) => {
-                *response.status_mut() = StatusCode::OK;
-                response.headers_mut().insert(CONTENT_TYPE, whole.content_type.clone());
+                content(&mut response, Some(whole.content_type.clone()));
                 *response.body_mut() = Body::new(WholeRelay::new(entry, place, whole, closing));
             }
         }
         response
     }
+}
+
+/// What kind of answer it is: a document of this type, else a stream.
+fn content(response: &mut Response, document: Option<HeaderValue>) {
+    let fields = response.headers_mut();
+    if document.is_none() {
+        fields.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    }
+    fields.insert(CONTENT_TYPE, document.unwrap_or(HeaderValue::from_static("text/event-stream; charset=utf-8")));
 }

@@ -192,6 +192,8 @@ impl State {
             block_tokens: known.block_tokens,
             hedge_after: model.hedge_after,
             fallbacks: model.fallbacks.clone(),
+            micro_batch: model.micro_batch,
+            coalesce: model.coalesce,
             metrics: Arc::clone(&known.metrics),
             created: known.created,
         }

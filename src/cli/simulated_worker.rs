@@ -65,6 +65,9 @@ pub(super) struct Arguments {
     /// Tokens that one step computes.
     #[arg(long, default_value_t = EngineConfig::default().step_token_budget)]
     step_token_budget: u32,
+    /// Milliseconds of the server's own work for each call for embeddings, rankings or scores, one call at a time.
+    #[arg(long, default_value_t = 0.0)]
+    call_ms: f64,
     /// Refuse requests with 503 when this many run or wait.
     #[arg(long)]
     max_num_queued_reqs: Option<u32>,
@@ -143,6 +146,7 @@ fn options(arguments: Arguments) -> anyhow::Result<Options> {
     let seconds = |value: Option<f64>, flag| {
         value.map(Duration::try_from_secs_f64).transpose().with_context(|| format!("{flag} must be 0 or more"))
     };
+    anyhow::ensure!(arguments.call_ms >= 0.0, "--call-ms must be 0 or more");
     anyhow::ensure!(arguments.speed > 0.0, "--speed must be more than 0");
     Ok(Options {
         engine: match arguments.engine {
@@ -170,6 +174,7 @@ fn options(arguments: Arguments) -> anyhow::Result<Options> {
         },
         seed: arguments.seed,
         speed: arguments.speed,
+        call_ms: arguments.call_ms,
         api_keys: arguments.api_key,
         max_queued_requests: arguments.max_num_queued_reqs,
         stream_keep_alive: seconds(arguments.sse_keep_alive_interval, "--sse-keep-alive-interval")?,

@@ -8,7 +8,7 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::Server;
+use super::{MicroBatch, Server};
 
 /// A day: nothing that the gateway waits for takes longer, and sums of such times cannot overflow.
 pub(super) const SECONDS_MAX: u64 = 86_400;
@@ -77,6 +77,21 @@ pub(super) const HEDGE_AFTER_LIMIT: u32 = 600_000;
 
 /// Far more than any step of an engine takes, also while it prefills others' long prompts between two tokens.
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// As many as vLLM computes in one step by default on large GPUs: more in one call would only wait inside the engine.
+const MICRO_BATCH_TOKENS: NonZeroU32 = NonZeroU32::new(8192).unwrap();
+/// The longest context of any embedding model, several times over.
+pub(super) const MICRO_BATCH_TOKENS_LIMIT: u64 = 1 << 20;
+/// About what a small embedding model takes for one call, so that a wait is worth it; people notice ten times as much.
+const MICRO_BATCH_DELAY: Duration = Duration::from_millis(5);
+/// Longer than anybody waits for an embedding.
+pub(super) const MICRO_BATCH_DELAY_LIMIT: u64 = 10_000;
+
+impl Default for MicroBatch {
+    fn default() -> Self {
+        Self { max_tokens: MICRO_BATCH_TOKENS, max_delay: MICRO_BATCH_DELAY }
+    }
+}
 
 impl Default for Server {
     /// Both listeners on loopback: whoever wants to be reached from outside says so.

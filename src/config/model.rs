@@ -13,7 +13,7 @@ use url::Url;
 use super::log::{At, Log};
 use super::mistake::quoted;
 use super::tree::{Found, Raw, Refusal, Section};
-use super::{Fallback, Model, Name, Node, Reader, Trouble, Worker, defaults, node, secret, tokenizer};
+use super::{Fallback, MicroBatch, Model, Name, Node, Reader, Trouble, Worker, defaults, node, secret, tokenizer};
 
 /// Names that stand already, and where.
 #[derive(Default)]
@@ -115,6 +115,8 @@ fn read(
     let class_shares = class_shares(&mut section);
     let own_names: Vec<&Name> = own_name.iter().chain(&aliases).map(|found| &found.value).collect();
     let fallbacks = fallbacks(&mut section, &own_names, targets);
+    let coalesce = section.boolean("coalesce", false);
+    let micro_batch = micro_batch(&mut section);
     let workers = workers(&mut section, (reader, nodes), worker_names);
     section.finish(&["overflow"]);
     Some(Model {
@@ -136,6 +138,8 @@ fn read(
         hedge_after: hedge_after.map(|after| Duration::from_millis(after.get().into())),
         idle_timeout,
         fallbacks,
+        micro_batch,
+        coalesce,
         workers,
     })
 }
@@ -192,6 +196,18 @@ fn class_shares(model: &mut Section<'_>) -> [f64; 3] {
     }
     section.finish(&[]);
     shares
+}
+
+/// `[model.micro_batch]`.
+fn micro_batch(model: &mut Section<'_>) -> Option<MicroBatch> {
+    let default = MicroBatch::default();
+    let Some(mut section) = model.optional_table("micro_batch", "model.micro_batch") else { return Some(default) };
+    let tokens = 0..=defaults::MICRO_BATCH_TOKENS_LIMIT;
+    let max_tokens = section.whole("max_tokens", tokens, default.max_tokens.get().into());
+    let max_delay = section.milliseconds("max_delay_ms", defaults::MICRO_BATCH_DELAY_LIMIT, default.max_delay);
+    section.finish(&[]);
+    let max_tokens = u32::try_from(max_tokens).ok().and_then(NonZeroU32::new)?;
+    Some(MicroBatch { max_tokens, max_delay })
 }
 
 fn workers(model: &mut Section<'_>, given: (&Reader, &[Node]), names: &mut Taken) -> Vec<Worker> {

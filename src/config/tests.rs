@@ -73,9 +73,14 @@ queue_seconds_max = 7
 attempts_max = 2
 first_byte_seconds = 8
 idle_seconds = 9
+coalesce = true
 
 [model.classes]
 batch = 0.25
+
+[model.micro_batch]
+max_tokens = 100
+max_delay_ms = 0
 
 [[model.worker]]
 name   = "gpu-a:8000"
@@ -139,6 +144,8 @@ agent = "http://gpu-a:7072"
     assert_eq!(kv_events.events.to_string(), "tcp://gpu-a:5557");
     assert_eq!(kv_events.replay.as_ref().unwrap().to_string(), "tcp://[fd00::1]:5558");
     assert_eq!((&b.model, &b.api_key, &b.kv_events), (&None, &None, &None));
+    let batch = MicroBatch { max_tokens: NonZeroU32::new(100).unwrap(), max_delay: Duration::ZERO };
+    assert_eq!((first.micro_batch, first.coalesce), (Some(batch), true));
     assert_eq!(*second, Model::new(name("other"), second.workers.clone(), &config.server));
     assert_eq!(&*second.workers[0].name, "[::1]:8000");
     let [node] = &config.nodes[..] else { panic!("{config:?}") };
@@ -407,6 +414,17 @@ fn model_values() {
         &["f.toml:3:1: model[0].classes is 1.12: the shares of the classes must be at most 1 together"],
     );
     check_model("classes = 1", &["f.toml:3:11: model[0].classes is 1: must be a table: write `[model.classes]`"]);
+    check_model(
+        "micro_batch = { max_tokens = 2_000_000, max_delay_ms = 0.5, delay = 1 }",
+        &[
+            "f.toml:3:30: model[0].micro_batch.max_tokens is 2_000_000: must be at most 1048576 (omit the key for the default 8192)",
+            "f.toml:3:56: model[0].micro_batch.max_delay_ms is 0.5: must be a whole number from 0 to 10000 (omit the key for the default 5)",
+            "f.toml:3:61: model[0].micro_batch.delay is not a known key: known here: max_tokens, max_delay_ms",
+        ],
+    );
+    let off = format!("{MODEL}micro_batch.max_tokens = 0\n").replace("[[model.worker]]\nurl = 'http://w:1'\n", "");
+    let off = reader([]).text("f.toml", &format!("{off}[[model.worker]]\nurl = 'http://w:1'\n")).unwrap();
+    assert_eq!(off.models[0].micro_batch, None);
     let bad_name = "must be 1 to 256 bytes long, without control characters and without spaces at its ends";
     check_model(
         "aliases = ['é', '', 3]",

@@ -223,6 +223,13 @@ impl<'a> Section<'a> {
         found.map_or(default, |found| Duration::from_secs(found.value))
     }
 
+    /// Whole milliseconds, from 0 to `most`.
+    pub(super) fn milliseconds(&mut self, key: &'static str, most: u64, default: Duration) -> Duration {
+        let omit = format!("for the default {}", default.as_millis());
+        let found = self.read(key, |raw| raw.whole(&(0..=most), &omit));
+        found.map_or(default, |found| Duration::from_millis(found.value))
+    }
+
     /// From 0 to 1.
     pub(super) fn share(&mut self, key: &'static str, default: f64) -> f64 {
         let found = self.read(key, |raw| {

@@ -99,7 +99,7 @@ impl Driver {
     /// Brings a new request; `make` gets its name.
     pub(super) fn arrive(self: &Arc<Self>, make: impl FnOnce(RequestId) -> Request) -> (Place, Waiting) {
         let id = self.next_request();
-        let place = Place { driver: Arc::clone(self), id, end: None };
+        let place = Place { driver: Arc::clone(self), id, end: None, over: false };
         let waiting = self.ask(id, Event::Arrived(make(id)));
         (place, waiting)
     }
@@ -221,9 +221,16 @@ pub struct Place {
     driver: Arc<Driver>,
     id: RequestId,
     end: Option<End>,
+    /// The core was told already: this stands for a part of an answer to several requests.
+    over: bool,
 }
 
 impl Place {
+    /// A place that holds nothing any more, for those whose one call this was.
+    pub(super) fn given_back(&self) -> Self {
+        Self { driver: Arc::clone(&self.driver), id: self.id, end: None, over: true }
+    }
+
     pub(super) fn request(&self) -> RequestId {
         self.id
     }
@@ -250,6 +257,9 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
+        if self.over {
+            return;
+        }
         let request = self.id;
         let event = match self.end.take() {
             Some(end) => Event::Ended { request, end },

@@ -152,7 +152,7 @@ impl Dispatch {
     fn course(&self, known: &Known, under_way: bool) -> Explained {
         let course = known.course.lock().clone();
         Explained {
-            name: known.name.as_str().to_owned(),
+            name: known.names.first().map_or_else(String::new, |name| name.as_str().to_owned()),
             model: self.intake.model(known.pool),
             class: known.class,
             prompt_tokens: known.prompt_tokens,

@@ -26,6 +26,7 @@ use super::budget::Budget;
 use super::driver::Driver;
 use super::gpus::{Nodes, Tenant};
 use super::kv::KvThread;
+use super::micro_batch::MicroBatches;
 use super::recent::Recent;
 use super::workers::{Identity, Worker, Workers};
 use crate::config::GpuName;
@@ -187,6 +188,7 @@ impl Dispatch {
                 intake,
                 recent: Recent::default(),
                 budget: Mutex::new(Budget::new(Instant::now())),
+                micro_batches: MicroBatches::new(tracker.clone()),
                 registry,
             }),
             facts,

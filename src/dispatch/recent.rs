@@ -17,9 +17,12 @@ use crate::ids::RequestName;
 /// Requests that are remembered: as many as the core keeps decisions, about 200 KiB.
 pub(super) const KEPT: usize = 1024;
 
+pub(super) type Names = SmallVec<[RequestName; 1]>;
+
 /// One request that came to the core, or too late for it.
 pub(super) struct Known {
-    pub(super) name: RequestName,
+    /// The client's own first; several where one call answers several requests.
+    pub(super) names: Names,
     pub(super) request: RequestId,
     pub(super) pool: PoolId,
     pub(super) class: Class,
@@ -39,12 +42,8 @@ pub(super) struct Course {
 }
 
 impl Known {
-    pub(super) fn new(
-        name: RequestName,
-        request: RequestId,
-        (pool, class, prompt_tokens): (PoolId, Class, u32),
-    ) -> Self {
-        Self { name, request, pool, class, prompt_tokens, arrived: Instant::now(), course: Mutex::default() }
+    pub(super) fn new(names: Names, request: RequestId, (pool, class, prompt_tokens): (PoolId, Class, u32)) -> Self {
+        Self { names, request, pool, class, prompt_tokens, arrived: Instant::now(), course: Mutex::default() }
     }
 
     pub(super) fn sent(&self, worker: WorkerId, waited: Duration) {
@@ -72,7 +71,7 @@ impl Recent {
 
     /// The latest request of this name: clients may use theirs again.
     pub(super) fn find(&self, name: &str) -> Option<Arc<Known>> {
-        self.0.lock().iter().rev().find(|known| known.name.as_str() == name).map(Arc::clone)
+        self.0.lock().iter().rev().find(|known| known.names.iter().any(|known| known.as_str() == name)).map(Arc::clone)
     }
 }
 
@@ -82,7 +81,7 @@ mod tests {
 
     fn known(name: &str, number: u64) -> Arc<Known> {
         Arc::new(Known {
-            name: RequestName::from_client(Some(name.as_bytes())),
+            names: [RequestName::from_client(Some(name.as_bytes()))].into(),
             request: RequestId(number),
             pool: PoolId(0),
             class: Class::Default,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use foldhash::HashMap;
-use forebay_backends::engines::{Engine, Ways};
+use forebay_backends::engines::{Api, Engine, Ways};
 use forebay_backends::signals::Traffic;
 use forebay_backends::transport::Channel;
 use forebay_scheduler::{HealthState, PoolId, SleepState, WorkerId, WorkerSpec};
@@ -91,6 +91,20 @@ pub(super) struct Workers {
 impl Workers {
     pub(super) fn get(&self, id: WorkerId) -> Option<Arc<Worker>> {
         self.table.load().get(&id).cloned()
+    }
+
+    /// How many workers a pool has, if it has any and the engines of all are known to gain from calls with the inputs of
+    /// several requests.
+    pub(super) fn merging(&self, pool: PoolId, api: Api) -> Option<u32> {
+        let table = self.table.load();
+        let mut count = 0;
+        for worker in table.values().filter(|worker| worker.pool == pool) {
+            if !worker.identity.load().as_ref().is_some_and(|identity| identity.engine.merges(api)) {
+                return None;
+            }
+            count += 1;
+        }
+        (count > 0).then_some(count)
     }
 
     pub(super) fn apply(&self, workers: &[Arc<Worker>], pools: Vec<(PoolId, Arc<ModelMetrics>)>) {

@@ -94,6 +94,8 @@ pub struct Row {
     pub matched_tokens: Option<u32>,
     pub output_tokens: u32,
     pub output_tokens_from: TokensFrom,
+    /// `coalesced`: its answer and its counts are those of a call that stands in the row of another request.
+    pub cache: Option<&'static str>,
     /// In lanes, over all attempts; also of a request that was never sent.
     pub queue_ms: f64,
     pub ttft_ms: Option<f64>,
@@ -118,6 +120,7 @@ impl Row {
             matched_tokens: None,
             output_tokens: 0,
             output_tokens_from: TokensFrom::None,
+            cache: None,
             queue_ms: 0.0,
             ttft_ms: None,
             total_ms: 0.0,
@@ -139,6 +142,7 @@ impl Row {
         word(line, ",\"prompt_tokens_from\":\"", self.prompt_tokens_from.name());
         given(line, ",\"cached_tokens\":", self.cached_tokens.as_ref());
         given(line, ",\"matched_tokens\":", self.matched_tokens.as_ref());
+        given(line, ",\"cache\":", self.cache.as_ref());
         value(line, ",\"output_tokens\":", &self.output_tokens);
         word(line, ",\"output_tokens_from\":\"", self.output_tokens_from.name());
         value(line, ",\"queue_ms\":", &self.queue_ms);

@@ -27,7 +27,7 @@ use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::dispatch::{Place, Streamed, Whole};
-use crate::ledger::{Entry, Outcome};
+use crate::ledger::{Entry, Outcome, Row};
 
 /// How long an engine may keep a stream open after every choice has finished (for usage and `[DONE]`).
 const AFTER_FINISH_MAX: Duration = Duration::from_secs(2);
@@ -97,6 +97,11 @@ impl StreamRelay {
             glued: Glued::default(),
             asked: 0,
         }
+    }
+
+    #[must_use]
+    pub fn row(&self) -> &Row {
+        self.entry.row()
     }
 
     /// What the client gets of one event.
@@ -411,6 +416,11 @@ impl WholeRelay {
             relay.complete();
         }
         relay
+    }
+
+    #[must_use]
+    pub fn row(&self) -> &Row {
+        self.entry.row()
     }
 
     /// Whether the client has all of it. A server that knows the length does not ask for more.

@@ -41,6 +41,8 @@ const GPU_UTILIZATION: &str = "forebay_gpu_utilization_ratio";
 const GPU_TEMPERATURE: &str = "forebay_gpu_temperature_celsius";
 const GPU_POWER: &str = "forebay_gpu_power_watts";
 const GPU_THROTTLED: &str = "forebay_gpu_throttled";
+const CACHE_LOOKUPS: &str = "forebay_cache_lookups_total";
+const MICRO_BATCH_SIZE: &str = "forebay_micro_batch_size";
 const RETRIES: &str = "forebay_retries_total";
 const FAILOVERS: &str = "forebay_failovers_total";
 const RETRIES_DENIED: &str = "forebay_retries_denied_total";
@@ -66,6 +68,9 @@ pub const RETRY_REASONS: [&str; 10] = [
 pub const FAILOVER_REASONS: [&str; 5] = ["context_length", "unavailable", "error", "deadline", "content_filter"];
 /// Request classes in the order of the scheduler's enum.
 pub const CLASSES: [&str; 3] = ["interactive", "default", "batch"];
+
+/// What can leave together, as `forebay_micro_batch_size{kind}` names it.
+const MICRO_BATCH_KINDS: [Api; 3] = [Api::Embeddings, Api::Rerank, Api::Score];
 
 /// What became of a break in a worker's KV events, as `forebay_kv_event_breaks_total{kind}` names it.
 const KV_BREAKS: [&str; 5] = ["filled", "gap", "restarted", "unproven", "unreadable"];
@@ -111,6 +116,7 @@ pub struct Registry {
     failovers: [Counter; FAILOVER_REASONS.len()],
     /// What was not tried again since that is a share of the traffic at most.
     pub retries_denied: Counter,
+    micro_batch_size: [Histogram; MICRO_BATCH_KINDS.len()],
 }
 
 impl Registry {
@@ -135,6 +141,8 @@ impl Registry {
         builder = seconds(TPOT_SECONDS, &tpot, builder)?;
         builder = seconds(QUEUE_WAIT_SECONDS, &wait, builder)?;
         builder = seconds(DECISION_SECONDS, &decision, builder)?;
+        let sizes: [f64; 8] = std::array::from_fn(|power| f64::from(1u8 << power));
+        builder = builder.set_buckets_for_metric(Matcher::Full(MICRO_BATCH_SIZE.to_owned()), &sizes)?;
         let handle = builder.install_recorder()?;
         describe();
         Ok(Self {
@@ -145,6 +153,7 @@ impl Registry {
             tasks: gauge!(TASKS),
             failovers: FAILOVER_REASONS.map(|reason| counter!(FAILOVERS, "reason" => reason)),
             retries_denied: counter!(RETRIES_DENIED),
+            micro_batch_size: MICRO_BATCH_KINDS.map(|kind| histogram!(MICRO_BATCH_SIZE, "kind" => kind.name())),
         })
     }
 
@@ -173,6 +182,15 @@ impl Registry {
     /// Counts a request that another model was asked, for a reason of [`FAILOVER_REASONS`].
     pub fn failed_over(&self, reason: &str) {
         count(&FAILOVER_REASONS, &self.failovers, reason);
+    }
+
+    /// Notes how many requests left together as one call.
+    #[expect(clippy::cast_precision_loss, reason = "a call answers some hundred requests at most")]
+    pub fn micro_batched(&self, kind: Api, requests: usize) {
+        let at = MICRO_BATCH_KINDS.iter().position(|known| *known == kind);
+        if let Some(histogram) = at.and_then(|at| self.micro_batch_size.get(at)) {
+            histogram.record(requests as f64);
+        }
     }
 }
 
@@ -238,12 +256,22 @@ fn describe() {
         "failed attempts that were not made again, so that retries stay a share of the traffic"
     );
     describe_counter!(FAILOVERS, "requests that another model was asked, by the trouble of the one before");
+    describe_histogram!(MICRO_BATCH_SIZE, "requests that left as one call, by what they ask");
 }
 
 /// Spans that no collector got; there is one only where traces are exported.
 pub fn spans_dropped() -> Counter {
     describe_counter!(SPANS_DROPPED, "spans that were dropped because the collector took none or too few");
     counter!(SPANS_DROPPED)
+}
+
+/// Requests that looked for an equal one in flight, by whether they found it: no, yes.
+pub fn coalescing_lookups() -> [Counter; 2] {
+    describe_counter!(
+        CACHE_LOOKUPS,
+        "requests that looked for an answer that needs no call of its own, by where and with what result"
+    );
+    ["miss", "hit"].map(|result| counter!(CACHE_LOOKUPS, "kind" => "coalesce", "result" => result))
 }
 
 /// One model's handles, registered when the model is configured.

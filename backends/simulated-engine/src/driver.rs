@@ -209,6 +209,11 @@ impl Driver {
         (state.engine.load(), state.stats.clone())
     }
 
+    /// What takes so many milliseconds in the timing model, at the speed of now.
+    pub(crate) fn time_of(&self, ms: f64) -> Duration {
+        Duration::from_secs_f64((ms / 1000.0 / *self.speed.lock()).clamp(0.0, STEP_SECONDS_MAX))
+    }
+
     pub(crate) fn set_speed(&self, speed: f64) {
         *self.speed.lock() = speed;
     }

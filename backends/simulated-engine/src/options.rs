@@ -49,6 +49,9 @@ pub struct Options {
     pub output_tokens: RangeInclusive<u32>,
     /// Length of an embedding.
     pub embedding_dimensions: u32,
+    /// What the server itself takes for each call for embeddings, rankings or scores before the engine sees it, one call
+    /// after the other: a real one parses, tokenizes and answers in one Python thread.
+    pub call_ms: f64,
     /// Accepted bearer tokens; none means that no key is asked for.
     pub api_keys: Vec<String>,
     /// vLLM's `--max-num-queued-reqs`: more running and waiting sequences than this are refused with 503.
@@ -86,6 +89,7 @@ impl Default for Options {
             speed: 1.0,
             output_tokens: 20..=120,
             embedding_dimensions: 32,
+            call_ms: 0.0,
             api_keys: Vec::new(),
             max_queued_requests: None,
             prompt_tokens_details: true,

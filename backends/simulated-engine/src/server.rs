@@ -53,6 +53,8 @@ pub(crate) struct Service {
     pub(crate) options: Options,
     pub(crate) model: Model,
     pub(crate) driver: Arc<Driver>,
+    /// Whose call the server works at, see [`Options::call_ms`].
+    pub(crate) calls: tokio::sync::Mutex<()>,
     pub(crate) faults: Faults,
     pub(crate) sleep: Sleep,
     pub(crate) log: Log,
@@ -183,8 +185,17 @@ impl Service {
         let driver = Arc::new(Driver::new(timing, options.speed, options.max_queued_requests, publisher));
         let faults = Faults::new(options.seed, options.faults.clone());
         let outage = watch::Sender::new(None);
-        let sleep = Sleep::new(options.asleep);
-        Ok(Self { sleep, options, model, driver, faults, log: Log::default(), outage })
+        let (sleep, calls) = (Sleep::new(options.asleep), tokio::sync::Mutex::default());
+        Ok(Self { sleep, options, model, driver, calls, faults, log: Log::default(), outage })
+    }
+
+    /// The server's own work for one call, see [`Options::call_ms`].
+    pub(crate) async fn call(&self) {
+        let _turn = self.calls.lock().await;
+        let work = self.driver.time_of(self.options.call_ms);
+        if !work.is_zero() {
+            tokio::time::sleep(work).await;
+        }
     }
 
     async fn respond(self: &Arc<Self>, request: Request<Incoming>, reset: Arc<AtomicBool>) -> Response<Body> {

@@ -64,6 +64,10 @@ impl Engine for LlamaCpp {
         matches!(api, Api::ChatCompletions | Api::Completions | Api::Embeddings | Api::Rerank)
     }
 
+    fn merges(&self, api: Api) -> bool {
+        api == Api::Embeddings
+    }
+
     fn adapt(&self, asked: Asked) -> Result<Prepared, Unsupported> {
         match asked.api {
             Api::ChatCompletions => {

@@ -97,6 +97,10 @@ impl Engine for SgLang {
         matches!(api, Api::ChatCompletions | Api::Completions | Api::Embeddings | Api::Rerank)
     }
 
+    fn merges(&self, api: Api) -> bool {
+        api == Api::Embeddings
+    }
+
     fn rewrites(&self) -> bool {
         true
     }

@@ -66,6 +66,10 @@ impl Engine for Vllm {
     fn serves(&self, _: Api) -> bool {
         true
     }
+
+    fn merges(&self, api: Api) -> bool {
+        matches!(api, Api::Embeddings | Api::Rerank | Api::Score)
+    }
 }
 
 /// The load of those ranks of which `counts` says so, by the label `engine`.

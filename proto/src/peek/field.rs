@@ -11,16 +11,26 @@ use super::{Refusal, Span};
 pub(super) struct Field<'a> {
     name: &'static str,
     given: Option<(&'a str, usize)>,
+    repeated: bool,
 }
 
 impl<'a> Field<'a> {
     pub(super) fn absent(name: &'static str) -> Self {
-        Self { name, given: None }
+        Self { name, given: None, repeated: false }
     }
 
     /// Takes the value `text`, which is a slice of `body`.
     pub(super) fn fill(&mut self, body: &'a str, text: &'a str) {
         self.given = Some((text, text.as_ptr().addr().saturating_sub(body.as_ptr().addr())));
+    }
+
+    /// Notes that the key stands more than once.
+    pub(super) fn repeat(&mut self) {
+        self.repeated = true;
+    }
+
+    pub(super) fn is_repeated(&self) -> bool {
+        self.repeated
     }
 
     pub(super) fn name(&self) -> &'static str {
@@ -45,6 +55,10 @@ impl<'a> Field<'a> {
     /// Where the value stands, unless absent or `null`. Any type will do.
     pub(super) fn span(&self) -> Option<Span> {
         self.text().and_then(|_| self.place())
+    }
+
+    pub(super) fn is_string(&self) -> bool {
+        self.text().is_some_and(|text| kind(text) == Kind::String)
     }
 
     pub(super) fn boolean(&self) -> Result<Option<bool>, Refusal> {

@@ -11,6 +11,9 @@ use serde_json::value::RawValue;
 use super::Refusal;
 use super::field::Field;
 
+/// Keys that tell us only whether an answer could be shared: it is not where they repeat.
+const MAY_REPEAT: [&str; 2] = ["temperature", "seed"];
+
 /// A set of fields that [`read`] fills.
 pub(super) trait Keys<'a>: Default {
     /// The field for `key`, if it is one of ours.
@@ -87,7 +90,9 @@ impl<'a, K: Keys<'a>> Visitor<'a> for Fields<'_, 'a, K> {
                 continue;
             };
             let text = map.next_value::<&'a RawValue>()?.get();
-            if field.is_given() {
+            if field.is_given() && MAY_REPEAT.contains(&field.name()) {
+                field.repeat();
+            } else if field.is_given() {
                 self.doubled.get_or_insert(field.name());
             }
             field.fill(self.body, text);

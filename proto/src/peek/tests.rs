@@ -21,6 +21,26 @@ fn with(fields: &str) -> String {
 }
 
 #[test]
+fn certain_is_what_leaves_nothing_to_chance() {
+    for (fields, certain) in [
+        (r#""temperature":0"#, true),
+        (r#""temperature":0.0e5"#, true),
+        (r#""temperature":1,"seed":-7"#, true),
+        (r#""temperature":0.5"#, false),
+        (r#""temperature":"0","seed":"7""#, false),
+        (r#""temperature":null,"seed":null"#, false),
+        (r#""n":1"#, false),
+        (r#""temperature":0,"temperature":1"#, false),
+        (r#""temperature":0,"seed":1,"seed":2"#, false),
+    ] {
+        let chat = format!(r#"{{"model":"m","messages":[{{"role":"user","content":"x"}}],{fields}}}"#);
+        assert_eq!(Chat::peek(chat.as_bytes()).unwrap().deterministic, certain, "{fields}");
+        let completion = format!(r#"{{"model":"m","prompt":"x",{fields}}}"#);
+        assert_eq!(Completion::peek(completion.as_bytes()).unwrap().deterministic, certain, "{fields}");
+    }
+}
+
+#[test]
 fn the_least_chat_request() {
     let body = with("");
     let got = chat(&body);

@@ -76,6 +76,7 @@ pub(crate) async fn answer(
         output_tokens: 0,
         end: End::Stop,
     });
+    service.call().await;
     let mut run = service.driver.start(jobs.collect()).map_err(refusal)?;
     run.finished().await;
     let data = inputs.iter().enumerate().map(|(index, ids)| {

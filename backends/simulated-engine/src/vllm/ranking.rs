@@ -95,6 +95,7 @@ async fn compare(service: &Service, first: &[&str], second: &[&str]) -> Result<(
         output_tokens: 0,
         end: End::Stop,
     });
+    service.call().await;
     let mut run = service.driver.start(jobs.collect()).map_err(refusal)?;
     run.finished().await;
     let size = service.options.embedding_dimensions;
