@@ -19,11 +19,13 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use forebay_backends::discovery::Source;
 use forebay_backends::signals::kv_events::KvSource;
 use forebay_scheduler::Policy;
 use url::{Host, Url};
 
 mod defaults;
+mod discover;
 mod log;
 mod mistake;
 mod model;
@@ -140,8 +142,10 @@ pub struct Model {
     pub first_byte_timeout: Duration,
     /// Longest silence of a worker inside an answer.
     pub idle_timeout: Duration,
-    /// At least one where it comes from a file.
+    /// At least one where it comes from a file, unless something lists them.
     pub workers: Vec<Worker>,
+    /// What lists more of them while the gateway runs.
+    pub discover: Vec<Discover>,
 }
 
 impl Model {
@@ -165,8 +169,22 @@ impl Model {
             first_byte_timeout: defaults::FIRST_BYTE_TIMEOUT,
             idle_timeout: defaults::IDLE_TIMEOUT,
             workers,
+            discover: Vec::new(),
         }
     }
+}
+
+/// `[[model.discover]]`: a list of workers, and what holds for all of them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Discover {
+    pub source: Source,
+    /// How often the list is read.
+    pub every: Duration,
+    /// As in [`Worker`].
+    pub engine: Option<&'static str>,
+    pub model: Option<Name>,
+    pub api_key: Option<Secret>,
+    pub http2: bool,
 }
 
 /// `[[model.worker]]`: one engine instance that the model's requests are sent to.

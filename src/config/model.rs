@@ -11,7 +11,7 @@ use url::Url;
 use super::log::{At, Log};
 use super::mistake::quoted;
 use super::tree::{Found, Raw, Refusal, Section};
-use super::{Model, Name, Node, Reader, Worker, defaults, node, secret, tokenizer};
+use super::{Model, Name, Node, Reader, Worker, defaults, discover, node, secret, tokenizer};
 
 /// Names that stand already, and where.
 #[derive(Default)]
@@ -95,6 +95,7 @@ fn read(
     let first_byte_timeout = section.seconds("first_byte_seconds", 1, defaults::FIRST_BYTE_TIMEOUT);
     let idle_timeout = section.seconds("idle_seconds", 1, defaults::IDLE_TIMEOUT);
     let class_shares = class_shares(&mut section);
+    let discover = discover::read_all(&mut section, reader);
     let workers = workers(&mut section, (reader, nodes), worker_names);
     section.finish(&["overflow"]);
     Some(Model {
@@ -114,6 +115,7 @@ fn read(
         first_byte_timeout,
         idle_timeout,
         workers,
+        discover,
     })
 }
 
@@ -135,8 +137,12 @@ fn class_shares(model: &mut Section<'_>) -> [f64; 3] {
 fn workers(model: &mut Section<'_>, given: (&Reader, &[Node]), names: &mut Taken) -> Vec<Worker> {
     let log = model.log;
     let sections = model.tables("worker", "model.worker");
-    if sections.is_empty() {
-        log.refuse_absence(&model.at("worker"), "missing", "add a `[[model.worker]]` with its `url` below the model");
+    if sections.is_empty() && !model.holds("discover") {
+        log.refuse_absence(
+            &model.at("worker"),
+            "missing",
+            "add a `[[model.worker]]` with its `url` below the model, or a `[[model.discover]]`",
+        );
     }
     let mut workers = Vec::new();
     // One address may serve a model of ours under two names of its own, but not twice under the same.
@@ -192,7 +198,7 @@ fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: 
     Some(Found { value: worker, at: url.at })
 }
 
-fn name(raw: &Raw<'_>) -> Result<Name, Refusal> {
+pub(super) fn name(raw: &Raw<'_>) -> Result<Name, Refusal> {
     Name::new(raw.text()?).map_err(|bad| Refusal::new(bad.to_string()))
 }
 
@@ -212,7 +218,7 @@ fn policy(raw: &Raw<'_>) -> Result<Policy, Refusal> {
     })
 }
 
-fn engine(raw: &Raw<'_>, known: &[&'static str]) -> Result<&'static str, Refusal> {
+pub(super) fn engine(raw: &Raw<'_>, known: &[&'static str]) -> Result<&'static str, Refusal> {
     let text = raw.text()?;
     let engine = known.iter().find(|engine| **engine == text).copied();
     engine

@@ -16,6 +16,7 @@ mod cancel;
 mod cli;
 mod conformance;
 mod connections;
+mod discovery;
 mod drain;
 mod engine_errors;
 mod faults;
