@@ -4,6 +4,7 @@
 //! write the last row.
 
 mod catalog;
+mod lists;
 mod tokenizers;
 
 use std::net::SocketAddr;
@@ -104,10 +105,13 @@ impl Gateway {
         let stall_max = server.stall_max;
         let bounds = |connections_max| Bounds { connections_max, stall_max };
         let (body_bytes_max, connections_max) = (server.body_bytes_max, server.max_connections.get() as usize);
-        let catalog = Arc::new(Catalog::new(Arc::clone(&routing), Arc::clone(&dispatch), here));
+        let (catalog, listed) = Catalog::new(Arc::clone(&routing), Arc::clone(&dispatch), here, tracker.clone());
+        let catalog = Arc::new(catalog);
         catalog.apply(config).await?;
         let following = Arc::clone(&catalog);
-        tracker.spawn(background.clone().run_until_cancelled_owned(async move { following.follow(learned).await }));
+        tracker.spawn(
+            background.clone().run_until_cancelled_owned(async move { following.follow(learned, listed).await }),
+        );
         let upkeep = registry.clone();
         tracker.spawn(background.clone().run_until_cancelled_owned(async move {
             let mut interval = tokio::time::interval(METRICS_UPKEEP);

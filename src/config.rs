@@ -19,11 +19,13 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use forebay_backends::discovery::Source;
 use forebay_backends::signals::kv_events::KvSource;
 use forebay_scheduler::Policy;
 use url::{Host, Url};
 
 mod defaults;
+mod discover;
 mod log;
 mod mistake;
 mod model;
@@ -152,8 +154,10 @@ pub struct Model {
     pub micro_batch: Option<MicroBatch>,
     /// Whether equal requests in flight, of which nothing is left to chance, share one answer.
     pub coalesce: bool,
-    /// At least one where it comes from a file.
+    /// At least one where it comes from a file, unless something lists them.
     pub workers: Vec<Worker>,
+    /// What lists more of them while the gateway runs.
+    pub discover: Vec<Discover>,
 }
 
 /// `[[model.fallback]]`: a model that answers for another one.
@@ -217,6 +221,7 @@ impl Model {
             micro_batch: Some(MicroBatch::default()),
             coalesce: false,
             workers,
+            discover: Vec::new(),
         }
     }
 }
@@ -228,6 +233,19 @@ pub struct MicroBatch {
     pub max_tokens: NonZeroU32,
     /// How long a request may wait for others while every worker is busy.
     pub max_delay: Duration,
+}
+
+/// `[[model.discover]]`: a list of workers, and what holds for all of them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Discover {
+    pub source: Source,
+    /// How often the list is read.
+    pub every: Duration,
+    /// As in [`Worker`].
+    pub engine: Option<&'static str>,
+    pub model: Option<Name>,
+    pub api_key: Option<Secret>,
+    pub http2: bool,
 }
 
 /// `[[model.worker]]`: one engine instance that the model's requests are sent to.

@@ -15,7 +15,9 @@ use forebay_backends::transport::Endpoint;
 use forebay_scheduler::{PoolId, PoolLimits, SleepSpec};
 use forebay_tokens::Tokenizer;
 use tokio::sync::{Mutex, mpsc};
+use tokio_util::task::TaskTracker;
 
+use super::lists::{Listed, Lists};
 use super::tokenizers::{self, Tokenizers};
 use crate::config::{self, Config, GpuName};
 use crate::dispatch::{Dispatch, Fact, Learned, NodeSpec, PoolSpec, WorkerSpec};
@@ -35,6 +37,10 @@ pub(super) struct Catalog {
 }
 
 struct State {
+    /// As it was given.
+    given: Config,
+    lists: Lists,
+    /// With the workers that are listed.
     config: Config,
     tokenizers: Tokenizers,
     next_pool: u32,
@@ -71,14 +77,24 @@ impl Known {
 }
 
 impl Catalog {
-    pub(super) fn new(routing: Arc<Routing>, dispatch: Arc<Dispatch>, here: Option<Readings>) -> Self {
+    /// The lists that its workers follow are told to the receiver, for [`Catalog::follow`].
+    pub(super) fn new(
+        routing: Arc<Routing>,
+        dispatch: Arc<Dispatch>,
+        here: Option<Readings>,
+        tracker: TaskTracker,
+    ) -> (Self, mpsc::Receiver<Listed>) {
+        let none = Config { server: config::Server::default(), nodes: Vec::new(), models: Vec::new() };
+        let (lists, listed) = Lists::new(tracker);
         let state = State {
-            config: Config { server: config::Server::default(), nodes: Vec::new(), models: Vec::new() },
+            given: none.clone(),
+            lists,
+            config: none,
             tokenizers: Tokenizers::default(),
             next_pool: 0,
             models: HashMap::new(),
         };
-        Self { routing, dispatch, here, state: Mutex::new(state) }
+        (Self { routing, dispatch, here, state: Mutex::new(state) }, listed)
     }
 
     /// Takes over a configuration whole, or not at all when one of its tokenizers cannot be loaded.
@@ -99,12 +115,21 @@ impl Catalog {
             anyhow::Ok(tokenizers)
         })
         .await??;
+        state.lists.apply(&config);
+        state.given = config;
+        self.renew(&mut state)?;
+        self.dispatch.follow_nodes(&self.nodes(&state.config));
+        Ok(())
+    }
+
+    /// Lets the configuration and what is listed be what is served.
+    fn renew(&self, state: &mut State) -> anyhow::Result<()> {
+        let config = state.lists.complete(state.given.clone());
         let old = std::mem::replace(&mut state.config, config);
         state.name_models(&old);
         let pools = state.pools()?;
         self.routing.apply(state.table());
         self.dispatch.apply(&pools);
-        self.dispatch.follow_nodes(&self.nodes(&state.config));
         Ok(())
     }
 
@@ -121,9 +146,22 @@ impl Catalog {
         }
     }
 
-    /// Takes in what workers say, until the last sender is gone.
-    pub(super) async fn follow(&self, mut facts: mpsc::Receiver<Learned>) {
-        while let Some(learned) = facts.recv().await {
+    /// Takes in what lists and workers say, until the last sender is gone.
+    pub(super) async fn follow(&self, mut facts: mpsc::Receiver<Learned>, mut lists: mpsc::Receiver<Listed>) {
+        loop {
+            let learned = tokio::select! {
+                Some(learned) = facts.recv() => learned,
+                Some(listed) = lists.recv() => {
+                    let mut state = self.state.lock().await;
+                    if state.lists.learn(listed)
+                        && let Err(error) = self.renew(&mut state)
+                    {
+                        tracing::error!(error = format!("{error:#}"), "the listed workers cannot be served");
+                    }
+                    continue;
+                }
+                else => return,
+            };
             let mut state = self.state.lock().await;
             let blocks_changed = state.learn(learned).await;
             self.routing.apply(state.table());

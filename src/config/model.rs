@@ -13,7 +13,9 @@ use url::Url;
 use super::log::{At, Log};
 use super::mistake::quoted;
 use super::tree::{Found, Raw, Refusal, Section};
-use super::{Fallback, MicroBatch, Model, Name, Node, Reader, Trouble, Worker, defaults, node, secret, tokenizer};
+use super::{
+    Fallback, MicroBatch, Model, Name, Node, Reader, Trouble, Worker, defaults, discover, node, secret, tokenizer,
+};
 
 /// Names that stand already, and where.
 #[derive(Default)]
@@ -117,6 +119,7 @@ fn read(
     let fallbacks = fallbacks(&mut section, &own_names, targets);
     let coalesce = section.boolean("coalesce", false);
     let micro_batch = micro_batch(&mut section);
+    let discover = discover::read_all(&mut section, reader);
     let workers = workers(&mut section, (reader, nodes), worker_names);
     section.finish(&["overflow"]);
     Some(Model {
@@ -141,6 +144,7 @@ fn read(
         micro_batch,
         coalesce,
         workers,
+        discover,
     })
 }
 
@@ -213,8 +217,12 @@ fn micro_batch(model: &mut Section<'_>) -> Option<MicroBatch> {
 fn workers(model: &mut Section<'_>, given: (&Reader, &[Node]), names: &mut Taken) -> Vec<Worker> {
     let log = model.log;
     let sections = model.tables("worker", "model.worker");
-    if sections.is_empty() {
-        log.refuse_absence(&model.at("worker"), "missing", "add a `[[model.worker]]` with its `url` below the model");
+    if sections.is_empty() && !model.holds("discover") {
+        log.refuse_absence(
+            &model.at("worker"),
+            "missing",
+            "add a `[[model.worker]]` with its `url` below the model, or a `[[model.discover]]`",
+        );
     }
     let mut workers = Vec::new();
     // One address may serve a model of ours under two names of its own, but not twice under the same.
@@ -298,7 +306,7 @@ fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: 
     Some(Found { value: worker, at: url.at })
 }
 
-fn name(raw: &Raw<'_>) -> Result<Name, Refusal> {
+pub(super) fn name(raw: &Raw<'_>) -> Result<Name, Refusal> {
     Name::new(raw.text()?).map_err(|bad| Refusal::new(bad.to_string()))
 }
 
@@ -318,7 +326,7 @@ fn policy(raw: &Raw<'_>) -> Result<Policy, Refusal> {
     })
 }
 
-fn engine(raw: &Raw<'_>, known: &[&'static str]) -> Result<&'static str, Refusal> {
+pub(super) fn engine(raw: &Raw<'_>, known: &[&'static str]) -> Result<&'static str, Refusal> {
     let text = raw.text()?;
     let engine = known.iter().find(|engine| **engine == text).copied();
     engine

@@ -369,7 +369,7 @@ fn model_values() {
         "\n[[model]]\n",
         &[
             "f.toml:2:1: model[0].name is missing: write the name that clients ask for",
-            "f.toml:2:1: model[0].worker is missing: add a `[[model.worker]]` with its `url` below the model",
+            "f.toml:2:1: model[0].worker is missing: add a `[[model.worker]]` with its `url` below the model, or a `[[model.discover]]`",
         ],
     );
     check(
@@ -494,6 +494,37 @@ fn fallbacks_and_hedges() {
             "f.toml:16:6: model[0].fallback[4].to is \"b\": must stand once in a model: `model[0].fallback[3].to` (f.toml:13:6) leads there, too",
         ],
     );
+}
+
+#[test]
+fn lists_of_workers() {
+    let model = |keys: &str| format!("[[model]]\nname = 'm'\n[[model.discover]]\n{keys}\n");
+    let source =
+        |keys: &str| reader([]).text("f.toml", &model(keys)).unwrap().models.remove(0).discover.remove(0).source;
+    let url = |text| Url::parse(text).unwrap();
+    assert_eq!(source("file = '/w.json'"), Source::File("/w.json".into()));
+    assert_eq!(
+        source("dns = 'http://w.svc:8000/x/'\nresolver = '127.0.0.1:8600'"),
+        Source::Addresses { url: url("http://w.svc:8000/x"), resolver: Some("127.0.0.1:8600".parse().unwrap()) }
+    );
+    assert_eq!(
+        source("srv = 'https://_http._tcp.w'"),
+        Source::Services { url: url("https://_http._tcp.w"), resolver: None }
+    );
+    let form = "and a name that DNS knows, as in";
+    let cases = [
+        ("every_seconds = 5", "f.toml:3:1: model[0].discover[0] is no list: write what lists the workers: `file`, `dns` or `srv`".to_owned()),
+        ("file = 'a'\nsrv = 'http://w'", "f.toml:5:7: model[0].discover[0].srv is beside another list: must stand alone: write one `[[model.discover]]` for each list".to_owned()),
+        ("file = 'a'\nresolver = '127.0.0.1:1'", "f.toml:5:12: model[0].discover[0].resolver is \"127.0.0.1:1\": needs `dns` or `srv` beside it".to_owned()),
+        ("dns = 'https://w'", format!("f.toml:4:7: model[0].discover[0].dns is \"https://w\": must begin with http:// {form} http://vllm.models.svc:8000")),
+        ("dns = 'http://10.0.0.1'", format!("f.toml:4:7: model[0].discover[0].dns is \"http://10.0.0.1\": must begin with http:// {form} http://vllm.models.svc:8000")),
+        ("srv = 'http://u:p@w'", format!("f.toml:4:7: model[0].discover[0].srv is (redacted): must begin with http:// or https:// {form} http://_http._tcp.vllm.models.svc")),
+        ("file = 'a'\nresolver = 'x'", "f.toml:5:12: model[0].discover[0].resolver is \"x\": must be the address and port of a DNS server, as in 127.0.0.1:8600".to_owned()),
+        ("file = 'a'\nevery_seconds = 0", "f.toml:5:17: model[0].discover[0].every_seconds is 0: must be a whole number from 1 to 86400 (omit the key for the default 5)".to_owned()),
+    ];
+    for (keys, expect) in cases {
+        check(&model(keys), &[&expect]);
+    }
 }
 
 #[test]

@@ -188,6 +188,11 @@ impl<'a> Section<'a> {
         found
     }
 
+    /// Whether the key stands there, good or bad.
+    pub(super) fn holds(&self, key: &str) -> bool {
+        self.table.contains_key(key)
+    }
+
     /// As `read`, for a key without which the section means nothing.
     pub(super) fn required<T>(
         &mut self,
@@ -195,7 +200,7 @@ impl<'a> Section<'a> {
         remedy: &str,
         convert: impl Fn(&Raw<'_>) -> Result<T, Refusal>,
     ) -> Option<Found<T>> {
-        if !self.table.contains_key(key) {
+        if !self.holds(key) {
             self.log.refuse_absence(&self.at(key), "missing", remedy);
         }
         self.read(key, convert)

@@ -3,6 +3,7 @@
 
 pub(crate) mod body;
 pub(crate) mod client;
+pub(crate) mod dns;
 pub(crate) mod gpus;
 pub(crate) mod http2;
 pub(crate) mod process;
