@@ -248,7 +248,6 @@ fn requests_are_read() {
         "messages-wrong-type",
         "n-zero",
         "no-messages",
-        "no-model",
         "not-utf8",
         "stream-options-without-stream",
         "empty-list",

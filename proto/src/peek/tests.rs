@@ -482,7 +482,6 @@ fn rankings() {
     let read = Ranking::score(br#"{"model":"m","text_1":"cat","text_2":["a"]}"#).expect("a request");
     assert_eq!(read.text_bytes, 5 + 5);
     for (body, param) in [
-        (r#"{"query":"q","documents":[]}"#, "model"),
         (r#"{"model":"m","documents":[]}"#, "query"),
         (r#"{"model":"m","query":"q"}"#, "documents"),
         (r#"{"model":"m","query":"q","documents":"d"}"#, "documents"),

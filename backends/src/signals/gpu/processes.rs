@@ -112,11 +112,14 @@ impl<'p> Look<'p> {
 
     fn find(&mut self, pid: u32) -> Found {
         let name = fs::read_to_string(self.proc.join(format!("{pid}/comm"))).ok();
-        let mut listens = BTreeSet::new();
+        // Its own before those of whoever started it, who may have more than are told.
+        let mut listens: Vec<SocketAddr> = Vec::new();
         let mut next = Some(pid);
         for _ in 0..ANCESTORS_MAX {
-            let Some(pid) = next.filter(|pid| *pid > 0) else { break };
-            self.sockets(pid, &mut listens);
+            let Some(pid) = next.filter(|pid| *pid > 0 && listens.len() < LISTENS_MAX) else { break };
+            let mut more = self.sockets(pid);
+            more.retain(|socket| !listens.contains(socket));
+            listens.extend(more);
             next = self.status(pid).map(|status| status.parent);
         }
         let listens = listens.iter().take(LISTENS_MAX).map(ToString::to_string).collect();
@@ -128,14 +131,15 @@ impl<'p> Look<'p> {
     }
 
     /// The sockets on which one process listens.
-    fn sockets(&mut self, pid: u32, listens: &mut BTreeSet<SocketAddr>) {
+    fn sockets(&mut self, pid: u32) -> BTreeSet<SocketAddr> {
+        let mut listens = BTreeSet::new();
         let descriptors = fs::read_dir(self.proc.join(format!("{pid}/fd"))).into_iter().flatten().flatten();
         let inodes = descriptors.take(DESCRIPTORS_MAX).filter_map(|entry| {
             let link = fs::read_link(entry.path()).ok()?;
             link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse::<u64>().ok()
         });
         let inodes: Vec<u64> = inodes.collect();
-        let Ok(space) = fs::read_link(self.proc.join(format!("{pid}/ns/net"))) else { return };
+        let Ok(space) = fs::read_link(self.proc.join(format!("{pid}/ns/net"))) else { return listens };
         let is_own = self.own.as_ref() == Some(&space);
         let (table, addresses) = self.tables.entry(space).or_insert_with(|| {
             let read = |name: &str| fs::read_to_string(self.proc.join(format!("{pid}/net/{name}"))).unwrap_or_default();
@@ -150,6 +154,7 @@ impl<'p> Look<'p> {
                 listens.extend(addresses.iter().map(|address| SocketAddr::new(*address, socket.port())));
             }
         }
+        listens
     }
 }
 
@@ -265,8 +270,15 @@ mod tests {
             symlink(to, path).unwrap();
         };
         link("self/ns/net", "net:[1]");
-        // the server, and below it the process that holds the GPU
-        for (pid, parent, inner, socket) in [(70, 1, 1, "socket:[9]"), (71, 70, 12, "/dev/nvidia0")] {
+        // the server, below it the process that holds the GPU, and above it one that listens on more than are told
+        for number in 0..=LISTENS_MAX {
+            link(&format!("60/fd/{number}"), &format!("socket:[{}]", 100 + number));
+        }
+        link("60/ns/net", "net:[1]");
+        let row =
+            |number| format!(" 0: 0100007F:{:04X} 00000000:0000 0A 0:0 0:0 0 0 0 {} 1\n", 1000 + number, 100 + number);
+        write("60/net/tcp", &("head\n".to_owned() + &(0..=LISTENS_MAX).map(row).collect::<String>()));
+        for (pid, parent, inner, socket) in [(70, 60, 1, "socket:[9]"), (71, 70, 12, "/dev/nvidia0")] {
             write(&format!("{pid}/status"), &format!("PPid:\t{parent}\nNSpid:\t{pid}\t{inner}\n"));
             write(&format!("{pid}/comm"), "engine\n");
             link(&format!("{pid}/fd/3"), socket);
@@ -277,7 +289,8 @@ mod tests {
         }
         let mut process = [Process { pid: 12, ..Process::default() }];
         Processes::new(proc.path()).complete(Instant::now(), process.iter_mut());
-        assert_eq!((process[0].name(), &process[0].listens[..]), ("engine", &["10.42.0.7:8000".to_owned()][..]));
+        let listens = &process[0].listens;
+        assert_eq!((process[0].name(), listens[0].as_str(), listens.len()), ("engine", "10.42.0.7:8000", LISTENS_MAX));
     }
 
     #[test]
