@@ -172,6 +172,8 @@ struct Course<F> {
     /// In lanes.
     queued: Duration,
     attempts: u32,
+    /// Whether a second attempt was made beside another: once is enough.
+    hedged: bool,
     /// What the last engine that said something said.
     last: Option<Error>,
     tell: F,
@@ -244,7 +246,7 @@ impl Dispatch {
         mut verdict: Waiting,
         tell: impl FnMut(Step),
     ) -> Result<Opened, Error> {
-        let mut course = Course { queued: Duration::ZERO, attempts: job.attempted, last: None, tell };
+        let mut course = Course { queued: Duration::ZERO, attempts: job.attempted, hedged: false, last: None, tell };
         let mut failed: Option<Failure> = None;
         loop {
             let waiting_since = Instant::now();
@@ -310,7 +312,7 @@ impl Dispatch {
         let worker = Arc::clone(&first.worker);
         // By far the largest of the futures here; each that holds it would be copied with it.
         let mut answer = Box::pin(attempt::attempt(&worker, job, first.number));
-        let Some(after) = job.hedged_after() else {
+        let Some(after) = job.hedged_after().filter(|_| !course.hedged) else {
             let answered = answer.await;
             return (first, answered);
         };
@@ -346,13 +348,15 @@ impl Dispatch {
 
     /// A place for a second attempt, at another worker than `worker` and at once, or none.
     fn beside<F: FnMut(Step)>(&self, job: &Job<'_>, worker: WorkerId, course: &mut Course<F>) -> Option<Leg> {
-        let (place, verdict) = self.driver.arrive(|id| request(id, job, &self.driver, Some(worker)));
+        let beside = Some((worker, course.attempts - job.attempted));
+        let (place, verdict) = self.driver.arrive(|id| request(id, job, &self.driver, beside));
         let Waiting::Said(Verdict::Sent(sent)) = verdict else { return None };
         let worker = self.workers.get(sent.worker)?;
         if !self.budget.lock().spend(Instant::now()) {
             return None;
         }
         self.registry.retried(attempt::HEDGE);
+        course.hedged = true;
         let number = course.sent(&worker, Duration::ZERO);
         Some(Leg { place, worker, sent, number })
     }
@@ -379,8 +383,13 @@ fn route(asked: &Asked) -> RouteId {
     })
 }
 
-/// `beside`: the worker that tries it already.
-fn request(id: forebay_scheduler::RequestId, job: &Job<'_>, driver: &Driver, beside: Option<WorkerId>) -> Request {
+/// `beside`: the worker that tries it already, and the attempts made by now.
+fn request(
+    id: forebay_scheduler::RequestId,
+    job: &Job<'_>,
+    driver: &Driver,
+    beside: Option<(WorkerId, u32)>,
+) -> Request {
     let max_output = job.asked.max_output();
     Request {
         id,

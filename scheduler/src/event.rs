@@ -60,9 +60,9 @@ pub struct Request {
     /// Whether the answer is streamed, so that `FirstToken` marks the end of the prefill. For an answer that comes
     /// whole the first byte is also the last, and says nothing about the prefill.
     pub streamed: bool,
-    /// The worker that works on the same already: this is a second try beside it, made elsewhere and at once, where
-    /// there is room and nobody waits, or not at all.
-    pub beside: Option<WorkerId>,
+    /// The worker that works on the same already, and the attempts made by now: this is a second try beside it, made
+    /// elsewhere and at once, where there is room and nobody waits, or not at all.
+    pub beside: Option<(WorkerId, u32)>,
 }
 
 /// How a pool's workers are chosen.

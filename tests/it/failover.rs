@@ -524,6 +524,18 @@ fn a_hedged_request_is_answered_once_by_whoever_begins_first() {
     assert_eq!(setting.gateway.metric(hedges), 3.0);
 }
 
+#[test]
+fn a_hedged_request_is_tried_no_more_often_than_any_other() {
+    let setting = Setting::new(2, "hedge_after_ms = 50\nattempts_max = 3\n");
+    let fault = [vec![Step::Pause(Duration::from_millis(200))], json("500 Internal Server Error", "{}")].concat();
+    setting.workers.iter().for_each(|worker| worker.play(fault.clone()));
+    let answer = setting.gateway.post(CHAT, &chat("hedged", r#","stream":true"#));
+    assert_eq!(answer.status, 502, "{}", answer.text());
+    let row = setting.gateway.row_of(&answer);
+    assert_eq!(setting.asked().iter().sum::<usize>(), 3, "{row}");
+    assert_eq!(row["attempts"], 3, "{row}");
+}
+
 /// What the large model answers when the small one answers this.
 fn of_the_large(script: Vec<Step>) -> Vec<Step> {
     let named = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8").replace(r#""model":"m""#, r#""model":"n""#);

@@ -37,7 +37,8 @@ impl Core {
         });
         let reason = self.inadmissible(&request);
         let plan = self.plan(&request);
-        let failed_on = request.beside.into_iter().collect();
+        let failed_on = request.beside.iter().map(|(worker, _)| *worker).collect();
+        let attempts = request.beside.map_or(0, |(_, attempts)| attempts);
         let entry = Entry {
             request,
             plan,
@@ -47,7 +48,7 @@ impl Core {
             at_workers: Duration::ZERO,
             place: Place::Loose,
             timer: None,
-            attempts: 0,
+            attempts,
             failed_on,
             avoided: Default::default(),
             last: None,

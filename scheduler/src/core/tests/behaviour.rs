@@ -360,7 +360,7 @@ fn a_second_try_goes_elsewhere_at_once_or_nowhere() {
     let mut world = World::with_workers(2, &one_slot());
     world.arrive(request(1, 100));
     let first = world.sent_to(1).unwrap();
-    let beside = |id| Request { beside: Some(WorkerId(first)), ..request(id, 100) };
+    let beside = |id| Request { beside: Some((WorkerId(first), 1)), ..request(id, 100) };
     world.arrive(beside(2));
     assert_eq!(world.sent_to(2), Some(1 - first));
     world.arrive(beside(3));
@@ -372,7 +372,7 @@ fn a_second_try_goes_elsewhere_at_once_or_nowhere() {
     assert_eq!(world.refusal(4), Some(Refusal::AttemptsExhausted { last: Failure::Reset }), "never beside itself");
 
     let mut world = World::with_workers(1, &WorkerSpec::default());
-    world.arrive(Request { beside: Some(WorkerId(0)), ..request(1, 100) });
+    world.arrive(Request { beside: Some((WorkerId(0), 1)), ..request(1, 100) });
     assert_eq!(world.refusal(1), Some(Refusal::NoWorker));
 }
 

@@ -141,7 +141,7 @@ fn run(world: &mut World, step: &Step) {
                 blocks: chain(arrival.seed, arrival.prompt / 16),
                 sequences: arrival.sequences,
                 streamed: arrival.streamed,
-                beside: arrival.beside.map(WorkerId),
+                beside: arrival.beside.map(|worker| (WorkerId(worker), 1)),
                 ..super::world::request(id, arrival.prompt)
             })
         }
@@ -233,10 +233,17 @@ fn play(seed: u64, steps: &[Step]) -> World {
 
 /// No head of a lane would do better, by the rule for moving, at a worker that has room.
 fn assert_conserving(core: &mut Core) {
-    // room that came with time alone since the last look
+    // room that came with time alone since the last look; and who is a head depends on what others were sent meanwhile, so
+    // that one look may make another worth while
     let slots: Vec<_> = core.workers.iter().map(|(slot, _)| slot).collect();
-    slots.iter().for_each(|slot| core.touch(*slot));
-    core.settle(&mut Vec::new());
+    loop {
+        let mut sent = Vec::new();
+        slots.iter().for_each(|slot| core.touch(*slot));
+        core.settle(&mut sent);
+        if sent.is_empty() {
+            break;
+        }
+    }
     for (pool_id, pool) in &core.pools {
         let scene = Scene { now: core.now, config: &core.config, pool, workers: &core.workers };
         assert!(pool.unbound.is_empty() || pool.by_ready.is_empty() || !any_may(core, pool), "{pool_id}");

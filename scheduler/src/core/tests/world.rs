@@ -104,7 +104,7 @@ impl World {
         match &event {
             Event::Arrived(request) => {
                 if !self.stages.contains_key(&request.id) {
-                    self.failed_on.extend(request.beside.map(|worker| (request.id, worker)));
+                    self.failed_on.extend(request.beside.map(|(worker, _)| (request.id, worker)));
                 }
                 self.stages.entry(request.id).or_insert(Stage::Waiting);
             }
