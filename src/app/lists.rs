@@ -14,22 +14,21 @@ use crate::config::{Config, Discover, Model, Name, Worker};
 /// Lists that wait to be taken over.
 const WAITING_MAX: usize = 64;
 
-/// What is followed, and how often it is read.
-pub(super) type List = (Source, Duration);
-
 /// What a list says now.
 pub(super) struct Listed {
-    list: List,
+    source: Source,
     places: Vec<Place>,
 }
 
 pub(super) struct Lists {
     tracker: TaskTracker,
     tell: mpsc::Sender<Listed>,
-    followed: HashMap<List, Followed>,
+    followed: HashMap<Source, Followed>,
 }
 
 struct Followed {
+    /// How often it is read.
+    every: Duration,
     /// Empty until it was read.
     places: Vec<Place>,
     /// Ends its task.
@@ -44,29 +43,38 @@ impl Lists {
 
     /// Follows the lists of `config` and no others. What one that stays has said is kept.
     pub(super) fn apply(&mut self, config: &Config) {
-        let wanted: Vec<List> = config.models.iter().flat_map(|model| &model.discover).map(list).collect();
-        self.followed.retain(|list, _| wanted.contains(list));
-        for list in wanted {
-            if !self.followed.contains_key(&list) {
-                let followed = Followed { places: Vec::new(), _guard: self.follow(list.clone()) };
-                self.followed.insert(list, followed);
-            }
+        // Of two that read one list, the one in more of a hurry.
+        let mut wanted: HashMap<&Source, Duration> = HashMap::new();
+        for Discover { source, every, .. } in config.models.iter().flat_map(|model| &model.discover) {
+            wanted.entry(source).and_modify(|least| *least = (*least).min(*every)).or_insert(*every);
+        }
+        self.followed.retain(|source, _| wanted.contains_key(source));
+        for (source, every) in wanted {
+            let known = self.followed.remove(source);
+            let followed = match known {
+                Some(known) if known.every == every => known,
+                known => {
+                    let places = known.map(|known| known.places).unwrap_or_default();
+                    Followed { every, places, _guard: self.follow(source.clone(), every) }
+                }
+            };
+            self.followed.insert(source.clone(), followed);
         }
     }
 
-    fn follow(&self, list: List) -> DropGuard {
+    fn follow(&self, source: Source, every: Duration) -> DropGuard {
         let (over, tell) = (CancellationToken::new(), self.tell.clone());
         let guard = over.clone().drop_guard();
         self.tracker.spawn(over.run_until_cancelled_owned(async move {
-            let mut lister = Lister::new(list.0.clone(), list.1);
-            while tell.send(Listed { list: list.clone(), places: lister.next().await }).await.is_ok() {}
+            let mut lister = Lister::new(source.clone(), every);
+            while tell.send(Listed { source: source.clone(), places: lister.next().await }).await.is_ok() {}
         }));
         guard
     }
 
     /// Takes over what a list says; false when nobody wants it any more.
     pub(super) fn learn(&mut self, listed: Listed) -> bool {
-        let followed = self.followed.get_mut(&listed.list);
+        let followed = self.followed.get_mut(&listed.source);
         followed.map(|followed| followed.places = listed.places).is_some()
     }
 
@@ -92,15 +100,11 @@ impl Lists {
     }
 
     fn listed(&self, model: &Model) -> Vec<Worker> {
-        let lists = model.discover.iter().filter_map(|discover| Some((discover, self.followed.get(&list(discover))?)));
+        let lists = model.discover.iter().filter_map(|discover| Some((discover, self.followed.get(&discover.source)?)));
         lists
             .flat_map(|(discover, followed)| followed.places.iter().filter_map(|place| worker(discover, place)))
             .collect()
     }
-}
-
-fn list(discover: &Discover) -> List {
-    (discover.source.clone(), discover.every)
 }
 
 /// The worker at a place, as if it stood in the file; `None` where its names cannot stand in a header.

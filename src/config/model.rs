@@ -17,6 +17,9 @@ use super::{
     Fallback, MicroBatch, Model, Name, Node, Reader, Trouble, Worker, defaults, discover, node, secret, tokenizer,
 };
 
+/// The engine that is spoken to in gRPC.
+const GRPC_ENGINE: &str = "triton";
+
 /// Names that stand already, and where.
 #[derive(Default)]
 struct Taken(BTreeMap<Name, At>);
@@ -248,6 +251,13 @@ fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: 
     let own_name = section.read("name", name);
     let url = section.required("url", "write the worker's address, as in url = \"http://gpu-a:8000\"", address);
     let engine = section.read("engine", |raw| engine(raw, &reader.engines));
+    if let (Some(url), Some(engine)) = (&url, &engine)
+        && url.value.grpc
+        && engine.value != GRPC_ENGINE
+    {
+        let remedy = format!("must be {GRPC_ENGINE} where the address is grpc://: others are spoken to in HTTP");
+        log.refuse(&engine.at, quoted(engine.value), remedy);
+    }
     let model = section.read("model", name);
     let api_key = section.read("api_key", |raw| secret::read(raw, &reader.environment));
     let http2 = section.boolean("http2", false);

@@ -497,6 +497,17 @@ fn fallbacks_and_hedges() {
 }
 
 #[test]
+fn grpc_is_spoken_to_triton_alone() {
+    check_worker(
+        "url = 'grpc://w:8001'\nengine = 'vllm'",
+        &[
+            "f.toml:5:10: model[0].worker[0].engine is \"vllm\": must be triton where the address is grpc://: others are spoken to in HTTP",
+        ],
+    );
+    check_worker("url = 'grpc://w:8001'", &[]);
+}
+
+#[test]
 fn lists_of_workers() {
     let model = |keys: &str| format!("[[model]]\nname = 'm'\n[[model.discover]]\n{keys}\n");
     let source =

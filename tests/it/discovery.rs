@@ -110,8 +110,8 @@ fn the_addresses_of_a_name_are_workers() {
     named(&[&here, &there]);
     server.set("vllm.test", Records::Addresses(vec![Ipv4Addr::LOCALHOST]));
     named(&[&here]);
-    // A server that fails, or that knows nothing, says nothing of the workers.
-    server.set("vllm.test", Records::Broken);
+    // An answer of which a part fails says nothing of the workers.
+    server.set("vllm.test", Records::HalfBroken);
     eventually("the failure to be noticed", || {
         gateway.process.err().contains("workers cannot be listed").then_some(())
     });

@@ -1,14 +1,17 @@
 //! Workers that DNS lists: the addresses of a name (A and AAAA), or its services (SRV, RFC 2782).
 //!
-//! Of the services, those of the best priority are taken; their weights are left aside, since load is ours to spread. A service's
-//! host is resolved here, too, by the same resolver; only over TLS its name stays, which its certificate is for.
+//! Of the services, those of the best priority are taken; their weights are left aside, since load is ours to spread. A
+//! service's host is resolved here, too, by the same resolver; only over TLS its name stays, which its certificate is for.
+//! An answer of which a part fails is none: half a list would take well workers out.
 
 use std::net::{IpAddr, SocketAddr};
 
 use hickory_resolver::config::{NameServerConfig, ResolverConfig};
 use hickory_resolver::name_server::TokioConnectionProvider;
+use hickory_resolver::proto::ProtoErrorKind;
+use hickory_resolver::proto::op::ResponseCode;
 use hickory_resolver::proto::xfer::Protocol;
-use hickory_resolver::{TokioResolver, config::LookupIpStrategy};
+use hickory_resolver::{ResolveError, TokioResolver};
 use url::Url;
 
 use super::{Error, Place};
@@ -34,7 +37,7 @@ impl Name {
 
     /// Made for each look: what `/etc/resolv.conf` says may change, and nothing is to be remembered.
     fn resolver(&self) -> Result<TokioResolver, Error> {
-        let mut builder = match self.server {
+        let builder = match self.server {
             None => TokioResolver::builder_tokio()?,
             Some(address) => {
                 let mut config = ResolverConfig::new();
@@ -43,13 +46,12 @@ impl Name {
                 TokioResolver::builder_with_config(config, TokioConnectionProvider::default())
             }
         };
-        builder.options_mut().ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
         Ok(builder.build())
     }
 
     async fn addresses(&self, resolver: &TokioResolver, host: &str) -> Result<Vec<Place>, Error> {
-        let addresses = resolver.lookup_ip(host).await?;
-        Ok(addresses.iter().filter_map(|address| self.place(address, self.url.port(), None)).collect())
+        let addresses = resolve(resolver, host).await?;
+        Ok(addresses.into_iter().filter_map(|address| self.place(address, self.url.port(), None)).collect())
     }
 
     async fn services(&self, resolver: &TokioResolver, host: &str) -> Result<Vec<Place>, Error> {
@@ -66,13 +68,15 @@ impl Name {
                 }
                 continue;
             }
-            // One host that cannot be resolved is no reason to do without the others.
-            match resolver.lookup_ip(format!("{target}.")).await {
+            match resolve(resolver, &format!("{target}.")).await {
                 Ok(addresses) => {
                     let name = Some(format!("{target}:{port}"));
-                    places.extend(addresses.iter().take(1).filter_map(|to| self.place(to, Some(port), name.clone())));
+                    let first = addresses.into_iter().take(1);
+                    places.extend(first.filter_map(|to| self.place(to, Some(port), name.clone())));
                 }
-                Err(error) => tracing::warn!(service = target, %error, "a listed worker cannot be resolved"),
+                // It has none any more.
+                Err(error) if says_none(&error) => {}
+                Err(error) => return Err(error.into()),
             }
         }
         Ok(places)
@@ -82,4 +86,25 @@ impl Name {
         let mut url = self.url.clone();
         (url.set_ip_host(address).is_ok() && url.set_port(port).is_ok()).then_some(Place { url, name, model: None })
     }
+}
+
+/// All addresses of a host, IPv4 first. Both families must answer, if only that there is none.
+async fn resolve(resolver: &TokioResolver, host: &str) -> Result<Vec<IpAddr>, ResolveError> {
+    let (four, six) = tokio::join!(resolver.ipv4_lookup(host), resolver.ipv6_lookup(host));
+    match (four, six) {
+        (Err(error), Err(other)) => Err(if says_none(&error) { other } else { error }),
+        (Err(error), Ok(_)) | (Ok(_), Err(error)) if !says_none(&error) => Err(error),
+        (four, six) => {
+            let four = four.iter().flat_map(|lookup| lookup.iter().map(|a| IpAddr::V4(a.0)));
+            let six = six.iter().flat_map(|lookup| lookup.iter().map(|aaaa| IpAddr::V6(aaaa.0)));
+            Ok(four.chain(six).collect())
+        }
+    }
+}
+
+/// Whether the servers said that there is no such record, and not that they do not know.
+fn says_none(error: &ResolveError) -> bool {
+    let kind = error.proto().map(|error| error.kind());
+    let Some(ProtoErrorKind::NoRecordsFound { response_code, .. }) = kind else { return false };
+    matches!(response_code, ResponseCode::NoError | ResponseCode::NXDomain)
 }
