@@ -299,6 +299,33 @@ fn a_whole_answer_of_a_model_that_answers_once() {
 }
 
 #[test]
+fn characters_that_a_repeated_text_breaks_are_told_once_they_are_whole() {
+    for text in ["aé bcd", "Hi 😀 and é.", "😀é", "é", "a\u{fffd}b\u{fffd}"] {
+        for step in 1..=text.len() {
+            let mut ends: Vec<usize> = (0..text.len()).step_by(step).skip(1).collect();
+            ends.push(text.len());
+            let steps = ends.iter().map(|&end| said(&String::from_utf8_lossy(&text.as_bytes()[..end]), false));
+            let steps: Vec<Bytes> = steps.chain([streamed(response(&[], true))]).collect();
+            let mut translation = Translation::new(answers(Output::text(true, None), &[]));
+            assert_eq!(read(&mut translation, &steps).0, text, "steps of {step}");
+        }
+    }
+    for (steps, expected) in [
+        // Cut off within a character.
+        (&["a", "a\u{fffd}"][..], "a\u{fffd}"),
+        // Decoders that take bytes for broken together.
+        (&["é", "\u{fffd}\u{fffd}\u{fffd}", "é😀", "é😀!"], "é😀!"),
+        // What is changed is said again, once.
+        (&["I '", "I'm", "I'm here"], "I ''m here"),
+    ] {
+        let last = steps.len() - 1;
+        let steps: Vec<Bytes> = steps.iter().enumerate().map(|(at, text)| said(text, at == last)).collect();
+        let mut translation = Translation::new(answers(Output::text(true, None), &[]));
+        assert_eq!(read(&mut translation, &steps).0, expected);
+    }
+}
+
+#[test]
 fn failures() {
     let failed = |message: &str| {
         grpc::frame(&ModelStreamInferResponse { error_message: message.to_owned(), infer_response: None })
