@@ -147,13 +147,38 @@ fn what_the_model_has_no_input_for_is_refused_by_name() {
         (by_text(true), r#"{"prompt":"a","stop":7}"#, "stop"),
         (by_text(true), r#"{"prompt":"a","tools":[{}]}"#, "tools"),
         (by_ids(), r#"{"prompt":"a"}"#, "prompt"),
+        // What is there in another form is not taken for what is not there.
+        (by_text(true), r#"{"prompt":"a","seed":"abc"}"#, "seed"),
+        (by_text(true), r#"{"prompt":"a","seed":18446744073709551615}"#, "seed"),
+        (by_text(true), r#"{"prompt":"a","seed":7.0}"#, "seed"),
+        (by_text(true), r#"{"prompt":"a","min_tokens":-1}"#, "min_tokens"),
+        (by_text(true), r#"{"prompt":"a","min_tokens":4.0}"#, "min_tokens"),
+        (by_text(true), r#"{"prompt":"a","max_tokens":1.5}"#, "max_tokens"),
+        (by_text(true), r#"{"prompt":"a","top_k":1.5}"#, "top_k"),
+        (by_text(true), r#"{"prompt":"a","bad_words":"x"}"#, "bad_words"),
+        (by_text(true), r#"{"prompt":"a","stop_token_ids":"x"}"#, "stop_token_ids"),
+        (by_text(true), r#"{"prompt":"a","ignore_eos":"no"}"#, "ignore_eos"),
+        (by_text(true), r#"{"prompt":"a","ignore_eos":true}"#, "ignore_eos"),
+        (by_text(true), r#"{"prompt":"a","tools":{}}"#, "tools"),
+        (by_text(true), r#"{"prompt":"a","temperature":1e39}"#, "temperature"),
+        (by_text(true), r#"{"prompt":"a","repetition_penalty":0}"#, "repetition_penalty"),
     ] {
         let refused = Triton.adapt(asked(Api::Completions, body, &tensors)).expect_err(body);
         assert_eq!(refused.param.as_deref(), Some(field), "{body}");
     }
-    let idle =
-        r#"{"prompt":"a","presence_penalty":0,"repetition_penalty":1,"response_format":{"type":"text"},"stop":[]}"#;
-    assert!(Triton.adapt(asked(Api::Completions, idle, &by_text(true))).is_ok());
+    for idle in [
+        r#"{"prompt":"a","presence_penalty":0,"repetition_penalty":1,"response_format":{"type":"text"},"stop":[]}"#,
+        r#"{"prompt":"a","tools":[ ],"stop_token_ids":[ ],"bad_words":[],"ignore_eos":false,"min_tokens":0,"top_k":-1}"#,
+    ] {
+        assert!(Triton.adapt(asked(Api::Completions, idle, &by_text(true))).is_ok(), "{idle}");
+    }
+    for (value, range) in
+        [(r#""presence_penalty":3"#, "a number from -2 to 2"), (r#""top_p":0"#, "a number above 0 and not above 1")]
+    {
+        let body = format!(r#"{{"prompt":"a",{value}}}"#);
+        let refused = Triton.adapt(asked(Api::Completions, &body, &by_text(true))).expect_err("out of range");
+        assert!(refused.message.contains(&format!("{range} is taken")), "{}", refused.message);
+    }
     let chat = asked(Api::ChatCompletions, "{}", &by_text(true));
     assert_eq!(Triton.adapt(chat).expect_err("no length").param.as_deref(), Some("max_tokens"));
 }
@@ -280,25 +305,6 @@ fn text_that_is_repeated_is_told_once() {
 }
 
 #[test]
-fn a_whole_answer_of_a_model_that_answers_once() {
-    let prompt = [1, 2, 3];
-    let tokenizer = tokenizer();
-    let ids = tokenizer.encode(TEXT, Special::Omit).expect("ids");
-    let all: Vec<u32> = prompt.iter().chain(&ids).copied().collect();
-    let raw: Vec<u8> = all.iter().flat_map(|id| id.to_le_bytes()).collect();
-    let length = i64::try_from(all.len()).expect("short");
-    let message = response(&[("output_ids", vec![1, 1, length], raw)], false).encode_to_vec();
-    let most = u32::try_from(ids.len()).expect("short");
-    let output = Output::ids(&tokenizer, &prompt);
-    let answers = Answers::new((Api::Completions, "m".to_owned()), output, Vec::new(), most);
-    let mut answers = answers.without(prompt.len()).prompt_tokens(Some(3));
-    assert!(answers.event(&message, &mut Vec::new()));
-    let whole: Value = serde_json::from_slice(&answers.whole(&Bytes::new()).expect("whole")).expect("JSON");
-    assert_eq!((&whole["choices"][0]["text"], &whole["choices"][0]["finish_reason"]), (&json!(TEXT), &json!("length")));
-    assert_eq!((&whole["usage"]["prompt_tokens"], &whole["usage"]["completion_tokens"]), (&json!(3), &json!(most)));
-}
-
-#[test]
 fn characters_that_a_repeated_text_breaks_are_told_once_they_are_whole() {
     for text in ["aé bcd", "Hi 😀 and é.", "😀é", "é", "a\u{fffd}b\u{fffd}"] {
         for step in 1..=text.len() {
@@ -323,6 +329,25 @@ fn characters_that_a_repeated_text_breaks_are_told_once_they_are_whole() {
         let mut translation = Translation::new(answers(Output::text(true, None), &[]));
         assert_eq!(read(&mut translation, &steps).0, expected);
     }
+}
+
+#[test]
+fn a_whole_answer_of_a_model_that_answers_once() {
+    let prompt = [1, 2, 3];
+    let tokenizer = tokenizer();
+    let ids = tokenizer.encode(TEXT, Special::Omit).expect("ids");
+    let all: Vec<u32> = prompt.iter().chain(&ids).copied().collect();
+    let raw: Vec<u8> = all.iter().flat_map(|id| id.to_le_bytes()).collect();
+    let length = i64::try_from(all.len()).expect("short");
+    let message = response(&[("output_ids", vec![1, 1, length], raw)], false).encode_to_vec();
+    let most = u32::try_from(ids.len()).expect("short");
+    let output = Output::ids(&tokenizer, &prompt);
+    let answers = Answers::new((Api::Completions, "m".to_owned()), output, Vec::new(), most);
+    let mut answers = answers.without(prompt.len()).prompt_tokens(Some(3));
+    assert!(answers.event(&message, &mut Vec::new()));
+    let whole: Value = serde_json::from_slice(&answers.whole(&Bytes::new()).expect("whole")).expect("JSON");
+    assert_eq!((&whole["choices"][0]["text"], &whole["choices"][0]["finish_reason"]), (&json!(TEXT), &json!("length")));
+    assert_eq!((&whole["usage"]["prompt_tokens"], &whole["usage"]["completion_tokens"]), (&json!(3), &json!(most)));
 }
 
 #[test]
