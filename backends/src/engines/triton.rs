@@ -15,6 +15,7 @@ mod tensors;
 use std::sync::Arc;
 
 use forebay_proto::metrics_text::samples;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::Value;
 
 pub(super) use self::server::{detect, ready};
@@ -153,7 +154,7 @@ impl Engine for Triton {
             require_text(NAME, &members)?;
         }
         refuse_unheeded(NAME, &members, HEEDED)?;
-        if members.get("tools").is_some_and(|tools| tools != "[]") {
+        if list::<IgnoredAny>(&members, "tools", "a list")?.is_some() {
             return Err(Unsupported::field(NAME, "tools"));
         }
         request(asked, &members, &tensors)
@@ -165,6 +166,8 @@ fn request(asked: Asked, members: &Members<'_>, tensors: &Arc<Tensors>) -> Resul
     let model: String = members.get_as("model").unwrap_or_default();
     let most = most_tokens(api, members, written.room)?;
     let stops = stops(members)?;
+    let stop_ids = list::<u32>(members, "stop_token_ids", "a list of token ids")?;
+    let past_end = read(members, "ignore_eos", "true or false", |_| true)?.unwrap_or(false);
     let mut inputs = Inputs::of(tensors);
     let strip;
     let output = if tensors.takes_ids() {
@@ -174,7 +177,7 @@ fn request(asked: Asked, members: &Members<'_>, tensors: &Arc<Tensors>) -> Resul
         };
         // Without it there is no end to an answer but its greatest length.
         if let Some(end) = tokenizer.end()
-            && members.get_as("ignore_eos") != Some(true)
+            && !past_end
         {
             inputs.int("end_id", end)?;
             inputs.int_if_there("pad_id", end);
@@ -182,14 +185,14 @@ fn request(asked: Asked, members: &Members<'_>, tensors: &Arc<Tensors>) -> Resul
         inputs.ints("input_ids", ids)?;
         inputs.int("input_lengths", u32::try_from(ids.len()).unwrap_or(u32::MAX))?;
         inputs.int("request_output_len", most)?;
-        if let Some(ids) = members.get_as::<Vec<u32>>("stop_token_ids").filter(|ids| !ids.is_empty()) {
-            inputs.words("stop_words_list", "stop_token_ids", &ids)?;
+        if let Some(ids) = &stop_ids {
+            inputs.words("stop_words_list", "stop_token_ids", ids)?;
         }
         strip = ids.len();
         Output::ids(tokenizer, ids)
     } else {
-        for field in ["stop_token_ids", "ignore_eos"] {
-            if members.get(field).is_some_and(|value| !matches!(value, "false" | "[]")) {
+        for (field, asked) in [("stop_token_ids", stop_ids.is_some()), ("ignore_eos", past_end)] {
+            if asked {
                 return Err(Unsupported::field(NAME, field));
             }
         }
@@ -233,9 +236,8 @@ fn request(asked: Asked, members: &Members<'_>, tensors: &Arc<Tensors>) -> Resul
 /// Its models must be told how long an answer may become.
 fn most_tokens(api: Api, members: &Members<'_>, room: Option<u32>) -> Result<u32, Unsupported> {
     for field in ["max_completion_tokens", "max_tokens"] {
-        if let Some(most) = number(members, field, 1.0, f64::from(i32::MAX))? {
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is in range")]
-            return Ok(most as u32);
+        if let Some(most) = whole(members, field, 1)? {
+            return Ok(most.cast_unsigned());
         }
     }
     match (api, room) {
@@ -248,11 +250,27 @@ fn most_tokens(api: Api, members: &Members<'_>, room: Option<u32>) -> Result<u32
     }
 }
 
-/// The server calls a value out of range its own failure, so that ranges are looked at here.
-fn number(members: &Members<'_>, field: &str, least: f64, most: f64) -> Result<Option<f64>, Unsupported> {
+/// A field in its form. One that is there in another is refused, also one out of range: the server would call that a
+/// failure of its own.
+fn read<T: DeserializeOwned>(
+    members: &Members<'_>,
+    field: &str,
+    what: &str,
+    fits: impl FnOnce(&T) -> bool,
+) -> Result<Option<T>, Unsupported> {
     let Some(json) = members.get(field) else { return Ok(None) };
-    let value = serde_json::from_str::<f64>(json).ok().filter(|value| (least..=most).contains(value));
-    value.map(Some).ok_or_else(|| Unsupported::value(NAME, field, &format!("a number from {least} to {most} is taken")))
+    let value = serde_json::from_str(json).ok().filter(fits);
+    value.map(Some).ok_or_else(|| Unsupported::value(NAME, field, &format!("{what} is taken")))
+}
+
+fn whole(members: &Members<'_>, field: &str, least: i32) -> Result<Option<i32>, Unsupported> {
+    read(members, field, &format!("a whole number from {least} to {}", i32::MAX), |&value| value >= least)
+}
+
+/// `None`: it asks for nothing.
+fn list<T: DeserializeOwned>(members: &Members<'_>, field: &str, what: &str) -> Result<Option<Vec<T>>, Unsupported> {
+    let list = read::<Vec<T>>(members, field, what, |_| true)?;
+    Ok(list.filter(|list| !list.is_empty()))
 }
 
 fn prompt(members: &Members<'_>) -> Result<String, Unsupported> {
@@ -275,28 +293,34 @@ fn stops(members: &Members<'_>) -> Result<Vec<String>, Unsupported> {
 fn sampling(members: &Members<'_>, inputs: &mut Inputs<'_>) -> Result<(), Unsupported> {
     const TOP_P: &[&str] = &["top_p", "runtime_top_p"];
     const TOP_K: &[&str] = &["top_k", "runtime_top_k"];
-    let temperature = number(members, "temperature", 0.0, f64::from(f32::MAX))?.unwrap_or(1.0);
-    let top_p = number(members, "top_p", f64::MIN_POSITIVE, 1.0)?;
-    let top_k = number(members, "top_k", -1.0, f64::from(i32::MAX))?.unwrap_or(0.0).max(0.0);
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it is in range")]
-    let top_k = if temperature == 0.0 { 1 } else { top_k as u32 };
+    let number = |field, what, fits: fn(f32) -> bool| {
+        read(members, field, what, |&value: &f32| value.is_finite() && fits(value))
+    };
+    let temperature = number("temperature", "a number not below 0", |value| value >= 0.0)?.unwrap_or(1.0);
+    let top_p = number("top_p", "a number above 0 and not above 1", |value| value > 0.0 && value <= 1.0)?;
+    let top_k = whole(members, "top_k", -1)?.unwrap_or(0).max(0);
+    let top_k = if temperature == 0.0 { 1 } else { top_k.cast_unsigned() };
     if temperature > 0.0 {
         inputs.float(&["temperature"], "temperature", temperature, members.get("temperature").is_some())?;
         inputs.float(TOP_P, "top_p", top_p.unwrap_or(1.0), top_p.is_some_and(|top_p| top_p < 1.0))?;
     }
     inputs.int_of(TOP_K, "top_k", top_k, top_k > 0)?;
-    for (field, nothing) in [("presence_penalty", 0.0), ("frequency_penalty", 0.0), ("repetition_penalty", 1.0)] {
-        let penalty = number(members, field, f64::from(f32::MIN), f64::from(f32::MAX))?;
+    let around_0 = |field| number(field, "a number from -2 to 2", |value| value.abs() <= 2.0);
+    for (field, nothing, penalty) in [
+        ("presence_penalty", 0.0, around_0("presence_penalty")?),
+        ("frequency_penalty", 0.0, around_0("frequency_penalty")?),
+        ("repetition_penalty", 1.0, number("repetition_penalty", "a number above 0", |value| value > 0.0)?),
+    ] {
         if let Some(penalty) = penalty.filter(|&penalty| penalty != nothing) {
             inputs.float(&[field], field, penalty, true)?;
         }
     }
-    if let Some(least) = members.get_as::<u32>("min_tokens").filter(|&least| least > 0) {
-        inputs.int_of(&["min_tokens", "min_length"], "min_tokens", least, true)?;
+    if let Some(least) = whole(members, "min_tokens", 0)?.filter(|&least| least > 0) {
+        inputs.int_of(&["min_tokens", "min_length"], "min_tokens", least.cast_unsigned(), true)?;
     }
-    let seed = members.get_as::<i64>("seed").map_or_else(|| rand::random::<u64>() >> 1, i64::cast_unsigned);
-    inputs.seed(seed, members.get("seed").is_some())?;
-    if let Some(words) = members.get_as::<Vec<String>>("bad_words").filter(|words| !words.is_empty()) {
+    let seed = read(members, "seed", "a whole number of 64 bits with its sign", |_| true)?;
+    inputs.seed(seed.map_or_else(|| rand::random::<u64>() >> 1, i64::cast_unsigned), seed.is_some())?;
+    if let Some(words) = list(members, "bad_words", "a list of texts")? {
         inputs.texts("bad_words", &words)?;
     }
     Ok(())

@@ -29,7 +29,8 @@ use crate::{
 /// In which form the model gives its answer.
 pub(super) enum Output {
     Text {
-        accumulates: bool,
+        /// Of a model whose answers repeat the text so far.
+        repeated: Option<Repeated>,
         tokenizer: Option<Arc<Tokenizer>>,
     },
     /// `None` once all was written.
@@ -39,11 +40,34 @@ pub(super) enum Output {
 impl Output {
     /// `tokenizer` counts what the model does not.
     pub(super) fn text(accumulates: bool, tokenizer: Option<Arc<Tokenizer>>) -> Self {
-        Self::Text { accumulates, tokenizer }
+        Self::Text { repeated: accumulates.then(Repeated::default), tokenizer }
     }
 
     pub(super) fn ids(tokenizer: &Arc<Tokenizer>, prompt: &[u32]) -> Self {
         Self::Ids(Some(tokenizer.detokenizer(prompt, Special::Omit)))
+    }
+}
+
+/// A text that is told again from its beginning each time.
+#[derive(Default)]
+pub(super) struct Repeated {
+    told: String,
+    /// What stands at the end for characters that are not whole yet.
+    broken: String,
+}
+
+impl Repeated {
+    /// What is new in `all`. What was said cannot be taken back: what the model changes in it is said again.
+    fn fresh(&mut self, all: &str) -> String {
+        let whole = all.trim_end_matches('\u{fffd}');
+        all.get(whole.len()..).unwrap_or_default().clone_into(&mut self.broken);
+        // Bytes of a whole character may count as broken again while more bytes follow them.
+        if self.told.starts_with(whole) {
+            return String::new();
+        }
+        let same = self.told.bytes().zip(whole.bytes()).take_while(|(told, now)| told == now).count();
+        whole.clone_into(&mut self.told);
+        whole.get(whole.floor_char_boundary(same)..).unwrap_or_default().to_owned()
     }
 }
 
@@ -62,7 +86,7 @@ pub(super) struct Answers {
     cost: Cost,
     /// Answers of the model, which has a token to say in each.
     steps: u64,
-    /// All text that came, of a model that repeats it, else what may still become a stop word, from `shown` on.
+    /// All text that came. From `shown` on it may still become a stop word.
     text: String,
     /// Bytes of `text` that were given out.
     shown: usize,
@@ -135,15 +159,22 @@ impl Answers {
                 }
                 fresh
             }
-            Output::Text { accumulates, .. } => {
+            Output::Text { repeated, .. } => {
                 self.steps += u64::from(!response.outputs.is_empty());
                 self.cost.output_tokens += told.unwrap_or_default();
-                match (outputs.text("text_output"), *accumulates) {
-                    (Some(text), false) => text,
-                    // What was said cannot be taken back.
-                    (Some(all), true) => all.get(self.text.len()..).unwrap_or_default().to_owned(),
-                    (None, _) if last => String::new(),
-                    (None, _) => return None,
+                let text = match outputs.text("text_output") {
+                    None if !last => return None,
+                    text => text,
+                };
+                match repeated {
+                    None => text.unwrap_or_default(),
+                    Some(repeated) => {
+                        let mut fresh = text.map(|all| repeated.fresh(&all)).unwrap_or_default();
+                        if last {
+                            fresh += &std::mem::take(&mut repeated.broken);
+                        }
+                        fresh
+                    }
                 }
             }
         };

@@ -1,6 +1,6 @@
 //! What a Triton server says of itself.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use http::StatusCode;
 
@@ -39,11 +39,8 @@ pub(in crate::engines) async fn detect(channel: &Channel, engine: &'static dyn E
     }
     let ready = RepositoryIndexRequest { ready: true, ..Default::default() };
     let index: RepositoryIndexResponse = channel.call(INDEX, &ready, LIMIT, BYTES_MAX).await?;
-    let mut names: Vec<String> = index.models.into_iter().map(|model| model.name).collect();
-    // One entry for each version.
-    names.dedup();
     let mut configs = Vec::new();
-    for name in names.into_iter().take(MODELS_MAX) {
+    for name in names(index).into_iter().take(MODELS_MAX) {
         let question = ModelConfigRequest { name, ..Default::default() };
         let answer: ModelConfigResponse = channel.call(CONFIG, &question, LIMIT, BYTES_MAX).await?;
         configs.extend(answer.config);
@@ -60,6 +57,11 @@ pub(in crate::engines) async fn detect(channel: &Channel, engine: &'static dyn E
 pub(in crate::engines) async fn ready(channel: &Channel) -> Result<(), Error> {
     let answer: ServerReadyResponse = channel.call(READY, &ServerReadyRequest {}, LIMIT, BYTES_MAX).await?;
     if answer.ready { Ok(()) } else { Err(Error::Status { status: StatusCode::SERVICE_UNAVAILABLE }) }
+}
+
+/// An index has an entry for each version, in any order.
+fn names(index: RepositoryIndexResponse) -> BTreeSet<String> {
+    index.models.into_iter().map(|model| model.name).collect()
 }
 
 /// Those that generate text.
@@ -94,7 +96,9 @@ fn models(configs: &[ModelConfig]) -> Vec<ServedModel> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engines::triton::wire::{DataType, ModelInput, ModelOutput, ModelParameter};
+    use crate::engines::triton::wire::{
+        DataType, ModelInput, ModelOutput, ModelParameter, repository_index_response::ModelIndex,
+    };
 
     fn config(name: &str, input: &str, output: &str, parameter: Option<(&str, &str)>) -> ModelConfig {
         let parameter =
@@ -110,6 +114,12 @@ mod tests {
             parameters: parameter.into_iter().collect(),
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn a_model_of_several_versions_is_asked_once() {
+        let models = ["b", "a", "b"].map(|name| ModelIndex { name: name.to_owned(), ..Default::default() });
+        assert!(names(RepositoryIndexResponse { models: models.into() }).iter().eq(["a", "b"]));
     }
 
     #[test]

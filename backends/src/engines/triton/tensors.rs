@@ -136,9 +136,8 @@ impl<'a> Inputs<'a> {
     }
 
     /// As [`Inputs::int_of`].
-    pub(super) fn float(&mut self, names: &[&str], field: &str, value: f64, needed: bool) -> Result<(), Unsupported> {
-        #[expect(clippy::cast_possible_truncation, reason = "the model has no finer values")]
-        let raw = (value as f32).to_le_bytes();
+    pub(super) fn float(&mut self, names: &[&str], field: &str, value: f32, needed: bool) -> Result<(), Unsupported> {
+        let raw = value.to_le_bytes();
         Self::need(names.iter().any(|name| self.put(name, "FP32", &[1], raw.to_vec())) || !needed, field)
     }
 

@@ -147,13 +147,38 @@ fn what_the_model_has_no_input_for_is_refused_by_name() {
         (by_text(true), r#"{"prompt":"a","stop":7}"#, "stop"),
         (by_text(true), r#"{"prompt":"a","tools":[{}]}"#, "tools"),
         (by_ids(), r#"{"prompt":"a"}"#, "prompt"),
+        // What is there in another form is not taken for what is not there.
+        (by_text(true), r#"{"prompt":"a","seed":"abc"}"#, "seed"),
+        (by_text(true), r#"{"prompt":"a","seed":18446744073709551615}"#, "seed"),
+        (by_text(true), r#"{"prompt":"a","seed":7.0}"#, "seed"),
+        (by_text(true), r#"{"prompt":"a","min_tokens":-1}"#, "min_tokens"),
+        (by_text(true), r#"{"prompt":"a","min_tokens":4.0}"#, "min_tokens"),
+        (by_text(true), r#"{"prompt":"a","max_tokens":1.5}"#, "max_tokens"),
+        (by_text(true), r#"{"prompt":"a","top_k":1.5}"#, "top_k"),
+        (by_text(true), r#"{"prompt":"a","bad_words":"x"}"#, "bad_words"),
+        (by_text(true), r#"{"prompt":"a","stop_token_ids":"x"}"#, "stop_token_ids"),
+        (by_text(true), r#"{"prompt":"a","ignore_eos":"no"}"#, "ignore_eos"),
+        (by_text(true), r#"{"prompt":"a","ignore_eos":true}"#, "ignore_eos"),
+        (by_text(true), r#"{"prompt":"a","tools":{}}"#, "tools"),
+        (by_text(true), r#"{"prompt":"a","temperature":1e39}"#, "temperature"),
+        (by_text(true), r#"{"prompt":"a","repetition_penalty":0}"#, "repetition_penalty"),
     ] {
         let refused = Triton.adapt(asked(Api::Completions, body, &tensors)).expect_err(body);
         assert_eq!(refused.param.as_deref(), Some(field), "{body}");
     }
-    let idle =
-        r#"{"prompt":"a","presence_penalty":0,"repetition_penalty":1,"response_format":{"type":"text"},"stop":[]}"#;
-    assert!(Triton.adapt(asked(Api::Completions, idle, &by_text(true))).is_ok());
+    for idle in [
+        r#"{"prompt":"a","presence_penalty":0,"repetition_penalty":1,"response_format":{"type":"text"},"stop":[]}"#,
+        r#"{"prompt":"a","tools":[ ],"stop_token_ids":[ ],"bad_words":[],"ignore_eos":false,"min_tokens":0,"top_k":-1}"#,
+    ] {
+        assert!(Triton.adapt(asked(Api::Completions, idle, &by_text(true))).is_ok(), "{idle}");
+    }
+    for (value, range) in
+        [(r#""presence_penalty":3"#, "a number from -2 to 2"), (r#""top_p":0"#, "a number above 0 and not above 1")]
+    {
+        let body = format!(r#"{{"prompt":"a",{value}}}"#);
+        let refused = Triton.adapt(asked(Api::Completions, &body, &by_text(true))).expect_err("out of range");
+        assert!(refused.message.contains(&format!("{range} is taken")), "{}", refused.message);
+    }
     let chat = asked(Api::ChatCompletions, "{}", &by_text(true));
     assert_eq!(Triton.adapt(chat).expect_err("no length").param.as_deref(), Some("max_tokens"));
 }
@@ -277,6 +302,33 @@ fn text_that_is_repeated_is_told_once() {
     assert_eq!((text.as_str(), &finish), (TEXT, &json!("stop")));
     let counted = tokenizer().encode(TEXT, Special::Omit).expect("ids").len();
     assert_eq!(usage["completion_tokens"], counted, "counted here where the model does not");
+}
+
+#[test]
+fn characters_that_a_repeated_text_breaks_are_told_once_they_are_whole() {
+    for text in ["aé bcd", "Hi 😀 and é.", "😀é", "é", "a\u{fffd}b\u{fffd}"] {
+        for step in 1..=text.len() {
+            let mut ends: Vec<usize> = (0..text.len()).step_by(step).skip(1).collect();
+            ends.push(text.len());
+            let steps = ends.iter().map(|&end| said(&String::from_utf8_lossy(&text.as_bytes()[..end]), false));
+            let steps: Vec<Bytes> = steps.chain([streamed(response(&[], true))]).collect();
+            let mut translation = Translation::new(answers(Output::text(true, None), &[]));
+            assert_eq!(read(&mut translation, &steps).0, text, "steps of {step}");
+        }
+    }
+    for (steps, expected) in [
+        // Cut off within a character.
+        (&["a", "a\u{fffd}"][..], "a\u{fffd}"),
+        // Decoders that take bytes for broken together.
+        (&["é", "\u{fffd}\u{fffd}\u{fffd}", "é😀", "é😀!"], "é😀!"),
+        // What is changed is said again, once.
+        (&["I '", "I'm", "I'm here"], "I ''m here"),
+    ] {
+        let last = steps.len() - 1;
+        let steps: Vec<Bytes> = steps.iter().enumerate().map(|(at, text)| said(text, at == last)).collect();
+        let mut translation = Translation::new(answers(Output::text(true, None), &[]));
+        assert_eq!(read(&mut translation, &steps).0, expected);
+    }
 }
 
 #[test]
