@@ -305,10 +305,8 @@ enum Failed {
 impl From<Error> for Failed {
     fn from(error: Error) -> Self {
         let apart = match &error {
-            Error::Engine { .. } => true,
-            Error::Refused { reason: Refusal::AttemptsExhausted { last }, .. } => {
-                !matches!(last, Failure::Connect | Failure::Timeout) && last.left_alone().is_none()
-            }
+            // Workers that fail do so whoever asks; what they said last is the best that each can be told.
+            Error::Engine { status, .. } => status.is_client_error(),
             // No worker holds all of it; some may hold a part.
             Error::Refused { reason, .. } => *reason == Refusal::TooLarge,
         };
