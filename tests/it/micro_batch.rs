@@ -176,6 +176,7 @@ fn an_answer_that_does_not_fit_is_asked_for_apart() {
         let answer = client.answer();
         assert_eq!(items(&answer, "data"), r#"[{"object":"embedding","index":0,"embedding":[0.00]}]"#);
         assert_eq!(gateway.row_of(&answer)["attempts"], 2, "together, and by itself");
+        assert_eq!(answer.header("x-forebay-attempts"), Some("w0=merged"));
     }
     recorder.go_on();
     assert_eq!((first.answer().status, recorder.posts().len()), (200, 4));
