@@ -176,6 +176,18 @@ fn without_a_collector_requests_are_served_and_spans_counted() {
 }
 
 #[test]
+fn a_call_that_can_be_shared_stands_in_the_trace_of_the_first() {
+    let recorder = Recorder::start("m", vec![json("200 OK", ANSWER)]);
+    let gateway = start(&recorder, nowhere(), "coalesce = true\n");
+    let parent = format!("traceparent: 00-{TRACE}-{PARENT}-01");
+    let answer = client::post_with(gateway.client, CHAT, &[&parent], &chat("hello", r#","temperature":0"#));
+    assert_eq!((answer.status, answer.header("x-forebay-cache")), (200, Some("miss")));
+    let post = recorder.posts().pop().expect("a request");
+    let told = post.header("traceparent").expect("a parent");
+    assert!(told.contains(TRACE) && !told.contains(PARENT), "below the request's own span: {told}");
+}
+
+#[test]
 fn calls_of_several_and_of_one_of_them_are_told_apart() {
     let answer = |data: &str| json("200 OK", &format!(r#"{{"object":"list","data":[{data}],"model":"m"}}"#));
     let one = answer(r#"{"object":"embedding","index":0,"embedding":[0.5]}"#);
