@@ -6,10 +6,10 @@
 //! beside a first that is slow to begin. A [`Place`] is the core's promise for one attempt; dropping it gives the place
 //! back.
 //!
-//! Here: `driver` owns the core, `attempt` speaks with one worker, `micro_batch` makes one call
-//! of several requests, `intake` owns the tasks that feed the core with
-//! what workers report of themselves, `kv` what they publish of their caches, `gpus` what is said of their GPUs, `explain` tells administration what the
-//! core knows and why it decided as it did. Not here: another model or a cloud when a pool cannot (`pipeline`).
+//! Here: `driver` owns the core, `attempt` speaks with one worker, `micro_batch` makes one call of several requests,
+//! `intake` owns the tasks that feed the core with what workers report of themselves, `kv` what they publish of their
+//! caches, `gpus` what is said of their GPUs, `explain` tells administration what the core knows and why it decided as it
+//! did. Not here: another model or a cloud when a pool cannot (`pipeline`).
 
 mod attempt;
 mod budget;

@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime};
 
 use forebay_proto::stream::Usage;
 use forebay_proto::trace_context::TraceParent;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use crate::ids::RequestName;
@@ -74,6 +74,8 @@ impl Ledger {
             failed: Vec::new(),
             row: Box::new(Row::new(name, api, SystemTime::now())),
             trace: None,
+            within: None,
+            told: None,
         })
     }
 }
@@ -92,6 +94,26 @@ pub struct Entry {
     row: Box<Row>,
     /// Handed over at the end.
     trace: Option<Box<Trace>>,
+    /// Of a call that several requests share: where the first of them stands in its trace.
+    within: Option<TraceParent>,
+    /// Where such a call is followed until it is answered.
+    told: Option<watch::Sender<Option<Cost>>>,
+}
+
+/// What a call that several requests share went through, and has cost by now.
+#[derive(Debug, Clone)]
+pub struct Cost {
+    metrics: Arc<ModelMetrics>,
+    counted: Option<Instant>,
+    failed: Vec<(Arc<str>, &'static str)>,
+    row: Row,
+}
+
+impl Cost {
+    #[must_use]
+    pub fn outcome(&self) -> Outcome {
+        self.row.outcome
+    }
 }
 
 impl Entry {
@@ -113,7 +135,7 @@ impl Entry {
     /// Where the request stands in its trace.
     #[must_use]
     pub fn trace_parent(&self) -> Option<TraceParent> {
-        self.trace.as_ref().map(|trace| trace.own())
+        self.trace.as_ref().map(|trace| trace.own()).or(self.within)
     }
 
     /// Names the configured model that will answer.
@@ -134,6 +156,7 @@ impl Entry {
         }
         self.row.prompt_tokens = tokens;
         self.row.prompt_tokens_from = if exact { TokensFrom::Tokenizer } else { TokensFrom::Estimate };
+        self.tell();
     }
 
     /// Notes one more attempt: at which worker, of which engine, after how long in lanes.
@@ -144,11 +167,13 @@ impl Entry {
         self.row.worker = Some(Arc::clone(worker));
         self.row.queue_ms += milliseconds(queued);
         self.row.attempts += 1;
+        self.tell();
     }
 
     /// Notes that the attempt at this worker brought nothing, for a reason in a word.
     pub fn failed(&mut self, worker: &Arc<str>, reason: &'static str) {
         self.failed.push((Arc::clone(worker), reason));
+        self.tell();
     }
 
     /// The attempts that brought nothing, in order.
@@ -197,11 +222,12 @@ impl Entry {
         }
     }
 
-    /// An entry for a call that several requests share: it notes what theirs are told ([`Entry::shared`]), and becomes no
-    /// row.
+    /// An entry for a call that several requests share, and where it can be followed: it notes what theirs are told
+    /// ([`Entry::shared`]), and becomes no row. The call stands in the trace of this request.
     #[must_use]
-    pub fn of_all(&self) -> Self {
-        Self {
+    pub fn of_all(&self) -> (Self, watch::Receiver<Option<Cost>>) {
+        let (told, heard) = watch::channel(None);
+        let all = Self {
             permit: None,
             metrics: Arc::clone(&self.metrics),
             arrived: self.arrived,
@@ -210,12 +236,37 @@ impl Entry {
             failed: Vec::new(),
             row: self.row.clone(),
             trace: None,
+            within: self.trace_parent(),
+            told: Some(told),
+        };
+        (all, heard)
+    }
+
+    /// What its call has cost by now.
+    #[must_use]
+    pub fn cost(&self) -> Cost {
+        Cost {
+            metrics: Arc::clone(&self.metrics),
+            counted: self.counted,
+            failed: self.failed.clone(),
+            row: Row::clone(&self.row),
+        }
+    }
+
+    fn tell(&self) {
+        if let Some(told) = &self.told {
+            told.send_replace(Some(self.cost()));
         }
     }
 
     /// Takes over what a shared call has cost. One of its requests pays; the others' rows say that they do not.
-    pub fn shared(&mut self, call: &Row, pays: bool) {
+    pub fn shared(&mut self, call: &Cost, pays: bool) {
+        let Cost { metrics, counted, failed, row: call } = call;
+        self.metrics.clone_from(metrics);
+        self.counted = counted.map(|counted| counted.max(self.arrived));
+        self.failed.clone_from(failed);
         let row = &mut *self.row;
+        row.model.clone_from(&call.model);
         row.worker.clone_from(&call.worker);
         row.attempts = call.attempts;
         (row.prompt_tokens, row.prompt_tokens_from) = (call.prompt_tokens, call.prompt_tokens_from);

@@ -122,6 +122,11 @@ impl<H: Clone, E: Clone, F: Clone + Default> Pilot<H, E, F> {
         Self { flight, all, key }
     }
 
+    /// Says what the call has cost by now.
+    pub fn note(&self, facts: F) {
+        self.flight.0.lock().facts = facts;
+    }
+
     /// The answer begins, or does not.
     pub fn head(&self, head: Result<H, E>, facts: F) {
         let mut state = self.flight.0.lock();
@@ -210,6 +215,11 @@ impl<H: Clone, E: Clone, F: Clone + Default> Listener<H, E, F> {
             Poll::Pending
         })
         .await
+    }
+
+    /// What the call has cost by now.
+    pub fn facts(&self) -> F {
+        self.flight.0.lock().facts.clone()
     }
 
     /// The next piece of the answer.

@@ -28,7 +28,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
-use super::{Dispatch, Error, Job, Opened, Reply, Step, Whole};
+use super::{Dispatch, Error, Job, Opened, Reply, Step, Whole, Worker};
 use crate::config::MicroBatch;
 use crate::ids::RequestName;
 use crate::prepare::{Asked, Prepare, Prompt};
@@ -48,6 +48,8 @@ const INLINE_ANSWER_BYTES_MAX: usize = 16 << 10;
 const SHORT_TOKENS: u32 = 64;
 /// What a member is told at most: every attempt, and the end.
 const WORDS_MAX: usize = 32;
+/// Why an attempt brought nothing to a member that is asked apart: others had a part in it.
+const MERGED: &str = "merged";
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// What requests that are asked as one have in common.
@@ -70,6 +72,7 @@ pub(super) struct Kind {
 pub(super) struct Seat {
     name: RequestName,
     trace: Option<TraceParent>,
+    attempted: u32,
     headers: HeaderMap,
     body: Bytes,
     items: Items,
@@ -115,7 +118,7 @@ impl Dispatch {
     /// As [`Dispatch::open`].
     pub async fn open_or_join(
         self: &Arc<Self>,
-        job: Job<'_>,
+        mut job: Job<'_>,
         mut tell: impl FnMut(Step) + Send,
     ) -> Result<Opened, Error> {
         let Some((kind, items, limits, delay)) = self.mergeable(&job) else { return self.open(job, tell).await };
@@ -133,6 +136,9 @@ impl Dispatch {
         tokio::pin!(due);
         let deadline = job.deadline;
         let mut gathers = true;
+        let mut attempts = 0;
+        // Where the call of all is, as far as nothing is known to have failed there.
+        let mut at: Vec<Arc<Worker>> = Vec::new();
         let together = async {
             loop {
                 // Both branches may be dropped and asked again.
@@ -149,10 +155,15 @@ impl Dispatch {
                 match word {
                     // The time that it gathered counts as waited, too.
                     Some(Word::Step(Step::Sent { worker, queued })) => {
+                        attempts += 1;
+                        at.push(Arc::clone(&worker));
                         tell(Step::Sent { worker, queued: if gathers { began.elapsed() } else { queued } });
                         gathers = false;
                     }
-                    Some(Word::Step(step)) => tell(step),
+                    Some(Word::Step(Step::Failed { worker, reason })) => {
+                        at.retain(|other| other.id != worker.id);
+                        tell(Step::Failed { worker, reason });
+                    }
                     Some(last) => return last,
                     // The call's task is gone, because the process ends.
                     None => return Word::Failed(Error::Refused { reason: Refusal::NoWorker, retry_after: None }),
@@ -166,6 +177,8 @@ impl Dispatch {
         drop(seat);
         match last {
             Ok(Word::Alone(under_way)) => {
+                job.attempted += attempts;
+                at.into_iter().for_each(|worker| tell(Step::Failed { worker, reason: MERGED }));
                 let opened = self.open(job, tell).await;
                 drop(under_way);
                 opened
@@ -248,6 +261,7 @@ impl Seat {
         Self {
             name: job.name.clone(),
             trace: job.trace,
+            attempted: job.attempted,
             headers: job.headers.clone(),
             body: job.body.clone(),
             items,
@@ -305,10 +319,8 @@ enum Failed {
 impl From<Error> for Failed {
     fn from(error: Error) -> Self {
         let apart = match &error {
-            Error::Engine { .. } => true,
-            Error::Refused { reason: Refusal::AttemptsExhausted { last }, .. } => {
-                !matches!(last, Failure::Connect | Failure::Timeout) && last.left_alone().is_none()
-            }
+            // Workers that fail do so whoever asks; what they said last is the best that each can be told.
+            Error::Engine { status, .. } => status.is_client_error(),
             // No worker holds all of it; some may hold a part.
             Error::Refused { reason, .. } => *reason == Refusal::TooLarge,
         };
@@ -327,7 +339,7 @@ async fn ask(dispatch: &Dispatch, seats: &[Seat], class: Class) -> Result<Vec<Op
         name: first.name.clone(),
         others: &others,
         trace: first.trace,
-        attempted: 0,
+        attempted: first.attempted,
         model: &first.model,
         prepare: &first.prepare,
         class,

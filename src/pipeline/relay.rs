@@ -27,7 +27,7 @@ use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::dispatch::{Place, Streamed, Whole};
-use crate::ledger::{Entry, Outcome, Row};
+use crate::ledger::{Cost, Entry, Outcome};
 
 /// How long an engine may keep a stream open after every choice has finished (for usage and `[DONE]`).
 const AFTER_FINISH_MAX: Duration = Duration::from_secs(2);
@@ -100,8 +100,8 @@ impl StreamRelay {
     }
 
     #[must_use]
-    pub fn row(&self) -> &Row {
-        self.entry.row()
+    pub fn cost(&self) -> Cost {
+        self.entry.cost()
     }
 
     /// What the client gets of one event.
@@ -419,8 +419,8 @@ impl WholeRelay {
     }
 
     #[must_use]
-    pub fn row(&self) -> &Row {
-        self.entry.row()
+    pub fn cost(&self) -> Cost {
+        self.entry.cost()
     }
 
     /// Whether the client has all of it. A server that knows the length does not ask for more.

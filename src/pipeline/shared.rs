@@ -16,6 +16,7 @@ use forebay_scheduler::Refusal;
 use http::HeaderValue;
 use http_body::{Frame, SizeHint};
 use metrics::Counter;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -24,19 +25,19 @@ use super::relay::{StreamRelay, WholeRelay};
 use super::{Call, Error, Pipeline};
 use crate::cache::{self, Coalescing, Key, Left, Next, Seat};
 use crate::dispatch::{self, Opened, Reply, Worker};
-use crate::ledger::{Entry, Outcome, Row};
+use crate::ledger::{Cost, Entry, Outcome};
 use crate::routing::Route;
 use crate::telemetry::metrics::coalescing_lookups;
 
 /// How long the others wait, in all, for those who fell behind by as much as is kept: they may only have had no turn.
 const PATIENCE: Duration = Duration::from_millis(250);
 
-type Pilot = cache::Pilot<Head, Error, Option<Row>>;
-type Listener = cache::Listener<Head, Error, Option<Row>>;
+type Pilot = cache::Pilot<Head, Error, Option<Cost>>;
+type Listener = cache::Listener<Head, Error, Option<Cost>>;
 
 /// The calls that are shared, and what they run on.
 pub struct Shared {
-    calls: Arc<Coalescing<Head, Error, Option<Row>>>,
+    calls: Arc<Coalescing<Head, Error, Option<Cost>>>,
     tracker: TaskTracker,
     closing: CancellationToken,
     /// Without an equal request, and with one.
@@ -119,40 +120,71 @@ impl Sharing {
     ///
     /// # Errors
     /// As [`Pipeline::open`]: all who listen get the same.
-    pub async fn begin(mut self, entry: &mut Entry) -> Result<Joined, Error> {
-        match self.listener.head().await {
-            Some(Ok(head)) => {
-                let model = &head.route.model;
-                entry.routed(&model.name, &model.metrics);
-                entry.first_byte(&head.worker.name, head.matched_tokens);
-                Ok(Joined { head, first: self.first, listener: self.listener })
-            }
-            Some(Err(error)) => {
-                let Left { facts, pays, .. } = self.listener.leave();
-                if let Some(row) = facts {
-                    entry.shared(&row, pays);
-                }
-                Err(error)
-            }
-            // The call's task is gone, because the process ends.
-            None => Err(dispatch::Error::Refused { reason: Refusal::NoWorker, retry_after: None }.into()),
+    pub async fn begin(self, entry: &mut Entry) -> Result<Joined, Error> {
+        let mut waiting = Waiting { listener: Some(self.listener), entry };
+        let head = match &mut waiting.listener {
+            Some(listener) => listener.head().await,
+            None => None,
+        };
+        if let Some(Err(error)) = head {
+            return Err(error);
+        }
+        // Else the call's task is gone, because the process ends.
+        let (Some(Ok(head)), Some(listener)) = (head, waiting.listener.take()) else {
+            return Err(dispatch::Error::Refused { reason: Refusal::NoWorker, retry_after: None }.into());
+        };
+        if let Some(cost) = listener.facts() {
+            waiting.entry.shared(&cost, false);
+        }
+        waiting.entry.first_byte(&head.worker.name, head.matched_tokens);
+        Ok(Joined { head, first: self.first, listener })
+    }
+}
+
+/// A request without an answer, and its row. Dropping it leaves the call with what that has cost by now.
+struct Waiting<'a> {
+    listener: Option<Listener>,
+    entry: &'a mut Entry,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let Some(listener) = &mut self.listener else { return };
+        let Left { facts, pays, .. } = listener.leave();
+        if let Some(cost) = facts {
+            self.entry.shared(&cost, pays);
         }
     }
 }
 
 /// Makes the call, until nobody listens.
-async fn make(pipeline: Pipeline, entry: Entry, call: Call, pilot: Pilot) {
+async fn make(pipeline: Pipeline, entry: (Entry, watch::Receiver<Option<Cost>>), call: Call, pilot: Pilot) {
     tokio::select! {
         () = carry(&pipeline, entry, call, &pilot) => {}
         () = pilot.abandoned() => {}
     }
 }
 
-async fn carry(pipeline: &Pipeline, mut entry: Entry, call: Call, pilot: &Pilot) {
+async fn carry(
+    pipeline: &Pipeline,
+    (mut entry, mut heard): (Entry, watch::Receiver<Option<Cost>>),
+    call: Call,
+    pilot: &Pilot,
+) {
     let (choices, hide_usage) = (call.asked.choices(), call.asked.hides_usage());
-    let (route, opened) = match Box::pin(pipeline.open(&mut entry, call)).await {
+    let mut opening = Box::pin(pipeline.open(&mut entry, call));
+    let opened = loop {
+        tokio::select! {
+            biased;
+            opened = opening.as_mut() => break opened,
+            // Who leaves before there is an answer takes over what it has cost until then.
+            Ok(()) = heard.changed() => pilot.note(heard.borrow_and_update().clone()),
+        }
+    };
+    drop(opening);
+    let (route, opened) = match opened {
         Ok(opened) => opened,
-        Err(error) => return pilot.head(Err(error), Some(entry.row().clone())),
+        Err(error) => return pilot.head(Err(error), Some(entry.cost())),
     };
     let Opened { place, worker, queued, predicted_wait, matched_tokens, reply } = opened;
     let (content_type, length) = match &reply {
@@ -160,26 +192,26 @@ async fn carry(pipeline: &Pipeline, mut entry: Entry, call: Call, pilot: &Pilot)
         Reply::Whole(whole) => (Some(whole.content_type.clone()), whole.length),
     };
     let head = Head { route, worker, queued, predicted_wait, matched_tokens, content_type, length };
-    pilot.head(Ok(head), Some(entry.row().clone()));
+    pilot.head(Ok(head), Some(entry.cost()));
     let closing = pipeline.shared.closing.clone();
     match reply {
         Reply::Stream(streamed) => {
             let relay = StreamRelay::new(entry, place, streamed, choices, hide_usage, closing);
-            hand_on(relay, StreamRelay::row, pilot).await;
+            hand_on(relay, StreamRelay::cost, pilot).await;
         }
-        Reply::Whole(whole) => hand_on(WholeRelay::new(entry, place, whole, closing), WholeRelay::row, pilot).await,
+        Reply::Whole(whole) => hand_on(WholeRelay::new(entry, place, whole, closing), WholeRelay::cost, pilot).await,
     }
 }
 
 /// Hands an answer on to all who listen, after [`PATIENCE`] as fast as the fastest of them reads.
-async fn hand_on<B>(mut relay: B, row: fn(&B) -> &Row, pilot: &Pilot)
+async fn hand_on<B>(mut relay: B, cost: fn(&B) -> Cost, pilot: &Pilot)
 where
     B: http_body::Body<Data = Bytes> + Unpin,
 {
     let mut patience = PATIENCE;
     loop {
         let frame = poll_fn(|context| Pin::new(&mut relay).poll_frame(context)).await;
-        let facts = Some(row(&relay).clone());
+        let facts = Some(cost(&relay));
         match frame.map(|frame| frame.map(Frame::into_data)) {
             Some(Ok(Ok(bytes))) => {
                 let began = Instant::now();
@@ -226,10 +258,10 @@ impl SharedRelay {
             return;
         }
         let Left { facts, pays, has_all } = self.listener.leave();
-        let Some(row) = facts else { return };
-        self.entry.shared(&row, pays);
+        let Some(cost) = facts else { return };
+        self.entry.shared(&cost, pays);
         // A client may go once it has the end mark, without waiting for the end.
-        let ended = (has_all && row.outcome != Outcome::ClientGone).then_some(row.outcome);
+        let ended = (has_all && cost.outcome() != Outcome::ClientGone).then_some(cost.outcome());
         if let Some(outcome) = outcome.or(ended) {
             self.entry.end(outcome, 200);
         }

@@ -180,6 +180,16 @@ fn the_first_may_leave_before_there_is_an_answer() {
     assert_eq!(recorder.posts().len(), 1);
 }
 
+/// Two clients have left a call without its end, and their rows say what it has cost: the prompt, by our count.
+fn one_pays(rows: &[serde_json::Value]) {
+    for row in rows {
+        let cost = (&row["attempts"], &row["worker"], &row["prompt_tokens"]);
+        assert_eq!(cost, (&1.into(), &"w0".into(), &13.into()), "{row}");
+    }
+    let paid = rows.iter().filter(|row| row["cache"].is_null()).count();
+    assert_eq!((rows.len(), paid), (2, 1), "{rows:?}");
+}
+
 #[test]
 fn a_call_that_nobody_listens_to_ends() {
     for (script, seen) in [
@@ -193,6 +203,7 @@ fn a_call_that_nobody_listens_to_ends() {
         drop(clients);
         recorder.closed(0);
         until_left(&gateway, 2);
+        one_pays(&gateway.rows());
         assert_eq!(gateway.metric("forebay_worker_promised_tokens{worker=\"w0\"}"), 0.0);
     }
 }
@@ -236,6 +247,58 @@ fn errors_reach_all() {
     }
     let cut = |rows: Vec<serde_json::Value>| rows.iter().filter(|row| row["outcome"] == "cut").count() == 2;
     eventually("two rows that say so", || cut(gateway.rows()).then_some(()));
+}
+
+#[test]
+fn a_call_that_the_end_of_the_gateway_cuts_has_its_cost() {
+    let recorder = Recorder::start("m", vec![vec![Step::AwaitClose]]);
+    let models = model("m", &[recorder.address], &format!("tokenizer = {:?}\ncoalesce = true\n", tokenizer()));
+    let mut gateway = Gateway::start_unready("drain_seconds = 1\n", &models, &[]);
+    gateway.until_ready();
+    let mut first = ask(&gateway, &[], &certain("hello"));
+    recorder.await_posts(1);
+    let mut second = ask(&gateway, &[], &certain("hello"));
+    until_shared(&gateway, 1);
+    gateway.process.signal("TERM");
+    for client in [&mut first, &mut second] {
+        assert_eq!(client.answer().refusal(503), "server_is_stopping");
+    }
+    assert_eq!(gateway.process.wait().code(), Some(0));
+    let rows = gateway.rows();
+    assert!(rows.iter().all(|row| row["outcome"] == "failed"), "{rows:?}");
+    one_pays(&rows);
+}
+
+#[test]
+fn all_are_told_who_failed_and_which_model_was_asked() {
+    let broken = json("500 Internal Server Error", r#"{"error":{"message":"out of order","type":"e","code":500}}"#);
+    for (script, status, failed) in [
+        (json("200 OK", &ANSWER.replace(r#""model":"m""#, r#""model":"n""#)), 200, "w0=status, w0=status"),
+        (broken.clone(), 502, "w0=status, w0=status, l=status, l=status"),
+    ] {
+        let small = Recorder::start("m", vec![[vec![Step::Gate], broken.clone()].concat(), broken.clone()]);
+        let large = Recorder::start("n", vec![script]);
+        let keys = format!("tokenizer = {:?}\n", tokenizer());
+        let models = model("m", &[small.address], &format!("{keys}coalesce = true\n"))
+            + "[[model.fallback]]\nto = \"n\"\non = [\"error\"]\n"
+            + &model("n", &[large.address], &keys).replace("\"w0\"", "\"l\"");
+        let gateway = Gateway::start(&models);
+        for worker in ["w0", "l"] {
+            let up = format!("forebay_worker_up{{worker={worker:?}}}");
+            eventually("the worker to be up", || (gateway.metric(&up) == 1.0).then_some(()));
+        }
+        let mut first = ask(&gateway, &[], &certain("hello"));
+        small.await_posts(1);
+        let mut second = ask(&gateway, &[], &certain("hello"));
+        until_shared(&gateway, 1);
+        small.go_on();
+        for client in [&mut first, &mut second] {
+            let answer = client.answer();
+            assert_eq!((answer.status, answer.header("x-forebay-attempts")), (status, Some(failed)));
+            let row = gateway.row_of(&answer);
+            assert_eq!((&row["model"], &row["worker"]), (&"n".into(), &"l".into()), "{row}");
+        }
+    }
 }
 
 /// An event of 60 KB in its HTTP chunk.

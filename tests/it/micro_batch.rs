@@ -176,9 +176,24 @@ fn an_answer_that_does_not_fit_is_asked_for_apart() {
         let answer = client.answer();
         assert_eq!(items(&answer, "data"), r#"[{"object":"embedding","index":0,"embedding":[0.00]}]"#);
         assert_eq!(gateway.row_of(&answer)["attempts"], 2, "together, and by itself");
+        assert_eq!(answer.header("x-forebay-attempts"), Some("w0=merged"));
     }
     recorder.go_on();
     assert_eq!((first.answer().status, recorder.posts().len()), (200, 4));
+}
+
+#[test]
+fn a_worker_that_fails_is_not_asked_once_for_each() {
+    let (recorder, gateway, mut first) = busy();
+    recorder.play(json("500 Internal Server Error", r#"{"error":{"message":"out of order","type":"e","code":500}}"#));
+    let clients = [4, 5].map(|id| connection(&gateway, &[], &three(id)));
+    for mut client in clients {
+        let answer = client.answer();
+        assert_eq!((answer.status, &answer.error()["message"]), (502, &"out of order".into()));
+        assert_eq!(answer.header("x-forebay-attempts"), Some("w0=status, w0=status"));
+    }
+    recorder.go_on();
+    assert_eq!((first.answer().status, recorder.posts().len()), (200, 3), "one call, and a second try of it");
 }
 
 #[test]

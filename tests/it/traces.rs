@@ -1,6 +1,6 @@
 //! Traces as a collector gets them: a real gRPC server that reads them by the official definitions.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
@@ -16,7 +16,7 @@ use super::support::body::{ANSWER, FINISH, chat, delta, streamed};
 use super::support::client;
 use super::support::eventually;
 use super::support::process::{Gateway, model, tokenizer};
-use super::support::recorder::{Recorder, json, stream};
+use super::support::recorder::{Recorder, Step, json, stream};
 
 const CHAT: &str = "/v1/chat/completions";
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -62,6 +62,11 @@ impl Collector {
     }
 }
 
+/// Nobody listens there.
+fn nowhere() -> SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address")
+}
+
 fn value(span: &Span, key: &str) -> Option<Value> {
     span.attributes.iter().find(|attribute| attribute.key == key)?.value.clone()?.value
 }
@@ -77,9 +82,9 @@ fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// A gateway that tells this collector.
-fn start(recorder: &Recorder, collector: SocketAddr) -> Gateway {
-    let models = model("m", &[recorder.address], &format!("tokenizer = {:?}\n", tokenizer()));
+/// A gateway that tells this collector; its model says `more`.
+fn start(recorder: &Recorder, collector: SocketAddr, more: &str) -> Gateway {
+    let models = model("m", &[recorder.address], &format!("tokenizer = {:?}\n{more}", tokenizer()));
     let gateway = Gateway::start_unready(&format!("otlp = \"http://{collector}\"\n"), &models, &[]);
     gateway.until_ready();
     gateway
@@ -90,7 +95,7 @@ async fn a_requests_way_is_told_to_the_collector() {
     let (collector, address) = Collector::start().await;
     let asking = tokio::task::spawn_blocking(move || {
         let recorder = Recorder::start("m", vec![stream(&[&delta("one"), &delta("two"), FINISH])]);
-        let gateway = start(&recorder, address);
+        let gateway = start(&recorder, address, "");
         let parent = format!("traceparent: 00-{TRACE}-{PARENT}-01");
         let answer = client::post_with(gateway.client, CHAT, &[&parent, "tracestate: a=1,b=2"], &streamed("hello"));
         assert_eq!(answer.stream_end(), Ok(()));
@@ -159,9 +164,7 @@ async fn a_requests_way_is_told_to_the_collector() {
 #[test]
 fn without_a_collector_requests_are_served_and_spans_counted() {
     let recorder = Recorder::start("m", vec![json("200 OK", ANSWER)]);
-    // Nobody listens there.
-    let nowhere = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
-    let gateway = start(&recorder, nowhere);
+    let gateway = start(&recorder, nowhere(), "");
     for number in 0..10 {
         assert_eq!(gateway.post(CHAT, &chat(&format!("{number}"), "")).status, 200);
     }
@@ -170,4 +173,37 @@ fn without_a_collector_requests_are_served_and_spans_counted() {
     });
     assert_eq!(dropped, 50.0, "five of each request");
     assert!(gateway.process.err().contains("the collector takes no traces"), "{}", gateway.process.err());
+}
+
+#[test]
+fn a_call_that_can_be_shared_stands_in_the_trace_of_the_first() {
+    let recorder = Recorder::start("m", vec![json("200 OK", ANSWER)]);
+    let gateway = start(&recorder, nowhere(), "coalesce = true\n");
+    let parent = format!("traceparent: 00-{TRACE}-{PARENT}-01");
+    let answer = client::post_with(gateway.client, CHAT, &[&parent], &chat("hello", r#","temperature":0"#));
+    assert_eq!((answer.status, answer.header("x-forebay-cache")), (200, Some("miss")));
+    let post = recorder.posts().pop().expect("a request");
+    let told = post.header("traceparent").expect("a parent");
+    assert!(told.contains(TRACE) && !told.contains(PARENT), "below the request's own span: {told}");
+}
+
+#[test]
+fn calls_of_several_and_of_one_of_them_are_told_apart() {
+    let answer = |data: &str| json("200 OK", &format!(r#"{{"object":"list","data":[{data}],"model":"m"}}"#));
+    let one = answer(r#"{"object":"embedding","index":0,"embedding":[0.5]}"#);
+    let recorder = Recorder::start("m", vec![[vec![Step::Gate], one.clone()].concat(), one]);
+    // Two of three tokens fill a call. They get an answer that is not an answer to both.
+    let gateway = start(&recorder, nowhere(), "[model.micro_batch]\nmax_delay_ms = 10000\nmax_tokens = 6\n");
+    let mut clients = [1, 2, 3].map(|number| {
+        let mut client = client::Connection::to(gateway.client);
+        let parent = format!("traceparent: 00-{number:032x}-{PARENT}-01");
+        client.post("/v1/embeddings", &[&parent], br#"{"model":"m","input":[1,2,3]}"#);
+        recorder.await_posts(1);
+        client
+    });
+    let posts = recorder.await_posts(4);
+    recorder.go_on();
+    assert!(clients.iter_mut().all(|client| client.answer().status == 200));
+    let told: BTreeSet<&str> = posts.iter().filter_map(|post| post.header("traceparent")).collect();
+    assert_eq!((posts.len(), told.len()), (4, 4), "{told:?}");
 }
