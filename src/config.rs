@@ -133,7 +133,7 @@ pub struct Model {
     pub queue_bytes_max: usize,
     /// How long a request may wait for a worker; after that it is 504.
     pub queue_wait_max: Duration,
-    /// How long a request waits for a worker to return when every one is down; after that it is 503.
+    /// How long a request waits for a worker when every one is down, or none is there; after that it is 503.
     pub worker_grace: Duration,
     /// Share of the pool's tokens that each class gets while it waits, even if the classes before it could use all:
     /// interactive, default, batch. Together at most 1.
