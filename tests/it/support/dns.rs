@@ -55,7 +55,7 @@ fn answer(question: &[u8], table: &HashMap<&'static str, Records>) -> Vec<u8> {
         None => code = 3,
         Some(Records::Broken) => code = 2,
         Some(Records::Addresses(addresses)) if kind == 1 => {
-            records.extend(addresses.iter().map(|a| a.octets().to_vec()))
+            records.extend(addresses.iter().map(|a| a.octets().to_vec()));
         }
         Some(Records::Services(services)) if kind == 33 => {
             records.extend(services.iter().map(|(priority, port, target)| {
