@@ -133,7 +133,7 @@ pub struct Model {
     pub queue_bytes_max: usize,
     /// How long a request may wait for a worker; after that it is 504.
     pub queue_wait_max: Duration,
-    /// How long a request waits for a worker to return when every one is down; after that it is 503.
+    /// How long a request waits for a worker when every one is down, or none is there; after that it is 503.
     pub worker_grace: Duration,
     /// Share of the pool's tokens that each class gets while it waits, even if the classes before it could use all:
     /// interactive, default, batch. Together at most 1.
@@ -284,6 +284,18 @@ pub struct Worker {
 }
 
 impl Worker {
+    /// The data-parallel ranks of the server; of one that has but one, none by number.
+    pub fn ranks(&self) -> impl Iterator<Item = Option<u32>> + use<> {
+        let count = self.data_parallel.get();
+        (0..count).map(move |rank| (count > 1).then_some(rank))
+    }
+
+    /// The name of one of [`Worker::ranks`], which is a worker of its own.
+    #[must_use]
+    pub fn rank_name(&self, rank: Option<u32>) -> String {
+        rank.map_or_else(|| self.name.to_string(), |rank| format!("{}/{rank}", self.name))
+    }
+
     /// A worker of which nothing is known but its name and its address.
     #[must_use]
     pub fn new(name: Name, url: Url) -> Self {

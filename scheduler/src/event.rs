@@ -104,8 +104,8 @@ pub struct PoolLimits {
     pub queue_timeout: Duration,
     /// Sends of one request, the first included (3).
     pub attempts_max: u32,
-    /// How long a request waits for a worker to return when every one is down (2 s: a restarting proxy or a dropped
-    /// connection goes unnoticed; a dead fleet is reported soon).
+    /// How long a request waits for a worker when every one is down, or none is there (2 s: a restarting proxy or a
+    /// dropped connection goes unnoticed; a dead fleet is reported soon).
     pub worker_grace: Duration,
 }
 

@@ -49,8 +49,8 @@ pub(crate) struct Pool {
     pub(crate) uncached_mean: f64,
     /// The most seconds of prefill that stood before a request of late, and when that was renewed.
     longest_drain: (Tick, f64),
-    /// When a request came or ended last.
-    pub(crate) used: Tick,
+    /// When a request came or ended last; none before the first.
+    pub(crate) used: Option<Tick>,
     /// Requests placed so far.
     pub(crate) placed: u64,
     median: Option<(Tick, f64)>,
@@ -128,7 +128,7 @@ impl Pool {
             busy: 0.0,
             uncached_mean: PROMPT_TOKENS_ASSUMED,
             longest_drain: (Tick::ZERO, 0.0),
-            used: Tick::ZERO,
+            used: None,
             placed: 0,
             median: None,
             rate_cold: config.rate_cold,

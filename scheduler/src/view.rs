@@ -11,6 +11,10 @@ use crate::{
     Class, Decision, HealthState, LoadReport, PoolId, Request, RequestId, SleepState, TenantId, Tick, WorkerId,
 };
 
+/// How long a pool that none serves wants a worker after its last request: until then whoever scrapes that every half
+/// minute, and scales by what is scraped, has seen it, although the request itself was refused within seconds.
+const ASKED_FOR: Duration = Duration::from_secs(120);
+
 /// One worker now.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WorkerView {
@@ -87,7 +91,8 @@ pub struct PoolView {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ScaleView {
     /// Workers that would be busy for [`Config::scale_full`] of what they can do with what runs, and would prefill what
-    /// waits within [`Config::scale_drain`]. 0 only when nothing runs or waits.
+    /// waits within [`Config::scale_drain`]. 0 only when nothing runs or waits; and of a pool that none serves, only when
+    /// for two minutes nothing came.
     ///
     /// [`Config::scale_full`]: crate::Config::scale_full
     /// [`Config::scale_drain`]: crate::Config::scale_drain
@@ -116,12 +121,14 @@ impl Core {
         }
         let waiting = state.queue.tokens.iter().sum::<u64>() as f64;
         let present = runs || state.queue.len() > 0;
+        let idle = if present { Duration::ZERO } else { now.since(state.used.unwrap_or_default()) };
+        let missed = rate == 0.0 && state.used.is_some() && idle < ASKED_FOR;
         let needed = busy + waiting / (fleet_rate * self.config.scale_drain.as_secs_f64().max(1e-3));
-        let desired = (needed / self.config.scale_full).ceil().max(f64::from(u8::from(present)));
+        let desired = (needed / self.config.scale_full).ceil().max(f64::from(u8::from(present || missed)));
         Some(ScaleView {
             desired_workers: desired.min(f64::from(u32::MAX)) as u32,
             drain: crate::time::duration((waiting + promised) / if rate > 0.0 { rate } else { fleet_rate }),
-            idle: if present { Duration::ZERO } else { now.since(state.used) },
+            idle,
         })
     }
 

@@ -179,7 +179,7 @@ impl State {
         models.retain(|name, known| {
             let Some(model) = config.models.iter().find(|model| model.name.as_str() == &**name) else { return false };
             let before = old.models.iter().find(|old| old.name == model.name);
-            let is_of = |worker: &config::Worker, name: &str| ranks(worker).any(|rank| rank_name(worker, rank) == name);
+            let is_of = |worker: &config::Worker, name: &str| worker.ranks().any(|rank| worker.rank_name(rank) == name);
             let stays = |worker: &config::Worker| before.is_some_and(|before| before.workers.contains(worker));
             known.said.retain(|name, _| model.workers.iter().any(|worker| is_of(worker, name) && stays(worker)));
             let other = |worker: &config::Worker| {
@@ -281,17 +281,6 @@ fn endpoint(worker: &config::Worker) -> anyhow::Result<Endpoint> {
         .with_context(|| format!("worker `{}` cannot be reached by its url", worker.name.as_str()))
 }
 
-/// The data-parallel ranks of a server; of one that has but one, none by number.
-fn ranks(worker: &config::Worker) -> impl Iterator<Item = Option<u32>> {
-    let count = worker.data_parallel.get();
-    (0..count).map(move |rank| (count > 1).then_some(rank))
-}
-
-fn rank_name(worker: &config::Worker, rank: Option<u32>) -> String {
-    let name = worker.name.as_str();
-    rank.map_or_else(|| name.to_owned(), |rank| format!("{name}/{rank}"))
-}
-
 fn pool(nodes: &[config::Node], model: &config::Model, known: &Known) -> anyhow::Result<PoolSpec> {
     let limits = PoolLimits {
         policy: model.policy,
@@ -306,10 +295,10 @@ fn pool(nodes: &[config::Node], model: &config::Model, known: &Known) -> anyhow:
     };
     let bytes = |gib: NonZeroU32| u64::from(gib.get()) << 30;
     let gpu_gib = |gpu: &GpuName| nodes.iter().find(|node| node.name == gpu.node)?.gpu_memory_gib;
-    let ranks = model.workers.iter().flat_map(|worker| ranks(worker).map(move |rank| (worker, rank)));
+    let ranks = model.workers.iter().flat_map(|worker| worker.ranks().map(move |rank| (worker, rank)));
     let workers = ranks.map(|(worker, rank)| {
         Ok(WorkerSpec {
-            name: rank_name(worker, rank).into(),
+            name: worker.rank_name(rank).into(),
             endpoint: endpoint(worker)?,
             rank,
             engine: worker.engine,

@@ -5,6 +5,7 @@ use std::collections::btree_map::Entry;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
+use forebay_backends::engines::{self, Api};
 use forebay_backends::signals::kv_events::KvSource;
 use forebay_backends::transport::zmtp;
 use forebay_scheduler::Policy;
@@ -14,7 +15,8 @@ use super::log::{At, Log};
 use super::mistake::quoted;
 use super::tree::{Found, Raw, Refusal, Section};
 use super::{
-    Fallback, MicroBatch, Model, Name, Node, Reader, Trouble, Worker, defaults, discover, node, secret, tokenizer,
+    Fallback, GpuName, MicroBatch, Model, Name, Node, Reader, Trouble, Worker, defaults, discover, node, secret,
+    tokenizer,
 };
 
 /// The engine that is spoken to in gRPC.
@@ -22,7 +24,7 @@ const GRPC_ENGINE: &str = "triton";
 
 /// Names that stand already, and where.
 #[derive(Default)]
-struct Taken(BTreeMap<Name, At>);
+struct Taken(BTreeMap<String, At>);
 
 /// What only one model may have.
 #[derive(Default)]
@@ -47,15 +49,17 @@ impl Owned {
 }
 
 impl Taken {
-    /// `rule` is what a second owner of the name breaks.
-    fn take(&mut self, log: &Log<'_>, name: &Found<Name>, rule: &str) {
-        match self.0.entry(name.value.clone()) {
+    /// Whether the name was free. `rule` is what a second owner of it breaks.
+    fn take(&mut self, log: &Log<'_>, name: &str, at: &At, rule: &str) -> bool {
+        match self.0.entry(name.to_owned()) {
             Entry::Occupied(first) => {
                 let remedy = format!("{rule}: {} has it already", log.mention(first.get()));
-                log.refuse(&name.at, quoted(&name.value), remedy);
+                log.refuse(at, quoted(name), remedy);
+                false
             }
             Entry::Vacant(place) => {
-                place.insert(name.at.clone());
+                place.insert(at.clone());
+                true
             }
         }
     }
@@ -73,8 +77,8 @@ pub(super) fn read_all(root: &mut Section<'_>, reader: &Reader, nodes: &[Node], 
         })
         .collect();
     let names = &owned.names.0;
-    for target in targets.iter().filter(|target| !names.contains_key(&target.value)) {
-        let known: Vec<&str> = names.keys().map(Name::as_str).collect();
+    for target in targets.iter().filter(|target| !names.contains_key(target.value.as_str())) {
+        let known: Vec<&str> = names.keys().map(String::as_str).collect();
         let remedy = format!("must be a model of this file: {}", known.join(", "));
         log.refuse_absence(&target.at, quoted(&target.value), remedy);
     }
@@ -93,7 +97,7 @@ fn read(
     let own_name = section.required("name", "write the name that clients ask for", model_name);
     let aliases = section.list("aliases", name);
     for name in own_name.iter().chain(&aliases) {
-        owned.names.take(log, name, "must be unique among names and aliases");
+        owned.names.take(log, &name.value, &name.at, "must be unique among names and aliases");
     }
     let default = section.read("default", |raw| raw.boolean());
     default.iter().for_each(|found| owned.take_default(log, found));
@@ -278,10 +282,24 @@ fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: 
     }
     let memory = "to have it taken for all that a GPU has, if it may sleep";
     let memory_gib = section.optional_count("memory_gib", defaults::MEMORY_GIB_LIMIT, memory);
-    let sleep = section.boolean("sleep", false);
-    if sleep && gpus.is_empty() {
+    let of_gpu = |gpu: &Found<GpuName>| nodes.iter().find(|node| node.name == gpu.value.node);
+    let smallest = gpus.iter().filter_map(of_gpu).filter_map(|node| Some((node.gpu_memory_gib?, &node.name))).min();
+    if let (Some(takes), Some((has, node))) = (memory_gib, smallest)
+        && takes > has
+    {
+        let remedy = format!("must be at most {has}, the `gpu_memory_gib` of node {node}");
+        log.refuse(&section.at("memory_gib"), takes.to_string(), remedy);
+    }
+    let sleep = section.read("sleep", |raw| raw.boolean()).map(|found| found.value);
+    let awake_min = section.seconds("awake_seconds_min", 0, defaults::AWAKE_MIN);
+    if section.holds("awake_seconds_min") && !sleep.unwrap_or(section.holds("sleep")) {
+        let at = section.at("awake_seconds_min");
+        log.refuse_absence(&at, "without effect", "needs `sleep = true` beside it");
+    }
+    let sleep = sleep.unwrap_or(false);
+    if sleep && (!section.holds("gpus") || section.is_empty_list("gpus")) {
         let remedy = "needs `gpus` beside it: who may be awake together is decided by the GPUs they share";
-        log.refuse_absence(&section.at("sleep"), "true".to_owned(), remedy);
+        log.refuse_absence(&section.at("sleep"), "true", remedy);
     }
     let data_parallel = section.count("data_parallel", defaults::DATA_PARALLEL_LIMIT, NonZeroU32::MIN);
     if data_parallel > NonZeroU32::MIN && (sleep || kv_events.is_some()) {
@@ -289,14 +307,22 @@ fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: 
             "cannot stand beside `sleep`, nor beside `kv_events`: each rank has its own, which it is asked for";
         log.refuse_absence(&section.at("data_parallel"), data_parallel.to_string(), remedy);
     }
-    let awake_min = section.seconds("awake_seconds_min", 0, defaults::AWAKE_MIN);
+    if let Some(engine) = engine.as_ref().and_then(|named| engines::by_name(named.value)) {
+        let beyond = [
+            ("token_ids", token_ids && !engine.takes_ids(Api::Completions)),
+            ("data_parallel", data_parallel > NonZeroU32::MIN && engine.rank_header().is_none()),
+            ("sleep", sleep && engine.dormant().is_none()),
+        ];
+        for (key, _) in beyond.into_iter().filter(|(_, beyond)| *beyond) {
+            log.refuse(&section.at(key), format!("beyond what {} can", engine.name()), "omit the key for this engine");
+        }
+    }
     section.finish(&[]);
     let url = url?;
     let named = match own_name {
         Some(found) => found,
         None => Found { value: url.value.name, at: url.at.clone() },
     };
-    names.take(log, &named, "must be unique among the names of workers, which are host:port where `name` is omitted");
     let worker = Worker {
         name: named.value,
         url: url.value.url,
@@ -313,6 +339,12 @@ fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: 
         sleep,
         awake_min,
     };
+    let rule = "must be unique among the names of workers, which are host:port where `name` is omitted";
+    let rule_of_ranks = "must be unique among the names of workers, each rank being one of its own";
+    if names.take(log, &worker.name, &named.at, rule) {
+        let mut ranks = worker.ranks().filter(Option::is_some).map(|rank| worker.rank_name(rank));
+        ranks.all(|name| names.take(log, &name, &named.at, rule_of_ranks));
+    }
     Some(Found { value: worker, at: url.at })
 }
 

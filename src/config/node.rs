@@ -28,9 +28,9 @@ fn read(mut section: Section<'_>, taken: &mut BTreeMap<Name, At>, agents: &mut A
     let log = section.log;
     let name = section.required("name", "write the name by which workers' `gpus` call the machine", name);
     let gpu_memory_gib = section.optional_count("gpu_memory_gib", MEMORY_GIB_LIMIT, "to take what the agent says");
-    let agent = match gpu_memory_gib {
-        Some(_) => section.read("agent", agent),
-        None => section.required(
+    let agent = match section.holds("gpu_memory_gib") {
+        true => section.read("agent", agent),
+        false => section.required(
             "agent",
             "write the address of the agent there, as in agent = \"http://gpu-a:7072\"",
             agent,
@@ -54,13 +54,11 @@ fn read(mut section: Section<'_>, taken: &mut BTreeMap<Name, At>, agents: &mut A
         Entry::Occupied(first) => {
             let remedy = format!("must be unique among nodes: {} has it already", log.mention(first.get()));
             log.refuse(&name.at, quoted(&name.value), remedy);
+            return None;
         }
         Entry::Vacant(place) => {
             place.insert(name.at);
         }
-    }
-    if agent.is_none() && gpu_memory_gib.is_none() {
-        return None;
     }
     Some(Node { name: name.value, agent: agent.map(|found| found.value), gpu_memory_gib })
 }

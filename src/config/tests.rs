@@ -176,6 +176,29 @@ fn models_that_take_turns_in_a_gpu() {
     refuse(&ranks, "data_parallel is 2: cannot stand beside `sleep`, nor beside `kv_events`");
     let node = "[[node]]\nname = 'a'\nagent = 'http://a:7072'\n";
     refuse(&format!("{model}sleep = true"), "sleep is true: needs `gpus` beside it");
+    // Neither of these stands in the way of another.
+    let many = format!("[[node]]\nname = 'a'\ngpu_memory_gib = 0\n{model}gpus = ['a/0', 'b/0']\nsleep = true");
+    let bad_gpus = format!("{node}{model}gpus = ['b/0']\nsleep = true\nmemory_gib = 0");
+    let bad_sleep = format!("{model}sleep = 1\nawake_seconds_min = 5");
+    for (text, keys) in [
+        (many, &["node[0].gpu_memory_gib", "model[0].worker[0].gpus[1]"][..]),
+        (bad_gpus, &["model[0].worker[0].gpus[0]", "model[0].worker[0].memory_gib"]),
+        (bad_sleep, &["model[0].worker[0].sleep"]),
+    ] {
+        let mistakes = reader([]).text("f.toml", &text).unwrap_err();
+        assert_eq!(mistakes.iter().map(|mistake| &mistake.key[..]).collect::<Vec<_>>(), keys, "{mistakes}");
+    }
+    refuse(&format!("{node}{model}gpus = []\nsleep = true"), "sleep is true: needs `gpus` beside it");
+    for sleep in ["", "sleep = false\n"] {
+        let idle = format!("{node}{model}gpus = ['a/0']\n{sleep}awake_seconds_min = 5");
+        refuse(&idle, "awake_seconds_min is without effect: needs `sleep = true` beside it");
+    }
+    let sized = |node: &str, gib: u32| format!("[[node]]\nname = '{node}'\ngpu_memory_gib = {gib}\n");
+    let (big, small) = (sized("big", 80), sized("small", 24));
+    let large = format!("{big}{small}{model}gpus = ['big/0', 'small/0']\nmemory_gib = ");
+    assert!(reader([]).text("f.toml", &format!("{large}24")).is_ok());
+    let remedy = "must be at most 24, the `gpu_memory_gib` of node small";
+    refuse(&format!("{large}25"), &format!("f.toml:12:14: model[0].worker[0].memory_gib is 25: {remedy}"));
     let twice = format!("{node}{model}gpus = ['a/0', 'a/1', 'a/0']");
     refuse(&twice, "gpus[2] is \"a/0\": must name each GPU once");
     let same = format!("{node}[[node]]\nname = 'b'\nagent = 'http://a'\n{model}");
@@ -289,6 +312,38 @@ fn unknown_keys() {
             "f.toml:5:1: model[0].worker[0].max_model_len is not a known key: it is a key of `model[0]`: move it above the header of `model[0].worker[0]`",
         ],
     );
+}
+
+#[test]
+fn no_worker_is_called_as_a_rank_of_another() {
+    let ranks = |name: &str, count: u32| {
+        format!("[[model.worker]]\nname = '{name}'\nurl = 'http://{name}:1'\ndata_parallel = {count}\n")
+    };
+    let named = |name: &str| format!("[[model.worker]]\nname = '{name}'\nurl = 'http://other'\n");
+    let of = |workers: [String; 2]| format!("[[model]]\nname = 'm'\n{}", workers.concat());
+    check(&of([ranks("w", 2), named("w/2")]), &[]);
+    let rule = "must be unique among the names of workers,";
+    let takes = "`model[0].worker[0].name` (f.toml:4:8) has it already";
+    let plain = format!("{rule} which are host:port where `name` is omitted: {takes}");
+    check(&of([ranks("w", 2), named("w/1")]), &[&format!("f.toml:8:8: model[0].worker[1].name is \"w/1\": {plain}")]);
+    check(
+        &of([named("w/0"), ranks("w", 3)]),
+        &[&format!("f.toml:7:8: model[0].worker[1].name is \"w/0\": {rule} each rank being one of its own: {takes}")],
+    );
+    check(&of([ranks("w", 2), named("w")]), &[&format!("f.toml:8:8: model[0].worker[1].name is \"w\": {plain}")]);
+}
+
+#[test]
+fn nothing_is_asked_of_a_named_engine_that_it_cannot() {
+    let reader = Reader { engines: vec!["vllm", "tgi"], ..reader([]) };
+    let worker = |engine: &str, keys: &str| format!("{MODEL}engine = '{engine}'\ngpus = ['local/0']\n{keys}\n");
+    for (key, value) in [("sleep", "true"), ("data_parallel", "2"), ("token_ids", "true")] {
+        check_with(&reader, &worker("vllm", &format!("{key} = {value}")), &[]);
+        let said = format!("model[0].worker[0].{key} is beyond what tgi can: omit the key for this engine");
+        let at = format!("f.toml:7:{}", key.len() + 4);
+        check_with(&reader, &worker("tgi", &format!("{key} = {value}")), &[&format!("{at}: {said}")]);
+    }
+    check_with(&reader, &worker("tgi", "sleep = false\ndata_parallel = 1\ntoken_ids = false"), &[]);
 }
 
 #[test]
@@ -489,7 +544,7 @@ fn fallbacks_and_hedges() {
             "f.toml:8:6: model[0].fallback[1].to is \"nobody\": must be a model of this file: a, b, x",
             &format!("f.toml:9:7: model[0].fallback[1].on[0] is \"errors\": must be {one_of}"),
             "f.toml:10:1: model[0].fallback[2].to is missing: write the name of the model that is to answer",
-            &format!("f.toml:10:1: model[0].fallback[2].on is nothing: must name {one_of}"),
+            &format!("f.toml:11:6: model[0].fallback[2].on is nothing: must name {one_of}"),
             "f.toml:14:1: model[0].fallback[3].model is not a known key: known here: to, on",
             "f.toml:16:6: model[0].fallback[4].to is \"b\": must stand once in a model: `model[0].fallback[3].to` (f.toml:13:6) leads there, too",
         ],

@@ -320,9 +320,10 @@ impl<'a> Section<'a> {
         self.table.get(key).and_then(|value| value.get_ref().as_array()).is_some_and(|items| items.is_empty())
     }
 
-    /// A key of this section that does not stand there.
+    /// Where the value of a key of this section stands; of one that does not, where the section begins.
     pub(super) fn at(&self, key: &str) -> At {
-        At::offset(self.path_of(key), self.span.start)
+        let start = self.table.get(key).map_or(self.span.start, |value| value.span().start);
+        At::offset(self.path_of(key), start)
     }
 
     /// Reports every key that was not asked for. `later` are keys of the format that this version cannot act on.

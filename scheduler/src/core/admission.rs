@@ -31,7 +31,7 @@ impl Core {
         }
         let now = self.now;
         let expires = self.pools.get_mut(&request.pool).map_or(now, |pool| {
-            pool.used = now;
+            pool.used = Some(now);
             let timeout = now.after(pool.limits.queue_timeout);
             request.deadline.map_or(timeout, |deadline| deadline.min(timeout))
         });
@@ -69,9 +69,11 @@ impl Core {
     fn inadmissible(&self, request: &Request) -> Option<Refusal> {
         let Some(pool) = self.pools.get(&request.pool) else { return Some(Refusal::PoolUnknown) };
         let mut workers = pool.workers.iter().filter_map(|slot| self.workers.get(*slot));
-        if workers.clone().all(|worker| worker.draining) {
+        // Where nobody is yet, one may be on its way, as where all are down.
+        let nobody = pool.workers.is_empty();
+        if !nobody && workers.clone().all(|worker| worker.draining) {
             Some(Refusal::NoWorker)
-        } else if !workers.any(|worker| worker.holds(request.prompt_tokens)) {
+        } else if !nobody && !workers.any(|worker| worker.holds(request.prompt_tokens)) {
             Some(Refusal::TooLarge)
         } else {
             request.deadline.filter(|deadline| *deadline <= self.now).map(|_| Refusal::DeadlinePassed)

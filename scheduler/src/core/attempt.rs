@@ -161,7 +161,7 @@ impl Core {
         let Place::Sent(sent) = entry.place else { return None };
         entry.place = Place::Loose;
         let (Some(slot), Some(pool)) = (sent.slot, self.pools.get_mut(&entry.request.pool)) else { return Some(sent) };
-        pool.used = self.now;
+        pool.used = Some(self.now);
         let Some(worker) = self.workers.get_mut(slot) else { return Some(sent) };
         let scales = (pool.fleet_rate(), &self.config);
         worker.release(self.now, &entry.request, (sent.held, sent.number), sent.started.is_some(), scales);

@@ -87,9 +87,11 @@ fn the_time_at_a_worker_that_failed_is_not_time_in_the_queue() {
 
 #[test]
 fn what_can_never_be_served_is_refused_on_arrival() {
-    let mut world = World::new(1, PoolLimits::default());
+    let mut world = World::with_workers(1, &WorkerSpec::default());
+    world.event(Event::WorkerDraining { worker: WorkerId(0) });
     world.arrive(request(1, 100));
-    assert_eq!(world.refusal(1), Some(Refusal::NoWorker));
+    assert_eq!(world.refusal(1), Some(Refusal::NoWorker), "who is there is about to leave");
+    world.event(Event::WorkerLeft { worker: WorkerId(0) });
     world.arrive(Request { pool: PoolId(9), ..request(2, 100) });
     assert_eq!(world.refusal(2), Some(Refusal::PoolUnknown));
     world.join(0, WorkerSpec { kv_tokens: Some(1000), ..WorkerSpec::default() });
@@ -104,6 +106,23 @@ fn what_can_never_be_served_is_refused_on_arrival() {
     world.join(1, WorkerSpec::default());
     world.arrive(request(6, 1000));
     assert_eq!(world.refusal(6), None, "a worker that does not say what it holds may hold it");
+}
+
+#[test]
+fn a_pool_without_members_is_reported_after_a_grace() {
+    let mut world = World::new(1, PoolLimits::default());
+    world.arrive(request(1, 100));
+    world.arrive(Request { deadline: Some(world.now), ..request(2, 100) });
+    assert_eq!((world.refusal(1), world.refusal(2)), (None, Some(Refusal::DeadlinePassed)));
+    world.wait(1999);
+    assert_eq!(world.refusal(1), None);
+    world.wait(1);
+    assert_eq!(world.refusal(1), Some(Refusal::NoWorker));
+    world.arrive(request(3, 100));
+    world.wait(1000);
+    world.join(0, WorkerSpec::default());
+    world.probed(0, true);
+    assert_eq!(world.sent_to(3), Some(0), "it came in time");
 }
 
 #[test]

@@ -39,3 +39,30 @@ fn a_pool_without_workers_needs_some_for_what_waits() {
     assert_eq!(scale(&world), ScaleView { desired_workers: 20, drain: Duration::from_secs(70), idle: Duration::ZERO });
     assert_eq!(world.core.scale_view(world.now, PoolId(99)), None);
 }
+
+/// None that is refused would otherwise ever bring a first worker.
+#[test]
+fn a_pool_that_none_serves_wants_a_worker_for_a_while_after_a_request() {
+    for down in [false, true] {
+        let mut world = World::new(1, PoolLimits::default());
+        if down {
+            world.join(0, WorkerSpec::default());
+            world.probed(0, false);
+        }
+        world.wait(1000);
+        assert_eq!(scale(&world).desired_workers, 0, "nobody asked");
+        world.arrive(request(1, 16));
+        assert_eq!(scale(&world).desired_workers, 1);
+        world.wait(119_999);
+        assert_eq!(world.refusal(1), Some(Refusal::NoWorker));
+        assert_eq!((scale(&world).desired_workers, scale(&world).idle), (1, Duration::from_millis(119_999)));
+        world.wait(1);
+        assert_eq!(scale(&world).desired_workers, 0);
+        world.arrive(request(2, 16));
+        world.wait(10_000);
+        assert_eq!(scale(&world).desired_workers, 1);
+        world.join(0, WorkerSpec::default());
+        world.probed(0, true);
+        assert_eq!(scale(&world).desired_workers, 0, "it is there");
+    }
+}
