@@ -199,7 +199,9 @@ fn a_worker_that_fails_is_not_asked_once_for_each() {
 #[test]
 fn who_leaves_while_gathering_is_not_asked_for() {
     let (recorder, gateway, mut first) = busy();
-    drop(connection(&gateway, &[], &three(9)));
+    let mut leaving = connection(&gateway, &["expect: 100-continue"], &three(9));
+    leaving.until(b"100 Continue");
+    drop(leaving);
     until_left(&gateway, 1);
     recorder.play(embeddings(2));
     let [mut a, mut b] = [4, 5].map(|id| connection(&gateway, &[], &three(id)));
