@@ -1,4 +1,4 @@
-//! Which model answers: what a name means among the configured ones ([`names`]), and the models that answer for one that
+//! Which model answers: what a name means among the configured ones (`names`), and the models that answer for one that
 //! cannot.
 //!
 //! A [`Route`] proves that the name is one we serve. The table is a snapshot, swapped whole when configuration or
