@@ -2,7 +2,8 @@
 //!
 //! Work is conserved: no request waits while an eligible worker has room, unless staying, with the cache it would lose
 //! priced in, is no worse than moving. Room that comes with an event is seen at once, room that comes with time alone
-//! within [`crate::Config::rescore_every`].
+//! within [`crate::Config::rescore_every`]; and so is a lane's new head, where it changed because of what another lane
+//! sent.
 
 use super::{Core, Place};
 use crate::explain::Cause;
