@@ -27,7 +27,7 @@ const ADDRESSES_MAX: usize = 8;
 /// An answer's head, also the trailers after a chunked body. Engines send some 300 bytes.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 /// What hyper reads ahead for a caller that is slow to take it, and thus the memory of one stalled stream.
-const BUFFER_BYTES_MAX: usize = 128 * 1024;
+const BUFFER_BYTES_MAX: usize = 64 * 1024;
 /// What a worker may send ahead on one HTTP/2 connection: enough that streams whose callers are slow do not hold up the
 /// others.
 const WINDOW_BYTES: u32 = 16 << 20;
