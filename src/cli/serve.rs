@@ -59,8 +59,8 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
         None => (reader.without_file().map_err(wrong)?, None),
     };
     let probing = source.is_none();
-    let client = gateway::listen(config.server.listen, probing).await?;
-    let ops = gateway::listen(config.server.ops_listen, probing).await?;
+    let client = gateway::listen(config.server.listen, probing)?;
+    let ops = gateway::listen(config.server.ops_listen, probing)?;
     let own = [client.local_addr()?.port(), ops.local_addr()?.port()];
     let config = if probing { probe(config, &own).await? } else { config };
     let registry = Registry::install().context("cannot install the metrics recorder")?;

@@ -76,7 +76,12 @@ pub(crate) struct Recorder {
 impl Recorder {
     /// Serves one model of that name with these scripts, one a `POST`.
     pub(crate) fn start(model: &str, scripts: Vec<Vec<Step>>) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        Self::start_at("127.0.0.1:0".parse().expect("an address"), model, scripts)
+    }
+
+    /// The same at this address.
+    pub(crate) fn start_at(address: SocketAddr, model: &str, scripts: Vec<Vec<Step>>) -> Self {
+        let listener = TcpListener::bind(address).expect("a port");
         let address = listener.local_addr().expect("an address");
         let models = format!(
             "{{\"object\":\"list\",\"data\":[{{\"id\":\"{model}\",\"object\":\"model\",\"created\":1,\
