@@ -74,7 +74,8 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
         say!("owner key, shown this once and kept in {}: {}", file.display(), key.expose_secret());
     }
     for model in &config.models {
-        let workers: Vec<_> = model.workers.iter().map(|worker| worker.name.as_str()).collect();
+        let named = model.workers.iter().map(|worker| worker.name.as_str());
+        let workers: Vec<_> = named.chain((!model.discover.is_empty()).then_some("those that its lists name")).collect();
         say!("model {} on {}", model.name.as_str(), workers.join(", "));
     }
     gateway::run(gateway, config, signals, source).await
