@@ -279,7 +279,7 @@ impl Intake {
             }),
             returned: Notify::new(),
             traffic: Traffic::default(),
-            metrics: WorkerMetrics::register(&spec.name),
+            metrics: WorkerMetrics::default(),
         });
         Member { pool: pool.pool, spec: spec.clone(), worker, gone: CancellationToken::new() }
     }
