@@ -106,8 +106,7 @@ impl Default for WorkerMetrics {
         };
         let mut gauge = |family| Gauge::from_arc(cell(family, None));
         let (running, waiting, kv_usage) = (gauge(Family::Running), gauge(Family::Waiting), gauge(Family::KvUsage));
-        let (promised_tokens, up, health_score) =
-            (gauge(Family::Promised), gauge(Family::Up), gauge(Family::Health));
+        let (promised_tokens, up, health_score) = (gauge(Family::Promised), gauge(Family::Up), gauge(Family::Health));
         let (breaker_open, asleep, kv_standing) =
             (gauge(Family::BreakerOpen), gauge(Family::Asleep), gauge(Family::KvStanding));
         let mut counter = |family, kind| Counter::from_arc(cell(family, kind));

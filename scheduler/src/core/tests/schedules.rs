@@ -214,7 +214,9 @@ fn run(world: &mut World, step: &Step) {
 
 fn worker_of(event: &Event) -> Option<WorkerId> {
     match event {
-        Event::WorkerDraining { worker, .. } | Event::WorkerLeft { worker } | Event::Probed { worker, .. } => Some(*worker),
+        Event::WorkerDraining { worker, .. } | Event::WorkerLeft { worker } | Event::Probed { worker, .. } => {
+            Some(*worker)
+        }
         _ => None,
     }
 }

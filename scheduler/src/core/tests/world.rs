@@ -90,10 +90,10 @@ impl World {
 
     pub(super) fn join(&mut self, worker: u32, spec: WorkerSpec) -> Vec<Action> {
         let worker = WorkerId(worker);
-        if !self.health.contains_key(&worker) {
-            self.health.insert(worker, HealthState::Unknown);
+        self.health.entry(worker).or_insert_with(|| {
             self.draining.retain(|draining| *draining != worker);
-        }
+            HealthState::Unknown
+        });
         self.event(Event::WorkerJoined { worker, pool: POOL, spec })
     }
 
