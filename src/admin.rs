@@ -4,6 +4,7 @@
 //! bearer token, on loopback too, and tells a caller without it nothing, not even which paths there are.
 
 mod explain;
+pub mod order;
 pub mod wire;
 mod workers;
 
@@ -13,11 +14,12 @@ use axum::Router;
 use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{delete, get, post};
 use forebay_proto::error::{ApiError, openai_body};
 use forebay_scheduler::HealthState;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, StatusCode};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::access::OwnerKey;
@@ -31,6 +33,8 @@ pub struct Admin {
     pub registry: Registry,
     pub dispatch: Arc<Dispatch>,
     pub owner: OwnerKey,
+    /// Who keeps the workers.
+    pub orders: mpsc::Sender<order::Order>,
     /// Cancelled as soon as this process wants no more traffic.
     pub stopping: CancellationToken,
 }
@@ -39,9 +43,14 @@ pub struct Admin {
 pub fn router(admin: Admin) -> Router {
     let admin = Arc::new(admin);
     let for_owner = Router::new()
-        .route("/workers", get(workers::list))
+        .route("/workers", get(workers::list).post(workers::join))
+        .route("/workers/{name}", delete(workers::leave))
+        .route("/workers/{name}/drain", post(workers::drain))
+        .route("/workers/{name}/resume", post(workers::resume))
         .route("/decisions/{request}", get(explain::one))
-        .method_not_allowed_fallback(async || refuse(StatusCode::METHOD_NOT_ALLOWED, None, "Use GET here."))
+        .method_not_allowed_fallback(async || {
+            refuse(StatusCode::METHOD_NOT_ALLOWED, None, "This path is not for this method.")
+        })
         .fallback(async || refuse(StatusCode::NOT_FOUND, Some("not_found"), "There is no such path."))
         .layer(from_fn_with_state(Arc::clone(&admin), authenticate));
     Router::new()
@@ -54,10 +63,10 @@ pub fn router(admin: Admin) -> Router {
 }
 
 async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
-    admin.dispatch.publish();
+    let workers = admin.dispatch.publish();
     #[expect(clippy::cast_precision_loss, reason = "tasks are far below 2^52")]
     admin.registry.tasks.set(tokio::runtime::Handle::current().metrics().num_alive_tasks() as f64);
-    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], admin.registry.render()).into_response()
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], admin.registry.render() + &workers).into_response()
 }
 
 /// Ready while some worker takes requests and the process is not stopping.
@@ -95,6 +104,7 @@ fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
 fn refuse(status: StatusCode, code: Option<&str>, message: impl Into<String>) -> Response {
     let kind = match status {
         StatusCode::UNAUTHORIZED => "authentication_error",
+        status if status.is_server_error() => "server_error",
         _ => "invalid_request_error",
     };
     let error = ApiError { message: message.into(), kind: kind.to_owned(), param: None, code: code.map(str::to_owned) };

@@ -4,6 +4,7 @@
 //! write the last row.
 
 mod catalog;
+mod joined;
 mod lists;
 mod tokenizers;
 
@@ -16,13 +17,14 @@ use forebay_backends::signals::gpu::Readings;
 use forebay_backends::transport::{Endpoint, Timeouts, Transport};
 use secrecy::SecretString;
 use tokio::net::TcpListener;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::access::OwnerKey;
 use crate::admin::{self, Admin};
 use crate::api::{self, Api};
-use crate::config::Config;
+use crate::config::{Config, Reader};
 use crate::dispatch::Dispatch;
 use crate::ledger::{Journal, Ledger};
 use crate::pipeline::Pipeline;
@@ -32,11 +34,16 @@ use crate::routing::Routing;
 use crate::server::{Bounds, Server};
 use crate::telemetry::{ModelMetrics, Registry, Traces};
 use catalog::Catalog;
+use joined::Joined;
+use lists::Lists;
 
 /// How often recorded metrics are folded into their histograms.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
 /// Connections of the ops listener: scrapers and people.
 const OPS_CONNECTIONS_MAX: usize = 256;
+
+/// Changes of workers that wait for one another.
+const ORDERS_MAX: usize = 16;
 
 /// Time for error events and closing handshakes once the drain time is over.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -70,13 +77,15 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// Starts a gateway that serves `config` on `listeners`. `here` are this machine's GPUs, gone by where no node is
-    /// configured.
+    /// Starts a gateway that serves `config` on `listeners`; `reader` reads what workers say that join by call. `here` are
+    /// this machine's GPUs, gone by where no node is configured.
     ///
     /// # Errors
-    /// When a tokenizer cannot be loaded, the data directory cannot be written or holds a spoilt owner key, or the system refuses a thread.
+    /// When a tokenizer cannot be loaded, the data directory cannot be written or holds a spoilt owner key
+    /// or file of workers, or the system refuses a thread.
     pub async fn start(
         config: Config,
+        reader: Reader,
         listeners: Listeners,
         registry: Registry,
         here: Option<Readings>,
@@ -105,12 +114,16 @@ impl Gateway {
         let stall_max = server.stall_max;
         let bounds = |connections_max| Bounds { connections_max, stall_max };
         let (body_bytes_max, connections_max) = (server.body_bytes_max, server.max_connections.get() as usize);
-        let (catalog, listed) = Catalog::new(Arc::clone(&routing), Arc::clone(&dispatch), here, tracker.clone());
-        let catalog = Arc::new(catalog);
+        let joined = Joined::load(&server.data_dir, reader)?;
+        let (lists, listed) = Lists::new(tracker.clone());
+        let catalog = Arc::new(Catalog::new(Arc::clone(&routing), Arc::clone(&dispatch), here, lists, joined));
+        let (orders, ordered) = mpsc::channel(ORDERS_MAX);
         catalog.apply(config).await?;
         let following = Arc::clone(&catalog);
         tracker.spawn(
-            background.clone().run_until_cancelled_owned(async move { following.follow(learned, listed).await }),
+            background
+                .clone()
+                .run_until_cancelled_owned(async move { following.follow(learned, listed, ordered).await }),
         );
         let upkeep = registry.clone();
         tracker.spawn(background.clone().run_until_cancelled_owned(async move {
@@ -129,7 +142,7 @@ impl Gateway {
         });
         let api = Api { pipeline, ledger, traces, body_bytes_max, closing: closing.clone() };
         let client = Server::new(listeners.client, api::router(api), bounds(connections_max), api::unread)?;
-        let admin = Admin { registry, dispatch: Arc::clone(&dispatch), owner, stopping: stopping.clone() };
+        let admin = Admin { registry, dispatch: Arc::clone(&dispatch), owner, orders, stopping: stopping.clone() };
         let ops = Server::new(listeners.ops, admin::router(admin), bounds(OPS_CONNECTIONS_MAX), api::unread)?;
         let addresses = (client.address(), ops.address());
         serving.spawn(client.run(serving.clone(), stopping.clone(), abort.clone()));

@@ -26,6 +26,7 @@ use url::{Host, Url};
 
 mod defaults;
 mod discover;
+mod joined;
 mod log;
 mod mistake;
 mod model;

@@ -361,9 +361,11 @@ impl Dispatch {
         Some(Leg { place, worker, sent, number })
     }
 
-    /// Writes the gauges that describe pools and workers; called when someone reads the metrics.
-    pub fn publish(&self) {
-        self.workers.publish(&self.driver);
+    /// Writes the gauges that describe pools and workers, when someone reads the metrics; gives the text of those that
+    /// describe workers, which stand beside the [`Registry`]'s.
+    #[must_use]
+    pub fn publish(&self) -> String {
+        self.workers.publish(&self.driver)
     }
 
     /// How many workers take requests.

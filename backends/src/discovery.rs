@@ -145,7 +145,9 @@ fn address(text: &str) -> Result<Url, Error> {
     if !matches!(url.scheme(), "http" | "https") || !url.has_host() || url.port() == Some(0) || !bare {
         return Err(bad());
     }
-    let path = url.path().trim_end_matches('/').to_owned();
+    // As OpenAI's clients have it: the same worker as without.
+    let path = url.path().trim_end_matches('/');
+    let path = path.strip_suffix("/v1").unwrap_or(path).trim_end_matches('/').to_owned();
     url.set_path(&path);
     Ok(url)
 }

@@ -148,7 +148,7 @@ impl Core {
             Event::PoolJoined { pool, limits } => self.pool_joined(pool, limits, out),
             Event::PoolLeft { pool } => self.pool_left(pool, out),
             Event::WorkerJoined { worker, pool, spec } => self.worker_joined(worker, pool, spec, out),
-            Event::WorkerDraining { worker } => self.worker_draining(worker, out),
+            Event::WorkerDraining { worker, draining } => self.worker_draining(worker, draining, out),
             Event::WorkerLeft { worker } => self.worker_left(worker, out),
             Event::Load { worker, report } => self.load(worker, report),
             Event::SleepSeen { worker, asleep } => self.sleep_seen(worker, asleep),

@@ -324,7 +324,7 @@ pub enum Event {
         pool: PoolId,
     },
     /// A worker exists; it is asked for its health before anything is sent. Joining the same pool again changes what it
-    /// can hold (once its metrics told) and ends its draining; it keeps the rest.
+    /// can hold (once its metrics told); it keeps the rest.
     WorkerJoined {
         /// Its name.
         worker: WorkerId,
@@ -333,10 +333,12 @@ pub enum Event {
         /// What it can hold.
         spec: WorkerSpec,
     },
-    /// Nothing new is to be sent to it; what it has may finish.
+    /// Nothing new is to be sent to it; what it has may finish. Or that is over.
     WorkerDraining {
         /// Which.
         worker: WorkerId,
+        /// Whether it is so now.
+        draining: bool,
     },
     /// It is gone. Requests at it are still ended by their own events.
     WorkerLeft {

@@ -6,11 +6,21 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// `GET /admin/v1/workers`.
+/// `GET /admin/v1/workers`; after a change of workers, those it concerns that are there.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Workers {
     /// In the order of their joining.
     pub workers: Vec<Worker>,
+}
+
+/// `POST /admin/v1/workers`: a worker joins.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Join {
+    /// The model's configured name.
+    pub model: String,
+    /// With the keys of `[[model.worker]]`; `url` must be there.
+    pub worker: Map<String, Value>,
 }
 
 /// One worker as the scheduler sees it.

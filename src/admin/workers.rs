@@ -1,18 +1,71 @@
-//! `GET /admin/v1/workers`: every worker as the core sees it.
+//! `/admin/v1/workers`: every worker as the core sees it; workers that join, drain and leave at the owner's word.
 
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::State;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Path, State};
+use axum::response::{IntoResponse, Response};
 use forebay_backends::signals::gpu::slowdown;
 use forebay_scheduler::SleepState;
+use http::StatusCode;
 
-use super::wire::{Gpu, Reported, Worker, Workers};
-use super::{Admin, health, rounded};
+use super::order::{Change, Refused, bring};
+use super::wire::{Gpu, Join, Reported, Worker, Workers};
+use super::{Admin, health, refuse, rounded};
 use crate::dispatch::{GpuStatus, WorkerStatus};
 
 pub(super) async fn list(State(admin): State<Arc<Admin>>) -> Json<Workers> {
     Json(Workers { workers: admin.dispatch.worker_statuses().into_iter().map(worker).collect() })
+}
+
+/// Answers when the worker is kept and served, which is before it has been asked who it is.
+pub(super) async fn join(State(admin): State<Arc<Admin>>, body: Result<Bytes, BytesRejection>) -> Response {
+    let join = match body.map(|body| serde_json::from_slice::<Join>(&body)) {
+        Ok(Ok(join)) => join,
+        Ok(Err(error)) => {
+            let message = format!(
+                "The body must be {{\"model\": \"…\", \"worker\": {{\"url\": \"http://…\"}}}}, the worker with the keys \
+                 of `[[model.worker]]`: {error}."
+            );
+            return refuse(StatusCode::BAD_REQUEST, None, message);
+        }
+        Err(rejection) => return refuse(rejection.status(), None, rejection.body_text()),
+    };
+    change(&admin, Change::Join { model: join.model, keys: join.worker }, StatusCode::CREATED).await
+}
+
+pub(super) async fn drain(State(admin): State<Arc<Admin>>, Path(name): Path<String>) -> Response {
+    change(&admin, Change::Drain(name), StatusCode::OK).await
+}
+
+pub(super) async fn resume(State(admin): State<Arc<Admin>>, Path(name): Path<String>) -> Response {
+    change(&admin, Change::Resume(name), StatusCode::OK).await
+}
+
+/// Answers when the worker drains: it leaves once it has nothing any more.
+pub(super) async fn leave(State(admin): State<Arc<Admin>>, Path(name): Path<String>) -> Response {
+    change(&admin, Change::Leave(name), StatusCode::ACCEPTED).await
+}
+
+async fn change(admin: &Admin, change: Change, done: StatusCode) -> Response {
+    match bring(&admin.orders, change).await {
+        Ok(names) => {
+            let statuses = admin.dispatch.worker_statuses().into_iter();
+            let of_it = statuses.filter(|status| names.iter().any(|name| **name == *status.name));
+            (done, Json(Workers { workers: of_it.map(worker).collect() })).into_response()
+        }
+        Err(refused) => {
+            let (status, code) = match &refused {
+                Refused::Wrong(_) => (StatusCode::BAD_REQUEST, None),
+                Refused::Unknown(_) => (StatusCode::NOT_FOUND, Some("not_found")),
+                Refused::Conflict(_) => (StatusCode::CONFLICT, Some("conflict")),
+                Refused::Unkept(_) => (StatusCode::INTERNAL_SERVER_ERROR, Some("internal_error")),
+            };
+            refuse(status, code, refused.to_string())
+        }
+    }
 }
 
 fn worker(status: WorkerStatus) -> Worker {

@@ -2,11 +2,11 @@
 //!
 //! Whenever either changes, the routing table is made anew and swapped. What was learned of a model survives a reload.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use forebay_backends::engines;
@@ -15,10 +15,13 @@ use forebay_backends::transport::Endpoint;
 use forebay_scheduler::{PoolId, PoolLimits, SleepSpec};
 use forebay_tokens::Tokenizer;
 use tokio::sync::{Mutex, mpsc};
-use tokio_util::task::TaskTracker;
+use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use super::lists::{Listed, Lists};
+use super::joined::{JOINED_MAX, Joined, is_of};
+use super::lists::{Clash, Enlisted, Listed, Lists};
 use super::tokenizers::{self, Tokenizers};
+use crate::admin::order::{Change, Order, Refused};
+use crate::admin::wire::Join;
 use crate::config::{self, Config, GpuName};
 use crate::dispatch::{Dispatch, Fact, Learned, NodeSpec, PoolSpec, WorkerSpec};
 use crate::routing::{Counting, EngineTokenizer, Model, Routing};
@@ -26,6 +29,8 @@ use crate::telemetry::ModelMetrics;
 
 /// Tokens in a prefix block until an engine says how large its KV blocks are (vLLM's default).
 const BLOCK_TOKENS: u32 = 16;
+/// How often a worker that leaves is looked at.
+const LEAVING_LOOK: Duration = Duration::from_millis(100);
 
 pub(super) struct Catalog {
     routing: Arc<Routing>,
@@ -40,8 +45,11 @@ struct State {
     /// As it was given.
     given: Config,
     lists: Lists,
-    /// With the workers that are listed.
+    joined: Joined,
+    /// With the workers that joined and those that are listed.
     config: Config,
+    /// The workers of these names get nothing new.
+    draining: BTreeSet<String>,
     tokenizers: Tokenizers,
     next_pool: u32,
     models: HashMap<Arc<str>, Known>,
@@ -77,24 +85,25 @@ impl Known {
 }
 
 impl Catalog {
-    /// The lists that its workers follow are told to the receiver, for [`Catalog::follow`].
     pub(super) fn new(
         routing: Arc<Routing>,
         dispatch: Arc<Dispatch>,
         here: Option<Readings>,
-        tracker: TaskTracker,
-    ) -> (Self, mpsc::Receiver<Listed>) {
+        lists: Lists,
+        joined: Joined,
+    ) -> Self {
         let none = Config { server: config::Server::default(), nodes: Vec::new(), models: Vec::new() };
-        let (lists, listed) = Lists::new(tracker);
         let state = State {
             given: none.clone(),
             lists,
+            joined,
             config: none,
+            draining: BTreeSet::new(),
             tokenizers: Tokenizers::default(),
             next_pool: 0,
             models: HashMap::new(),
         };
-        (Self { routing, dispatch, here, state: Mutex::new(state) }, listed)
+        Self { routing, dispatch, here, state: Mutex::new(state) }
     }
 
     /// Takes over a configuration whole, or not at all when one of its tokenizers cannot be loaded.
@@ -116,15 +125,20 @@ impl Catalog {
         })
         .await??;
         state.lists.apply(&config);
+        state.joined.read(&config.nodes);
         state.given = config;
         self.renew(&mut state)?;
         self.dispatch.follow_nodes(&self.nodes(&state.config));
         Ok(())
     }
 
-    /// Lets the configuration and what is listed be what is served.
+    /// Lets the configuration, who joined and what is listed be what is served.
     fn renew(&self, state: &mut State) -> anyhow::Result<()> {
-        let config = state.lists.complete(state.given.clone());
+        let mut config = state.given.clone();
+        let mut enlisted = Enlisted::of(&config);
+        state.joined.complete(&mut config, &mut enlisted);
+        state.lists.complete(&mut config, &mut enlisted);
+        state.draining = state.joined.draining(&config);
         let old = std::mem::replace(&mut state.config, config);
         state.name_models(&old);
         let pools = state.pools()?;
@@ -146,11 +160,29 @@ impl Catalog {
         }
     }
 
-    /// Takes in what lists and workers say, until the last sender is gone.
-    pub(super) async fn follow(&self, mut facts: mpsc::Receiver<Learned>, mut lists: mpsc::Receiver<Listed>) {
+    /// Takes in what workers, lists and the owner say, until the last sender is gone.
+    pub(super) async fn follow(
+        &self,
+        mut facts: mpsc::Receiver<Learned>,
+        mut lists: mpsc::Receiver<Listed>,
+        mut orders: mpsc::Receiver<Order>,
+    ) {
+        let mut leaving: Vec<Leaving> = Vec::new();
+        let mut looks = interval(LEAVING_LOOK);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let learned = tokio::select! {
                 Some(learned) = facts.recv() => learned,
+                Some(Order { change, done }) = orders.recv() => {
+                    let mut state = self.state.lock().await;
+                    // Who asked may have gone; it is done all the same.
+                    let _ = done.send(self.change(&mut state, change, &mut leaving).await);
+                    continue;
+                }
+                _ = looks.tick(), if !leaving.is_empty() => {
+                    self.let_go(&mut leaving).await;
+                    continue;
+                }
                 Some(listed) = lists.recv() => {
                     let mut state = self.state.lock().await;
                     if state.lists.learn(listed)
@@ -208,6 +240,21 @@ impl State {
         }
     }
 
+    fn workers(&self) -> impl Iterator<Item = &config::Worker> {
+        self.config.models.iter().flat_map(|model| &model.workers)
+    }
+
+    fn known(&self, name: &str) -> Result<(), Refused> {
+        let known = self.workers().any(|worker| is_of(worker, name));
+        known.then_some(()).ok_or_else(|| Refused::Unknown(format!("There is no worker `{name}`.")))
+    }
+
+    /// The ranks of a worker, or the one of this name.
+    fn ranks(&self, name: &str) -> Vec<String> {
+        let ranks = self.workers().flat_map(|worker| worker.ranks().map(move |rank| (worker, worker.rank_name(rank))));
+        ranks.filter(|(worker, rank)| worker.name.as_str() == name || rank == name).map(|(_, rank)| rank).collect()
+    }
+
     fn table(&self) -> Vec<Arc<Model>> {
         let models = self.config.models.iter();
         models.filter_map(|model| Some(Arc::new(self.model(model, self.models.get(model.name.as_str())?)))).collect()
@@ -240,7 +287,10 @@ impl State {
     fn pools(&self) -> anyhow::Result<Vec<PoolSpec>> {
         let models = self.config.models.iter();
         models
-            .filter_map(|model| Some(pool(&self.config.nodes, model, self.models.get(model.name.as_str())?)))
+            .filter_map(|model| {
+                let known = self.models.get(model.name.as_str())?;
+                Some(pool(&self.config.nodes, model, known, &self.draining))
+            })
             .collect()
     }
 
@@ -272,6 +322,111 @@ impl State {
     }
 }
 
+/// A worker that leaves: once it has nothing, or then.
+struct Leaving {
+    name: String,
+    ranks: Vec<String>,
+    until: Instant,
+}
+
+/// What the owner wants changed.
+impl Catalog {
+    /// The names of the workers that the change concerns, one for each rank.
+    async fn change(
+        &self,
+        state: &mut State,
+        change: Change,
+        leaving: &mut Vec<Leaving>,
+    ) -> Result<Vec<String>, Refused> {
+        let name = match change {
+            Change::Join { model, keys } => return self.join(state, Join { model, worker: keys }).await,
+            Change::Drain(name) => {
+                state.known(&name)?;
+                state.joined.set_draining(&name, true);
+                name
+            }
+            Change::Resume(name) => {
+                state.known(&name)?;
+                if state.joined.is_leaving(&name) {
+                    return Err(Refused::Conflict(format!(
+                        "`{name}` is about to leave: let it join again afterwards."
+                    )));
+                }
+                state.joined.set_draining(&name, false);
+                name
+            }
+            Change::Leave(name) => {
+                if !state.joined.holds(&name) {
+                    state.known(&name)?;
+                    return Err(Refused::Conflict(format!(
+                        "`{name}` is not a worker that joined by call: take it out of the configuration or of its list, \
+                         or let it drain."
+                    )));
+                }
+                state.joined.leave(&name).await.map_err(|error| unkept(&error))?;
+                state.joined.set_draining(&name, true);
+                if leaving.iter().all(|known| known.name != name) {
+                    let (ranks, until) = (state.ranks(&name), Instant::now() + state.given.server.drain);
+                    leaving.push(Leaving { name: name.clone(), ranks, until });
+                }
+                name
+            }
+        };
+        self.renew(state).map_err(|error| Refused::Unkept(format!("{error:#}")))?;
+        Ok(state.ranks(&name))
+    }
+
+    async fn join(&self, state: &mut State, mut said: Join) -> Result<Vec<String>, Refused> {
+        let is_called = |model: &&config::Model| {
+            model.name.as_str() == said.model || model.aliases.iter().any(|alias| alias.as_str() == said.model)
+        };
+        let Some(model) = state.given.models.iter().find(is_called) else {
+            let known: Vec<_> = state.given.models.iter().map(|model| model.name.as_str()).collect();
+            let known = known.join("`, `");
+            return Err(Refused::Unknown(format!("`{}` is no configured model; there are `{known}`.", said.model)));
+        };
+        if state.joined.is_full() {
+            return Err(Refused::Conflict(format!("{JOINED_MAX} workers have joined, which is the most: use a list.")));
+        }
+        let worker = state.joined.check(&said.worker, &state.given.nodes).map_err(Refused::Wrong)?;
+        endpoint(&worker).map_err(|error| Refused::Wrong(format!("{error:#}")))?;
+        match Enlisted::of(&state.config).clash(&model.name, &worker) {
+            None => {}
+            Some(Clash::Address) => {
+                return Err(Refused::Conflict(format!("{} serves `{}` already.", worker.url, model.name)));
+            }
+            Some(Clash::Name(name)) => return Err(Refused::Conflict(format!("The name `{name}` is taken."))),
+        }
+        said.model = model.name.to_string();
+        let ranks = worker.ranks().map(|rank| worker.rank_name(rank)).collect();
+        state.joined.join(said, worker).await.map_err(|error| unkept(&error))?;
+        self.renew(state).map_err(|error| Refused::Unkept(format!("{error:#}")))?;
+        Ok(ranks)
+    }
+
+    /// Forgets the workers that leave and have nothing any more, or had their time. What they still have goes on.
+    async fn let_go(&self, leaving: &mut Vec<Leaving>) {
+        let busy: BTreeSet<Arc<str>> = self.dispatch.busy_workers();
+        let over = |leaving: &Leaving| {
+            leaving.until <= Instant::now() || !leaving.ranks.iter().any(|rank| busy.contains(rank.as_str()))
+        };
+        let gone: Vec<Leaving> = leaving.extract_if(.., |leaving| over(leaving)).collect();
+        if gone.is_empty() {
+            return;
+        }
+        let mut state = self.state.lock().await;
+        gone.iter().for_each(|gone| state.joined.forget(&gone.name));
+        if let Err(error) = self.renew(&mut state) {
+            tracing::error!(error = format!("{error:#}"), "the workers that are left cannot be served");
+        }
+    }
+}
+
+fn unkept(error: &std::io::Error) -> Refused {
+    tracing::error!(%error, "the workers that joined cannot be written to the data directory");
+    Refused::Unkept("The change cannot be kept, so it was not made: the data directory cannot be written.".to_owned())
+}
+
 fn endpoint(worker: &config::Worker) -> anyhow::Result<Endpoint> {
     Endpoint::new(&worker.url, worker.api_key.as_ref().map(config::Secret::inner))
         .map(|endpoint| {
@@ -281,7 +436,12 @@ fn endpoint(worker: &config::Worker) -> anyhow::Result<Endpoint> {
         .with_context(|| format!("worker `{}` cannot be reached by its url", worker.name.as_str()))
 }
 
-fn pool(nodes: &[config::Node], model: &config::Model, known: &Known) -> anyhow::Result<PoolSpec> {
+fn pool(
+    nodes: &[config::Node],
+    model: &config::Model,
+    known: &Known,
+    draining: &BTreeSet<String>,
+) -> anyhow::Result<PoolSpec> {
     let limits = PoolLimits {
         policy: model.policy,
         block_tokens: known.block_tokens,
@@ -314,11 +474,18 @@ fn pool(nodes: &[config::Node], model: &config::Model, known: &Known) -> anyhow:
             idle: model.idle_timeout,
         })
     });
+    let workers: Vec<WorkerSpec> = workers.collect::<anyhow::Result<_>>()?;
     Ok(PoolSpec {
         pool: known.pool,
         model: model.name.as_str().into(),
         limits,
         metrics: Arc::clone(&known.metrics),
-        workers: workers.collect::<anyhow::Result<_>>()?,
+        draining: workers
+            .iter()
+            .map(|worker| &worker.name)
+            .filter(|name| draining.contains(&***name))
+            .cloned()
+            .collect(),
+        workers,
     })
 }

@@ -78,25 +78,13 @@ impl Lists {
         followed.map(|followed| followed.places = listed.places).is_some()
     }
 
-    /// The configuration with the workers that are listed. A name or an address that stands already is left out.
-    pub(super) fn complete(&self, mut config: Config) -> Config {
-        let mut names: BTreeSet<Name> =
-            config.models.iter().flat_map(|model| &model.workers).map(|w| w.name.clone()).collect();
+    /// Adds to each model the workers that are listed for it.
+    pub(super) fn complete(&self, config: &mut Config, enlisted: &mut Enlisted) {
         for model in &mut config.models {
-            let mut seen: BTreeSet<(Url, Option<Name>)> =
-                model.workers.iter().map(|worker| (worker.url.clone(), worker.model.clone())).collect();
             for worker in self.listed(model) {
-                if !seen.insert((worker.url.clone(), worker.model.clone())) {
-                    continue;
-                }
-                if names.insert(worker.name.clone()) {
-                    model.workers.push(worker);
-                } else {
-                    tracing::warn!(worker = %worker.name, model = %model.name, "a listed worker is left out: its name is taken");
-                }
+                enlisted.add(model, worker);
             }
         }
-        config
     }
 
     fn listed(&self, model: &Model) -> Vec<Worker> {
@@ -105,6 +93,64 @@ impl Lists {
             .flat_map(|(discover, followed)| followed.places.iter().filter_map(|place| worker(discover, place)))
             .collect()
     }
+}
+
+/// Who serves already, so that no name and no address is given twice.
+pub(super) struct Enlisted {
+    /// Of workers and of their ranks.
+    names: BTreeSet<String>,
+    /// By model, with the model's name there.
+    addresses: BTreeSet<(Name, Url, Option<Name>)>,
+}
+
+/// Why somebody cannot be added.
+pub(super) enum Clash {
+    /// The model has a worker at this address that serves the same.
+    Address,
+    /// The name is taken.
+    Name(String),
+}
+
+impl Enlisted {
+    pub(super) fn of(config: &Config) -> Self {
+        let mut enlisted = Self { names: BTreeSet::new(), addresses: BTreeSet::new() };
+        for model in &config.models {
+            model.workers.iter().for_each(|worker| enlisted.note(&model.name, worker));
+        }
+        enlisted
+    }
+
+    fn note(&mut self, model: &Name, worker: &Worker) {
+        self.names.extend(names(worker));
+        self.addresses.insert((model.clone(), worker.url.clone(), worker.model.clone()));
+    }
+
+    pub(super) fn clash(&self, model: &Name, worker: &Worker) -> Option<Clash> {
+        if self.addresses.contains(&(model.clone(), worker.url.clone(), worker.model.clone())) {
+            return Some(Clash::Address);
+        }
+        names(worker).find(|name| self.names.contains(name)).map(Clash::Name)
+    }
+
+    /// Adds a worker to a model, or says why it is left out: what has one address is the same worker.
+    pub(super) fn add(&mut self, model: &mut Model, worker: Worker) {
+        match self.clash(&model.name, &worker) {
+            None => {
+                self.note(&model.name, &worker);
+                model.workers.push(worker);
+            }
+            Some(Clash::Address) => {}
+            Some(Clash::Name(name)) => {
+                tracing::warn!(name, worker = %worker.url, model = %model.name, "a worker is left out: its name is taken");
+            }
+        }
+    }
+}
+
+/// The names that a worker takes: its own and its ranks'.
+fn names(worker: &Worker) -> impl Iterator<Item = String> + '_ {
+    std::iter::once(worker.name.to_string())
+        .chain(worker.ranks().filter(Option::is_some).map(|rank| worker.rank_name(rank)))
 }
 
 /// The worker at a place, as if it stood in the file; `None` where its names cannot stand in a header.
@@ -123,4 +169,31 @@ fn worker(discover: &Discover, place: &Place) -> Option<Worker> {
         http2: discover.http2,
         ..Worker::new(name, place.url.clone())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use super::*;
+    use crate::config::Server;
+
+    fn worker(name: &str, url: &str) -> Worker {
+        Worker::new(Name::new(name).unwrap(), Url::parse(url).unwrap())
+    }
+
+    #[test]
+    fn no_name_and_no_address_is_given_twice() {
+        let ranks = Worker { data_parallel: NonZeroU32::new(2).unwrap(), ..worker("r", "http://r") };
+        let model = Model::new(Name::new("m").unwrap(), vec![ranks], &Server::default());
+        let mut config = Config { server: Server::default(), nodes: Vec::new(), models: vec![model] };
+        let mut enlisted = Enlisted::of(&config);
+        for left_out in [worker("r", "http://a"), worker("r/1", "http://b"), worker("other", "http://r")] {
+            enlisted.add(&mut config.models[0], left_out);
+        }
+        assert_eq!(config.models[0].workers.len(), 1);
+        let second = Worker { model: Some(Name::new("x").unwrap()), ..worker("r/2", "http://r") };
+        enlisted.add(&mut config.models[0], second);
+        assert_eq!(config.models[0].workers.len(), 2, "it serves another model there");
+    }
 }

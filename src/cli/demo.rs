@@ -94,14 +94,15 @@ async fn demo(
         engines.spawn(forebay_simulated_engine::serve(bound, stop.clone()));
         workers.push(Worker::new(Name::new(&name)?, Url::parse(&format!("http://{address}"))?));
     }
-    let mut config = gateway::reader(Vec::new()).without_file().map_err(|mistakes| anyhow::anyhow!("{mistakes}"))?;
+    let reader = gateway::reader(Vec::new());
+    let mut config = reader.without_file().map_err(|mistakes| anyhow::anyhow!("{mistakes}"))?;
     config.server.data_dir = directory.join("data");
     config.server.access_log = false;
     let model = Model::new(Name::new(MODEL)?, workers, &config.server);
     config.models = vec![Model { tokenizer: Some(tokenizer), ..model }];
     let listeners = Listeners { client: listener().await?, ops: listener().await? };
     let registry = Registry::install().context("cannot install the metrics recorder")?;
-    let running = Gateway::start(config.clone(), listeners, registry, None).await?;
+    let running = Gateway::start(config.clone(), reader, listeners, registry, None).await?;
     let (client, ops) = (running.client_address(), running.ops_address());
     say!("  gateway   http://{client}   (metrics: http://{ops}/metrics)\n");
     let shown = show(client, engines).await;

@@ -25,10 +25,10 @@ const ANSWER_BYTES_MAX: usize = 64 << 20;
 #[derive(Debug, clap::Args)]
 pub(super) struct Access {
     /// Where the gateway's operators connect.
-    #[arg(long, default_value = "http://127.0.0.1:7071")]
+    #[arg(long, global = true, default_value = "http://127.0.0.1:7071")]
     url: Url,
     /// The gateway's data directory, for its owner.key; FOREBAY_ADMIN_KEY wins over it.
-    #[arg(long, env = "FOREBAY_DATA_DIR", default_value = "./forebay-data")]
+    #[arg(long, global = true, env = "FOREBAY_DATA_DIR", default_value = "./forebay-data")]
     data_dir: PathBuf,
 }
 
@@ -53,12 +53,17 @@ impl Ops {
 
     /// The answer of `/admin/v1/` and these segments.
     pub(super) async fn get(&self, segments: &[&str]) -> anyhow::Result<Value> {
+        self.ask(Method::GET, segments, bytes::Bytes::new()).await
+    }
+
+    /// The same, with another method and a body.
+    pub(super) async fn ask(&self, method: Method, segments: &[&str], body: bytes::Bytes) -> anyhow::Result<Value> {
         let mut path = Url::parse("http://localhost/admin/v1")?;
         if let Ok(mut known) = path.path_segments_mut() {
             known.extend(segments);
         }
         let path = PathAndQuery::try_from(path.path())?;
-        let asked = Outgoing { method: Method::GET, path, headers: HeaderMap::new(), body: bytes::Bytes::new() };
+        let asked = Outgoing { method, path, headers: HeaderMap::new(), body };
         let unreachable = |error| {
             // The transport's own words speak of a worker.
             let cause = anyhow::Error::from(error);

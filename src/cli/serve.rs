@@ -49,6 +49,7 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let flags =
         [flag("--listen", "listen", arguments.listen), flag("--ops-listen", "ops_listen", arguments.ops_listen)];
     let reader = gateway::reader(flags.into_iter().flatten().collect());
+    let joining = reader.clone();
     let default = Path::new(DEFAULT_FILE).is_file().then(|| DEFAULT_FILE.into());
     let wrong = |mistakes: crate::config::Mistakes| WrongUse(mistakes.to_string());
     let (config, source) = match arguments.config.or(default) {
@@ -67,7 +68,7 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     // An agent tells more than one gateway; without any, what runs on this machine can be looked at from here.
     let is_here = config.nodes.is_empty() && config.models.iter().flat_map(|model| &model.workers).any(Worker::is_here);
     let here = is_here.then(|| gpu::read_here(arguments.nvml.library, CancellationToken::new())).transpose()?;
-    let gateway = Gateway::start(config.clone(), Listeners { client, ops }, registry, here).await?;
+    let gateway = Gateway::start(config.clone(), joining, Listeners { client, ops }, registry, here).await?;
     say!("clients: http://{}   operators: http://{}", gateway.client_address(), gateway.ops_address());
     if let Some(key) = gateway.fresh_owner_key() {
         let file = OwnerKey::path(&config.server.data_dir);

@@ -1,13 +1,14 @@
-//! `forebay workers`: the workers of a running gateway, and why a request went where it went.
+//! `forebay workers`: the workers of a running gateway, changes of them, and why a request went where it went.
 
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
-use serde_json::Value;
+use http::Method;
+use serde_json::{Map, Value};
 
 use super::ops::{Access, Ops};
 use super::table::{Table, compact, shortened};
-use crate::admin::wire::{Candidate, Decision, Explained, Gpu, Worker, Workers};
+use crate::admin::wire::{Candidate, Decision, Explained, Gpu, Join, Worker, Workers};
 
 /// Between two looks with --watch.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
@@ -16,7 +17,7 @@ const NAME_CHARS_MAX: usize = 24;
 /// Moves the cursor to the upper left corner and clears what follows.
 const CLEAR: &str = "\x1b[H\x1b[J";
 
-/// Show the workers of a running gateway, or why a request went where it went.
+/// Show or change the workers of a running gateway, or show why a request went where it went.
 ///
 /// SENT are requests at the worker, LANE such that wait for it here; PROMISED are prompt tokens it still has to compute,
 /// PREFILL is its speed in tokens a second (~ as long as it is a guess); RUN and WAIT are what the engine says itself.
@@ -31,7 +32,7 @@ pub(super) struct Arguments {
     #[command(flatten)]
     access: Access,
     /// Print the gateway's answer as JSON.
-    #[arg(long)]
+    #[arg(long, global = true)]
     json: bool,
     /// Show how this request was placed: every candidate with each term of its score. The id is that of the answer's
     /// x-request-id header.
@@ -40,10 +41,48 @@ pub(super) struct Arguments {
     /// Look again every second until interrupted.
     #[arg(long, conflicts_with = "decision")]
     watch: bool,
+    #[command(subcommand)]
+    change: Option<Change>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Change {
+    /// Let a worker join a model; the gateway keeps it over restarts.
+    ///
+    /// Example: forebay workers add llama-3.1-8b http://gpu-c:8000 --name c engine=vllm
+    Add {
+        /// The model's configured name.
+        model: String,
+        /// The worker's address.
+        address: String,
+        /// Its name [default: host:port].
+        #[arg(long)]
+        name: Option<String>,
+        /// Other keys of `[[model.worker]]`, as in engine=vllm; what is not JSON is a string.
+        #[arg(value_name = "KEY=VALUE", value_parser = key_value)]
+        keys: Vec<(String, Value)>,
+    },
+    /// Send nothing new to a worker; what it has goes on. Until the gateway ends, or it resumes.
+    Drain { name: String },
+    /// Send to a worker that drains again.
+    Resume { name: String },
+    /// Drain a worker that joined by call, and forget it once it has nothing any more.
+    Remove { name: String },
+}
+
+fn key_value(text: &str) -> Result<(String, Value), String> {
+    let (key, value) = text.split_once('=').ok_or("a key, `=` and a value are wanted, as in engine=vllm")?;
+    Ok((key.to_owned(), serde_json::from_str(value).unwrap_or_else(|_| Value::from(value))))
 }
 
 pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let ops = Ops::new(&arguments.access)?;
+    if let Some(change) = arguments.change {
+        let answer = ask_for(&ops, change).await?;
+        let text = if arguments.json { format!("{answer:#}\n") } else { listing(&serde_json::from_value(answer)?) };
+        print(&text, false);
+        return Ok(());
+    }
     let first = look(&ops, &arguments).await?;
     print(&first, arguments.watch);
     if !arguments.watch {
@@ -60,6 +99,22 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     tokio::select! {
         () = watching => Ok(()),
         interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
+    }
+}
+
+async fn ask_for(ops: &Ops, change: Change) -> anyhow::Result<Value> {
+    let nothing = bytes::Bytes::new;
+    match change {
+        Change::Add { model, address, name, keys } => {
+            let mut worker = Map::from_iter(keys);
+            worker.insert("url".to_owned(), address.into());
+            worker.extend(name.map(|name| ("name".to_owned(), name.into())));
+            let body = serde_json::to_vec(&Join { model, worker })?;
+            ops.ask(Method::POST, &["workers"], body.into()).await
+        }
+        Change::Drain { name } => ops.ask(Method::POST, &["workers", &name, "drain"], nothing()).await,
+        Change::Resume { name } => ops.ask(Method::POST, &["workers", &name, "resume"], nothing()).await,
+        Change::Remove { name } => ops.ask(Method::DELETE, &["workers", &name], nothing()).await,
     }
 }
 

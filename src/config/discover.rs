@@ -23,7 +23,11 @@ fn read(mut section: Section<'_>, reader: &Reader) -> Option<Discover> {
     let log = section.log;
     let file = section.read("file", |raw| Ok(Source::File(PathBuf::from(raw.text()?))));
     let dns = section.read("dns", |raw| lookup(raw, "http://vllm.models.svc:8000", &["http"]));
-    let srv = section.read("srv", |raw| lookup(raw, "http://_http._tcp.vllm.models.svc", &["http", "https"]));
+    let srv = section.read("srv", |raw| {
+        let url = lookup(raw, "http://_http._tcp.vllm.models.svc", &["http", "https"])?;
+        let own = url.port().map(|_| Refusal::new("must be without a port: each SRV record names its own"));
+        own.map_or(Ok(url), Err)
+    });
     let resolver = section.read("resolver", resolver);
     let every = section.seconds("every_seconds", 1, EVERY);
     let engine = section.read("engine", |raw| engine(raw, &reader.engines));
@@ -77,7 +81,13 @@ fn lookup(raw: &Raw<'_>, example: &str, schemes: &[&str]) -> Result<Url, Refusal
             format!("must begin with {}:// and a name that DNS knows, as in {example}", schemes.join(":// or ")),
         )
     })?;
+    if url.port() == Some(0) {
+        return Err(Refusal::new("must have a port that can be connected to"));
+    }
     let path = url.path().trim_end_matches('/').to_owned();
+    if path.ends_with("/v1") {
+        return Err(Refusal::new("must not end in /v1: write the address in front of it"));
+    }
     url.set_path(&path);
     Ok(url)
 }

@@ -24,7 +24,7 @@ const GRPC_ENGINE: &str = "triton";
 
 /// Names that stand already, and where.
 #[derive(Default)]
-struct Taken(BTreeMap<String, At>);
+pub(super) struct Taken(BTreeMap<String, At>);
 
 /// What only one model may have.
 #[derive(Default)]
@@ -250,7 +250,11 @@ fn workers(model: &mut Section<'_>, given: (&Reader, &[Node]), names: &mut Taken
 }
 
 /// The worker and the place of its URL.
-fn worker(mut section: Section<'_>, (reader, nodes): (&Reader, &[Node]), names: &mut Taken) -> Option<Found<Worker>> {
+pub(super) fn worker(
+    mut section: Section<'_>,
+    (reader, nodes): (&Reader, &[Node]),
+    names: &mut Taken,
+) -> Option<Found<Worker>> {
     let log = section.log;
     let own_name = section.read("name", name);
     let url = section.required("url", "write the worker's address, as in url = \"http://gpu-a:8000\"", address);
@@ -355,6 +359,14 @@ pub(super) fn name(raw: &Raw<'_>) -> Result<Name, Refusal> {
 fn model_name(raw: &Raw<'_>) -> Result<Name, Refusal> {
     match name(raw)? {
         name if name.contains('*') => Err(Refusal::new("must be a whole name: write what holds a `*` among `aliases`")),
+        name if name
+            .rsplit_once('@')
+            .is_some_and(|(base, version)| base.is_empty() || matches!(version, "" | "latest")) =>
+        {
+            let remedy =
+                "must have a name before its last `@`, and behind it a version (`latest` means the newest of them)";
+            Err(Refusal::new(remedy))
+        }
         name => Ok(name),
     }
 }

@@ -585,12 +585,27 @@ fn lists_of_workers() {
         ("dns = 'https://w'", format!("f.toml:4:7: model[0].discover[0].dns is \"https://w\": must begin with http:// {form} http://vllm.models.svc:8000")),
         ("dns = 'http://10.0.0.1'", format!("f.toml:4:7: model[0].discover[0].dns is \"http://10.0.0.1\": must begin with http:// {form} http://vllm.models.svc:8000")),
         ("srv = 'http://u:p@w'", format!("f.toml:4:7: model[0].discover[0].srv is (redacted): must begin with http:// or https:// {form} http://_http._tcp.vllm.models.svc")),
+        ("srv = 'http://_http._tcp.w:8000'", "f.toml:4:7: model[0].discover[0].srv is \"http://_http._tcp.w:8000\": must be without a port: each SRV record names its own".to_owned()),
+        ("dns = 'http://w:8000/x/v1/'", "f.toml:4:7: model[0].discover[0].dns is \"http://w:8000/x/v1/\": must not end in /v1: write the address in front of it".to_owned()),
+        ("dns = 'http://w:0'", "f.toml:4:7: model[0].discover[0].dns is \"http://w:0\": must have a port that can be connected to".to_owned()),
         ("file = 'a'\nresolver = 'x'", "f.toml:5:12: model[0].discover[0].resolver is \"x\": must be the address and port of a DNS server, as in 127.0.0.1:8600".to_owned()),
         ("file = 'a'\nevery_seconds = 0", "f.toml:5:17: model[0].discover[0].every_seconds is 0: must be at least 1 (omit the key for the default 5)".to_owned()),
     ];
     for (keys, expect) in cases {
         check(&model(keys), &[&expect]);
     }
+}
+
+#[test]
+fn a_version_has_a_model_and_is_not_the_latest() {
+    for name in ["llama@", "@2", "llama@latest"] {
+        let expect = format!(
+            "f.toml:2:8: model[0].name is {name:?}: must have a name before its last `@`, and behind it a version (`latest` \
+             means the newest of them)"
+        );
+        check(&format!("[[model]]\nname = '{name}'\n[[model.worker]]\nurl = 'http://w'\n"), &[&expect]);
+    }
+    check("[[model]]\nname = 'a@b@2'\naliases = ['a@latest']\n[[model.worker]]\nurl = 'http://w'\n", &[]);
 }
 
 #[test]

@@ -3,10 +3,11 @@
 //! The core speaks of numbers; here they get the names that people use. Copies, made when somebody asks; the core's
 //! lock is held for the copying only.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use forebay_scheduler::{Cause, Class, Decision, HealthState, Refusal, Tick, Unfit, WorkerId, WorkerView};
+use forebay_scheduler::{Cause, Class, Core, Decision, HealthState, Refusal, Tick, Unfit, WorkerId, WorkerView};
 
 use super::Dispatch;
 use super::driver::takes_requests;
@@ -114,6 +115,16 @@ impl Dispatch {
         let mut statuses: Vec<_> = views.into_iter().filter_map(|view| self.status(view)).collect();
         statuses.sort_by_key(|status| status.view.worker);
         statuses
+    }
+
+    /// The names of the workers to which something was sent that has not ended.
+    #[must_use]
+    pub fn busy_workers(&self) -> BTreeSet<Arc<str>> {
+        let busy = |core: &Core, now| {
+            let busy = core.worker_views(now).filter(|view| view.sent_requests > 0);
+            busy.map(|view| view.worker).collect::<Vec<_>>()
+        };
+        self.driver.read(busy).into_iter().map(|worker| self.name_of(worker)).collect()
     }
 
     fn status(&self, view: WorkerView) -> Option<WorkerStatus> {

@@ -3,7 +3,7 @@
 //! A probe also asks who the worker is (engine, model, context length), each time anew, since a worker that returns
 //! may be another one. What is learned of a model goes out as [`Learned`]; the gateway's routing table is made of it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,6 +47,8 @@ pub struct PoolSpec {
     pub limits: PoolLimits,
     pub metrics: Arc<ModelMetrics>,
     pub workers: Vec<WorkerSpec>,
+    /// The names of those that get nothing new.
+    pub draining: HashSet<Arc<str>>,
 }
 
 /// A worker as configured. Two equal specs are the same worker; a change makes a new one.
@@ -113,6 +115,8 @@ struct Member {
     pool: PoolId,
     spec: WorkerSpec,
     worker: Arc<Worker>,
+    /// As the core was told.
+    draining: bool,
     /// Ends its tasks.
     gone: CancellationToken,
 }
@@ -253,6 +257,19 @@ impl Intake {
                 self.driver.tell(Event::WorkerJoined { worker: id, pool: *pool, spec });
             }
         }
+        let mut turned = Vec::new();
+        for (id, member) in &mut members.workers {
+            let pool = pools.iter().find(|pool| pool.pool == member.pool);
+            let draining = pool.is_some_and(|pool| pool.draining.contains(&member.spec.name));
+            if std::mem::replace(&mut member.draining, draining) != draining {
+                tracing::info!(worker = &*member.worker.name, draining, "worker told to drain, or no more");
+                turned.push((*id, draining));
+            }
+        }
+        turned.sort_unstable();
+        for (worker, draining) in turned {
+            self.driver.tell(Event::WorkerDraining { worker, draining });
+        }
     }
 
     fn member(&self, id: WorkerId, pool: &PoolSpec, spec: &WorkerSpec) -> Member {
@@ -279,9 +296,9 @@ impl Intake {
             }),
             returned: Notify::new(),
             traffic: Traffic::default(),
-            metrics: WorkerMetrics::register(&spec.name),
+            metrics: WorkerMetrics::default(),
         });
-        Member { pool: pool.pool, spec: spec.clone(), worker, gone: CancellationToken::new() }
+        Member { pool: pool.pool, spec: spec.clone(), worker, draining: false, gone: CancellationToken::new() }
     }
 
     fn act(self: &Arc<Self>, action: &Action) {

@@ -109,10 +109,6 @@ impl Workers {
 
     pub(super) fn apply(&self, workers: &[Arc<Worker>], pools: Vec<(PoolId, Arc<ModelMetrics>)>) {
         let table: HashMap<_, _> = workers.iter().map(|worker| (worker.id, Arc::clone(worker))).collect();
-        // The gauges of what is gone would stand still for ever.
-        for gone in self.table.load().values().filter(|worker| !table.contains_key(&worker.id)) {
-            gone.metrics.clear();
-        }
         let is_gone = |pool: &PoolId| !pools.iter().any(|(stays, _)| stays == pool);
         for (_, metrics) in self.pools.load().iter().filter(|(pool, _)| is_gone(pool)) {
             (0..CLASSES.len()).for_each(|class| metrics.queue_depth(class, 0));
@@ -123,7 +119,8 @@ impl Workers {
         self.pools.store(Arc::new(pools));
     }
 
-    pub(super) fn publish(&self, driver: &Driver) {
+    /// Brings the gauges up to date; gives the text of the workers' series.
+    pub(super) fn publish(&self, driver: &Driver) -> String {
         let table = self.table.load();
         driver.read(|core, now| {
             for view in core.worker_views(now) {
@@ -148,6 +145,9 @@ impl Workers {
                 }
             }
         });
+        let mut workers: Vec<_> = table.values().map(|worker| (&*worker.name, &worker.metrics)).collect();
+        workers.sort_unstable_by_key(|(name, _)| *name);
+        WorkerMetrics::render(&workers)
     }
 }
 

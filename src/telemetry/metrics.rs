@@ -3,7 +3,6 @@
 use std::sync::{Arc, OnceLock};
 
 use forebay_backends::signals::gpu::{self, Gpu};
-use forebay_backends::signals::kv_events::{Loss, Standing};
 use forebay_scheduler::ScaleView;
 use metrics::{Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram};
 use metrics::{gauge, histogram};
@@ -22,19 +21,7 @@ const TOKENS: &str = "forebay_tokens_total";
 const PREFIX_HIT_TOKENS: &str = "forebay_prefix_hit_tokens_total";
 const PREFIX_INDEX_BLOCKS: &str = "forebay_prefix_index_blocks";
 const PREFIX_INDEX_BYTES: &str = "forebay_prefix_index_bytes";
-const KV_EVENTS: &str = "forebay_kv_events_total";
-const KV_EVENT_BREAKS: &str = "forebay_kv_event_breaks_total";
-const KV_EVENTS_STANDING: &str = "forebay_worker_kv_events";
 const DECISION_SECONDS: &str = "forebay_decision_seconds";
-const WORKER_RUNNING: &str = "forebay_worker_running";
-const WORKER_WAITING: &str = "forebay_worker_waiting";
-const WORKER_KV_USAGE: &str = "forebay_worker_kv_usage_ratio";
-const WORKER_PROMISED: &str = "forebay_worker_promised_tokens";
-const WORKER_UP: &str = "forebay_worker_up";
-const WORKER_HEALTH: &str = "forebay_worker_health_score";
-const WORKER_ASLEEP: &str = "forebay_worker_asleep";
-const WORKER_WAKES: &str = "forebay_worker_wakes_total";
-const BREAKER_OPEN: &str = "forebay_breaker_open";
 const GPU_MEMORY_USED: &str = "forebay_gpu_memory_used_bytes";
 const GPU_MEMORY_TOTAL: &str = "forebay_gpu_memory_total_bytes";
 const GPU_UTILIZATION: &str = "forebay_gpu_utilization_ratio";
@@ -71,9 +58,6 @@ pub const CLASSES: [&str; 3] = ["interactive", "default", "batch"];
 
 /// What can leave together, as `forebay_micro_batch_size{kind}` names it.
 const MICRO_BATCH_KINDS: [Api; 3] = [Api::Embeddings, Api::Rerank, Api::Score];
-
-/// What became of a break in a worker's KV events, as `forebay_kv_event_breaks_total{kind}` names it.
-const KV_BREAKS: [&str; 5] = ["filled", "gap", "restarted", "unproven", "unreadable"];
 
 /// Where a request came in, as metrics and the ledger name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -224,25 +208,7 @@ fn describe() {
     describe_counter!(PREFIX_HIT_TOKENS, "prompt tokens that the chosen worker was expected to hold in its KV cache");
     describe_gauge!(PREFIX_INDEX_BLOCKS, "blocks in the prefix index, by model");
     describe_gauge!(PREFIX_INDEX_BYTES, "bytes accounted for the prefix index, by model");
-    describe_counter!(KV_EVENTS, "KV-cache events received, by worker");
-    describe_counter!(
-        KV_EVENT_BREAKS,
-        "breaks in a worker's KV-cache events: filled by a replay, or else by why what was known became void"
-    );
-    describe_gauge!(
-        KV_EVENTS_STANDING,
-        "0 no KV-cache events come, 1 they come but the cache may hold more than they told, 2 all of it is known"
-    );
     describe_histogram!(DECISION_SECONDS, Unit::Seconds, "time the scheduler took for one event");
-    describe_gauge!(WORKER_RUNNING, "sequences running, as the engine reported last");
-    describe_gauge!(WORKER_WAITING, "sequences waiting in the engine, as it reported last");
-    describe_gauge!(WORKER_KV_USAGE, "share of the KV cache held by live requests, as the engine reported last");
-    describe_gauge!(WORKER_PROMISED, "uncached prompt tokens promised to the worker and not yet prefilled");
-    describe_gauge!(WORKER_UP, "1 when the worker takes requests");
-    describe_gauge!(WORKER_HEALTH, "how well the worker is, 1 to 0; falls with failures and with late first tokens");
-    describe_gauge!(WORKER_ASLEEP, "1 while the worker's model is not in the memory of its GPUs");
-    describe_counter!(WORKER_WAKES, "times that the worker's model was woken");
-    describe_gauge!(BREAKER_OPEN, "1 while the worker's circuit breaker is open");
     describe_gauge!(GPU_MEMORY_USED, Unit::Bytes, "memory in use on a GPU, with what the driver reserves");
     describe_gauge!(GPU_MEMORY_TOTAL, Unit::Bytes, "memory of a GPU");
     describe_gauge!(GPU_UTILIZATION, "share of the last sample period in which some kernel ran on the GPU");
@@ -361,88 +327,6 @@ impl ModelMetrics {
             #[expect(clippy::cast_precision_loss, reason = "queues are bounded far below 2^52")]
             gauge.set(requests as f64);
         }
-    }
-}
-
-/// One worker's gauges and counters.
-pub struct WorkerMetrics {
-    pub running: Gauge,
-    pub waiting: Gauge,
-    pub kv_usage: Gauge,
-    pub promised_tokens: Gauge,
-    pub up: Gauge,
-    pub health_score: Gauge,
-    pub breaker_open: Gauge,
-    pub asleep: Gauge,
-    pub wakes: Counter,
-    pub kv_events: Counter,
-    kv_breaks: [Counter; KV_BREAKS.len()],
-    kv_standing: Gauge,
-}
-
-impl std::fmt::Debug for WorkerMetrics {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("WorkerMetrics").finish_non_exhaustive()
-    }
-}
-
-impl WorkerMetrics {
-    #[must_use]
-    pub fn register(worker: &str) -> Self {
-        let one = |name: &'static str| gauge!(name, "worker" => worker.to_owned());
-        Self {
-            running: one(WORKER_RUNNING),
-            waiting: one(WORKER_WAITING),
-            kv_usage: one(WORKER_KV_USAGE),
-            promised_tokens: one(WORKER_PROMISED),
-            up: one(WORKER_UP),
-            health_score: one(WORKER_HEALTH),
-            breaker_open: one(BREAKER_OPEN),
-            asleep: one(WORKER_ASLEEP),
-            wakes: counter!(WORKER_WAKES, "worker" => worker.to_owned()),
-            kv_events: counter!(KV_EVENTS, "worker" => worker.to_owned()),
-            kv_breaks: KV_BREAKS.map(|kind| counter!(KV_EVENT_BREAKS, "worker" => worker.to_owned(), "kind" => kind)),
-            kv_standing: one(KV_EVENTS_STANDING),
-        }
-    }
-
-    /// Counts a gap in the KV events that a replay filled.
-    pub fn kv_filled(&self) {
-        self.count_break("filled");
-    }
-
-    /// Counts that what was known of the KV cache became void.
-    pub fn kv_break(&self, loss: Loss) {
-        self.count_break(match loss {
-            Loss::Gap => "gap",
-            Loss::Restarted => "restarted",
-            Loss::Unproven => "unproven",
-            Loss::Unreadable => "unreadable",
-        });
-    }
-
-    fn count_break(&self, kind: &str) {
-        let at = KV_BREAKS.iter().position(|known| *known == kind);
-        if let Some(counter) = at.and_then(|at| self.kv_breaks.get(at)) {
-            counter.increment(1);
-        }
-    }
-
-    pub fn kv_standing(&self, standing: Standing) {
-        self.kv_standing.set(match standing {
-            Standing::Away => 0.0,
-            Standing::Partial => 1.0,
-            Standing::Complete => 2.0,
-        });
-    }
-
-    /// Says that there is no such worker any more.
-    pub fn clear(&self) {
-        let Self { running, waiting, kv_usage, promised_tokens, up, health_score, breaker_open, asleep, .. } = self;
-        for gauge in [running, waiting, kv_usage, promised_tokens, up, health_score, breaker_open, asleep] {
-            gauge.set(0.0);
-        }
-        self.kv_standing.set(0.0);
     }
 }
 

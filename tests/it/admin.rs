@@ -45,6 +45,7 @@ fn the_owners_key_is_made_once_and_asked_for() {
             let answer = get_with(gateway.ops, path, &headers);
             assert_eq!(refused(&answer, 401), "invalid_api_key", "{path}: {headers:?}");
             assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
+            assert_eq!(post_with(gateway.ops, path, &headers, "{}").status, 401);
             let message = error_object(&answer.body)["message"].to_string();
             assert!(message.contains("owner") && !message.contains(&key), "{message}");
         }
@@ -52,7 +53,7 @@ fn the_owners_key_is_made_once_and_asked_for() {
     assert_eq!(gateway.admin("workers").status, 200);
     assert_eq!(refused(&gateway.admin("nothing"), 404), "not_found");
     let owner = format!("authorization: Bearer {key}");
-    assert_eq!(post_with(gateway.ops, "/admin/v1/workers", &[&owner], "{}").status, 405);
+    assert_eq!(post_with(gateway.ops, "/admin/v1/decisions/x", &[&owner], "{}").status, 405);
     // It is for the ops listener only.
     assert_eq!(get_with(gateway.client, "/admin/v1/workers", &[&owner]).status, 404);
 

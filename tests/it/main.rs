@@ -47,3 +47,4 @@ mod streams;
 mod support;
 mod tokens;
 mod traces;
+mod workers;

@@ -73,7 +73,7 @@ mod tests {
 
     #[test]
     fn a_list_is_read_or_refused_whole() {
-        let places = parse(br#"["http://a:1/x/", {"url":"https://b","name":"n","model":"m"}]"#).unwrap();
+        let places = parse(br#"["http://a:1/x/v1/", {"url":"https://b","name":"n","model":"m"}]"#).unwrap();
         let (url, some) = (|text| Url::parse(text).unwrap(), |text: &str| Some(text.to_owned()));
         assert_eq!(places[0], Place { url: url("http://a:1/x"), name: None, model: None });
         assert_eq!(places[1], Place { url: url("https://b"), name: some("n"), model: some("m") });

@@ -68,12 +68,10 @@ impl Core {
 
     fn inadmissible(&self, request: &Request) -> Option<Refusal> {
         let Some(pool) = self.pools.get(&request.pool) else { return Some(Refusal::PoolUnknown) };
-        let mut workers = pool.workers.iter().filter_map(|slot| self.workers.get(*slot));
-        // Where nobody is yet, one may be on its way, as where all are down.
-        let nobody = pool.workers.is_empty();
-        if !nobody && workers.clone().all(|worker| worker.draining) {
-            Some(Refusal::NoWorker)
-        } else if !nobody && !workers.any(|worker| worker.holds(request.prompt_tokens)) {
+        let workers = pool.workers.iter().filter_map(|slot| self.workers.get(*slot));
+        // Where nobody stays, one may be on its way, as where all are down.
+        let mut staying = workers.filter(|worker| !worker.draining).peekable();
+        if staying.peek().is_some() && !staying.any(|worker| worker.holds(request.prompt_tokens)) {
             Some(Refusal::TooLarge)
         } else {
             request.deadline.filter(|deadline| *deadline <= self.now).map(|_| Refusal::DeadlinePassed)

@@ -43,7 +43,6 @@ impl Core {
                 pool.index.set_capacity(slot, pool.cache_blocks(&spec));
             }
             let before = std::mem::replace(&mut known.spec, spec);
-            known.draining = false;
             self.touch(slot);
             self.gpus_changed(slot, &before.gpus);
             // what is bound to it may not fit any more, and what waits may fit now
@@ -61,12 +60,18 @@ impl Core {
         out.push(Action::Probe { worker: id });
     }
 
-    pub(super) fn worker_draining(&mut self, id: WorkerId, out: &mut Vec<Action>) {
+    pub(super) fn worker_draining(&mut self, id: WorkerId, draining: bool, out: &mut Vec<Action>) {
         let Some(slot) = self.workers.slot(id) else { return };
         let Some(worker) = self.workers.get_mut(slot) else { return };
-        worker.draining = true;
+        worker.draining = draining;
+        let pool = worker.pool;
         self.touch(slot);
-        self.evacuate(slot, out);
+        if draining {
+            self.evacuate(slot, out);
+            self.park_again(pool, out);
+        } else {
+            self.rehome(pool, out);
+        }
     }
 
     pub(super) fn worker_left(&mut self, id: WorkerId, out: &mut Vec<Action>) {

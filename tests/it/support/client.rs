@@ -240,6 +240,15 @@ pub(crate) fn post_with(address: SocketAddr, path: &str, headers: &[&str], body:
     connection.answer()
 }
 
+/// Asks a gateway's ops listener for a change under `/admin/v1/`.
+pub(crate) fn order(ops: SocketAddr, key: &str, method: &str, path: &str, body: &str) -> Answer {
+    let head = format!(
+        "{method} /admin/v1/{path} HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {key}\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    request(ops, format!("{head}{body}").as_bytes())
+}
+
 /// Sends exactly these bytes and reads one answer.
 pub(crate) fn request(address: SocketAddr, bytes: &[u8]) -> Answer {
     let mut connection = Connection::to(address);

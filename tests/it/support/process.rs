@@ -292,6 +292,11 @@ impl Gateway {
         client::get_with(self.ops, &format!("/admin/v1/{path}"), &[&key])
     }
 
+    /// Asks for a change under `/admin/v1/` as the owner.
+    pub(crate) fn order(&self, method: &str, path: &str, body: &str) -> Answer {
+        client::order(self.ops, &self.owner_key(), method, path, body)
+    }
+
     /// The key that stands in its data directory.
     pub(crate) fn owner_key(&self) -> String {
         let file = self.directory.path().join("data/owner.key");

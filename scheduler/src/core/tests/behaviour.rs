@@ -88,9 +88,11 @@ fn the_time_at_a_worker_that_failed_is_not_time_in_the_queue() {
 #[test]
 fn what_can_never_be_served_is_refused_on_arrival() {
     let mut world = World::with_workers(1, &WorkerSpec::default());
-    world.event(Event::WorkerDraining { worker: WorkerId(0) });
+    world.event(Event::WorkerDraining { worker: WorkerId(0), draining: true });
     world.arrive(request(1, 100));
-    assert_eq!(world.refusal(1), Some(Refusal::NoWorker), "who is there is about to leave");
+    assert_eq!(world.refusal(1), None, "who is there is about to leave, and another may come");
+    world.wait(2_000);
+    assert_eq!(world.refusal(1), Some(Refusal::NoWorker));
     world.event(Event::WorkerLeft { worker: WorkerId(0) });
     world.arrive(Request { pool: PoolId(9), ..request(2, 100) });
     assert_eq!(world.refusal(2), Some(Refusal::PoolUnknown));
@@ -488,7 +490,7 @@ fn a_draining_worker_gets_nothing_and_finishes_what_it_has() {
     for id in 1..=6 {
         world.arrive(request(id, 1000));
     }
-    world.event(Event::WorkerDraining { worker: WorkerId(0) });
+    world.event(Event::WorkerDraining { worker: WorkerId(0), draining: true });
     let kept = *world.sent().iter().find(|id| world.sent_to(id.0) == Some(0)).unwrap();
     assert_eq!(world.core.worker_view(world.now, WorkerId(0)).unwrap().lane_requests, 0);
     world.finish(kept.0);
@@ -501,10 +503,12 @@ fn joining_again_changes_the_spec_and_keeps_the_rest() {
     let mut world = World::with_workers(1, &one_slot());
     world.arrive(request(1, 1000));
     world.arrive(request(2, 1000));
-    world.event(Event::WorkerDraining { worker: WorkerId(0) });
+    world.event(Event::WorkerDraining { worker: WorkerId(0), draining: true });
     assert_eq!(world.waiting(), [RequestId(2)]);
     let joined = world.join(0, WorkerSpec { kv_tokens: Some(5000), ..WorkerSpec::default() });
-    assert!(matches!(joined[..], [Action::Send { request: RequestId(2), .. }]), "{joined:?}");
+    assert!(joined.is_empty(), "it drains all the same: {joined:?}");
+    let resumed = world.event(Event::WorkerDraining { worker: WorkerId(0), draining: false });
+    assert!(matches!(resumed[..], [Action::Send { request: RequestId(2), .. }]), "{resumed:?}");
     let view = world.core.worker_view(world.now, WorkerId(0)).unwrap();
     assert_eq!((view.sent_requests, view.health, view.kv_tokens), (2, HealthState::Up, Some(5000)));
 }

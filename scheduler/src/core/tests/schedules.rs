@@ -18,7 +18,7 @@ enum Step {
     Fail(usize, Failure),
     End(usize, End),
     Join(u32, Option<u64>, u32, bool),
-    Drain(u32),
+    Drain(u32, bool),
     Leave(u32),
     Probed(u32, bool),
     Load(u32, LoadReport),
@@ -98,7 +98,7 @@ fn step() -> impl Strategy<Value = Step> {
         6 => (any::<usize>(), end()).prop_map(|(at, end)| Step::End(at, end)),
         2 => (worker(), prop::option::of(100..100_000_u64), 1..6_u32, any::<bool>())
             .prop_map(|(w, kv, sequences, events)| Step::Join(w, kv, sequences, events)),
-        1 => worker().prop_map(Step::Drain),
+        1 => (worker(), prop::bool::weighted(0.7)).prop_map(|(w, draining)| Step::Drain(w, draining)),
         1 => worker().prop_map(Step::Leave),
         5 => (worker(), prop::bool::weighted(0.8)).prop_map(|(w, healthy)| Step::Probed(w, healthy)),
         2 => (worker(), 0..9_u32, 0..9_u32, kv_usage).prop_map(|(w, running, waiting, kv_usage)| {
@@ -171,7 +171,7 @@ fn run(world: &mut World, step: &Step) {
             world.join(worker, WorkerSpec { kv_tokens, sequences_max, kv_events, gpus, ..WorkerSpec::default() });
             return;
         }
-        Step::Drain(worker) => Event::WorkerDraining { worker: WorkerId(worker) },
+        Step::Drain(worker, draining) => Event::WorkerDraining { worker: WorkerId(worker), draining },
         Step::Leave(worker) => Event::WorkerLeft { worker: WorkerId(worker) },
         Step::Probed(worker, healthy) => Event::Probed { worker: WorkerId(worker), healthy },
         Step::Load(worker, report) => Event::Load { worker: WorkerId(worker), report },
@@ -214,7 +214,9 @@ fn run(world: &mut World, step: &Step) {
 
 fn worker_of(event: &Event) -> Option<WorkerId> {
     match event {
-        Event::WorkerDraining { worker } | Event::WorkerLeft { worker } | Event::Probed { worker, .. } => Some(*worker),
+        Event::WorkerDraining { worker, .. } | Event::WorkerLeft { worker } | Event::Probed { worker, .. } => {
+            Some(*worker)
+        }
         _ => None,
     }
 }

@@ -90,8 +90,10 @@ impl World {
 
     pub(super) fn join(&mut self, worker: u32, spec: WorkerSpec) -> Vec<Action> {
         let worker = WorkerId(worker);
-        self.health.entry(worker).or_insert(HealthState::Unknown);
-        self.draining.retain(|draining| *draining != worker);
+        self.health.entry(worker).or_insert_with(|| {
+            self.draining.retain(|draining| *draining != worker);
+            HealthState::Unknown
+        });
         self.event(Event::WorkerJoined { worker, pool: POOL, spec })
     }
 
@@ -133,7 +135,10 @@ impl World {
                     self.asleep.insert(*worker);
                 }
             }
-            Event::WorkerDraining { worker } => self.draining.push(*worker),
+            Event::WorkerDraining { worker, draining } => {
+                self.draining.retain(|known| known != worker);
+                self.draining.extend(draining.then_some(*worker));
+            }
             Event::WorkerLeft { worker } => {
                 self.health.remove(worker);
             }
