@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use forebay_backends::signals::gpu::slowdown;
-use forebay_scheduler::SleepState;
+use forebay_scheduler::{AdapterState, SleepState};
 
 use super::wire::{Gpu, Reported, Worker, Workers};
 use super::{Admin, health, rounded};
@@ -50,6 +50,7 @@ fn worker(status: WorkerStatus) -> Worker {
         sleep: view.sleep.map(|state| sleep(state).to_owned()),
         wake_seconds: rounded(view.wake.as_secs_f64()),
         wakes: view.wakes,
+        adapters: status.adapters.iter().map(|(name, state)| (name.to_string(), adapter(*state).to_owned())).collect(),
         gpus: status.gpus.into_iter().map(gpu).collect(),
     }
 }
@@ -61,6 +62,15 @@ fn sleep(state: SleepState) -> &'static str {
         SleepState::FallingAsleep => "falling_asleep",
         SleepState::Asleep => "asleep",
         SleepState::Waking => "waking",
+    }
+}
+
+fn adapter(state: AdapterState) -> &'static str {
+    match state {
+        AdapterState::Loading => "loading",
+        AdapterState::Loaded => "loaded",
+        AdapterState::Leaving => "leaving",
+        AdapterState::Unloading => "unloading",
     }
 }
 
