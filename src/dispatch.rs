@@ -7,10 +7,11 @@
 //! back.
 //!
 //! Here: `driver` owns the core, `attempt` speaks with one worker, `micro_batch` makes one call of several requests,
-//! `intake` owns the tasks that feed the core with what workers report of themselves, `kv` what they publish of their
+//! `intake` owns the tasks that feed the core with what workers report of themselves, `adapters` their LoRA adapters, `kv` what they publish of their
 //! caches, `gpus` what is said of their GPUs, `explain` tells administration what the core knows and why it decided as it
 //! did. Not here: another model or a cloud when a pool cannot (`pipeline`).
 
+mod adapters;
 mod attempt;
 mod budget;
 mod driver;
@@ -39,7 +40,7 @@ use tracing::Instrument;
 
 use crate::ids::RequestName;
 use crate::prepare::{Asked, Prepare, Prompt};
-use crate::routing::Model;
+use crate::routing::{Adapter, Model};
 use crate::telemetry::Registry;
 use attempt::Failed;
 use budget::Budget;
@@ -406,6 +407,7 @@ fn request(
         sequences: job.asked.choices().max(1),
         body_bytes: u32::try_from(job.body.len()).unwrap_or(u32::MAX),
         streamed: job.streamed(),
+        adapter: job.model.adapter.as_ref().map(Adapter::facts),
         beside,
     }
 }

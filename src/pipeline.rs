@@ -169,6 +169,7 @@ impl Error {
                 | Refusal::QueueFull
                 | Refusal::TimedOut
                 | Refusal::NoWorker
+                | Refusal::AdapterUnavailable
                 | Refusal::Busy { .. }
                 | Refusal::PoolUnknown => Trouble::Unavailable,
             },

@@ -14,6 +14,7 @@ mod chunks;
 mod fields;
 mod kv_sources;
 mod llamacpp;
+mod lora;
 mod members;
 mod models;
 mod ollama;
@@ -38,6 +39,7 @@ use serde_json::Value;
 use self::members::Members;
 pub use self::{
     answer::{Answer, Translation},
+    lora::{AdapterError, AdapterPaths, listed, load_adapter, unload_adapter},
     models::ServedModel,
     sleep::{Dormant, is_asleep, set_asleep},
     triton::Tensors,
@@ -267,6 +269,17 @@ pub trait Engine: Send + Sync {
         None
     }
 
+    /// Where it takes LoRA adapters while it runs, if it does.
+    fn adapter_paths(&self) -> Option<AdapterPaths> {
+        None
+    }
+
+    /// What a request calls an adapter of this model.
+    fn adapter_name(&self, model: &str, adapter: &str) -> String {
+        let _ = model;
+        adapter.to_owned()
+    }
+
     /// Whether the engine speaks this API. A model may still refuse: embeddings of a chat model.
     fn serves(&self, api: Api) -> bool;
 
@@ -340,6 +353,8 @@ pub struct Load {
     pub kv_tokens: Option<u64>,
     /// The model is off the GPU. The health path answers all the same.
     pub sleeping: bool,
+    /// LoRA adapters that one batch may have.
+    pub adapters_max: Option<u32>,
     pub totals: Totals,
 }
 

@@ -76,7 +76,8 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
     for model in &config.models {
         let named = model.workers.iter().map(|worker| worker.name.as_str());
-        let workers: Vec<_> = named.chain((!model.discover.is_empty()).then_some("those that its lists name")).collect();
+        let workers: Vec<_> =
+            named.chain((!model.discover.is_empty()).then_some("those that its lists name")).collect();
         say!("model {} on {}", model.name.as_str(), workers.join(", "));
     }
     gateway::run(gateway, config, signals, source).await

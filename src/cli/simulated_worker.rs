@@ -98,6 +98,18 @@ pub(super) struct Arguments {
     /// Seconds to fall asleep.
     #[arg(long)]
     sleep_seconds: Option<f64>,
+    /// Begin with this LoRA adapter, as in sql=/adapters/sql; may be repeated.
+    #[arg(long, value_parser = adapter)]
+    lora_module: Vec<(String, String)>,
+    /// Load and unload LoRA adapters when asked.
+    #[arg(long)]
+    allow_lora_updating: bool,
+    /// Seconds to load one.
+    #[arg(long)]
+    lora_load_seconds: Option<f64>,
+    /// LoRA adapters that one batch may have.
+    #[arg(long, default_value_t = 1)]
+    max_loras: u32,
     /// Go wrong this way; may be repeated.
     #[arg(long)]
     fault: Vec<Fault>,
@@ -189,7 +201,18 @@ fn options(arguments: Arguments) -> anyhow::Result<Options> {
         asleep: arguments.asleep,
         wake_time: seconds(arguments.wake_seconds, "--wake-seconds")?.unwrap_or_default(),
         sleep_time: seconds(arguments.sleep_seconds, "--sleep-seconds")?.unwrap_or_default(),
+        adapters: arguments.lora_module,
+        adapter_updates: arguments.allow_lora_updating,
+        adapter_load_time: seconds(arguments.lora_load_seconds, "--lora-load-seconds")?.unwrap_or_default(),
+        adapters_max: arguments.max_loras,
         refuse_at_start: seconds(arguments.refuse_seconds, "--refuse-seconds")?,
         ..Options::default()
     })
+}
+
+/// A name and a path.
+fn adapter(text: &str) -> Result<(String, String), String> {
+    let (name, path) =
+        text.split_once('=').filter(|(name, path)| !name.is_empty() && !path.is_empty()).ok_or("must be name=path")?;
+    Ok((name.to_owned(), path.to_owned()))
 }

@@ -209,6 +209,31 @@ fn models_that_take_turns_in_a_gpu() {
 }
 
 #[test]
+fn adapters_of_a_model() {
+    let worker = "[[model.worker]]\nurl = 'http://a:1'\n";
+    let text = format!(
+        "[[model]]\nname = 'm'\nadapters_max = 3\n{worker}[[model.adapter]]\nname = 'sql'\npath = '/a/sql'\nmemory_mib = 64\n\
+         [[model.adapter]]\nname = 'law'\n[[model]]\nname = 'n'\n[[model.fallback]]\nto = 'sql'\n[[model.worker]]\nurl = 'http://a:2'"
+    );
+    let config = reader([]).text("f.toml", &text).unwrap_or_else(|mistakes| panic!("{mistakes}"));
+    let model = &config.models[0];
+    let [sql, law] = &model.adapters[..] else { panic!("{config:?}") };
+    assert_eq!((&*sql.name, sql.path.as_deref(), sql.memory_mib), ("sql", Some("/a/sql"), NonZeroU32::new(64)));
+    assert_eq!((&*law.name, law.path.as_deref(), model.adapters_max), ("law", None, NonZeroU32::new(3)));
+    let refuse = |adapter: &str, expect: &str| {
+        let text = format!("[[model]]\nname = 'm'\naliases = ['b']\n{worker}[[model.adapter]]\n{adapter}");
+        let said = reader([]).text("f.toml", &text).unwrap_err().to_string();
+        assert!(said.contains(expect), "{said}");
+    };
+    refuse("path = '/a'", "adapter[0].name is missing");
+    refuse("name = 'b'", "must be unique among names and aliases");
+    refuse("name = 'x*'", "must be a whole name");
+    refuse("name = 'x'\npath = ''", "must say where workers find the adapter");
+    refuse("name = 'x'\nmemory_mib = 1", "memory_mib is without effect: needs `path` beside it");
+    refuse("name = 'x'\nrank = 1", "adapter[0].rank");
+}
+
+#[test]
 fn the_example_file_is_good() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/examples/forebay.toml");
     let config = reader([]).load(&path).unwrap_or_else(|mistakes| panic!("{mistakes}"));

@@ -39,7 +39,7 @@ const TASKS: &str = "forebay_tasks";
 /// Status codes that answers can have; 499 is "the client left" (nginx's number). Others count as `other`.
 const CODES: [u16; 16] = [200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 499, 500, 501, 502, 503, 504];
 /// Reasons for a retry, as `forebay_retries_total{reason}` names them.
-pub const RETRY_REASONS: [&str; 10] = [
+pub const RETRY_REASONS: [&str; 11] = [
     "connect",
     "reset",
     "timeout",
@@ -48,6 +48,7 @@ pub const RETRY_REASONS: [&str; 10] = [
     "malformed",
     "denied",
     "other_model",
+    "no_adapter",
     "unsupported",
     "hedge",
 ];

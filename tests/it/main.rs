@@ -8,6 +8,7 @@
     reason = "a test that finds something else than it expects fails"
 )]
 
+mod adapters;
 mod admin;
 mod agent;
 mod architecture;

@@ -72,6 +72,14 @@ pub struct Options {
     pub wake_time: Duration,
     /// Time to fall asleep.
     pub sleep_time: Duration,
+    /// vLLM's `--lora-modules`: names and paths of the LoRA adapters that it begins with.
+    pub adapters: Vec<(String, String)>,
+    /// vLLM's `VLLM_ALLOW_RUNTIME_LORA_UPDATING`: whether it loads and unloads others when asked.
+    pub adapter_updates: bool,
+    /// Time to load one.
+    pub adapter_load_time: Duration,
+    /// vLLM's `--max-loras`: adapters that one batch may have.
+    pub adapters_max: u32,
     pub faults: Vec<Fault>,
     /// Refuses connections for this long after the start.
     pub refuse_at_start: Option<Duration>,
@@ -100,6 +108,10 @@ impl Default for Options {
             asleep: false,
             wake_time: Duration::ZERO,
             sleep_time: Duration::ZERO,
+            adapters: Vec::new(),
+            adapter_updates: false,
+            adapter_load_time: Duration::ZERO,
+            adapters_max: 1,
             faults: Vec::new(),
             refuse_at_start: None,
         }

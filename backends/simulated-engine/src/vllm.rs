@@ -9,6 +9,7 @@ mod embeddings;
 pub(crate) mod error;
 pub(crate) mod fields;
 mod logprobs;
+pub(crate) mod lora;
 mod metrics;
 mod ranking;
 pub(crate) mod request;
@@ -71,6 +72,10 @@ const ROUTES: [(&str, Method); 16] = [
 const SLEEP_ROUTES: [(&str, Method); 3] =
     [("/sleep", Method::POST), ("/wake_up", Method::POST), ("/is_sleeping", Method::GET)];
 
+/// The same of a server that loads adapters when asked.
+const ADAPTER_ROUTES: [(&str, Method); 2] =
+    [("/v1/load_lora_adapter", Method::POST), ("/v1/unload_lora_adapter", Method::POST)];
+
 /// The wire, see the module.
 pub(crate) struct Vllm;
 
@@ -125,7 +130,8 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
     let path = parts.uri.path();
     authorize(service, path, &parts.headers)?;
     let sleeps = SLEEP_ROUTES.iter().filter(|_| service.options.sleep_mode);
-    let Some((_, method)) = ROUTES.iter().chain(sleeps).find(|(route, _)| *route == path) else {
+    let adapters = ADAPTER_ROUTES.iter().filter(|_| service.options.adapter_updates);
+    let Some((_, method)) = ROUTES.iter().chain(sleeps).chain(adapters).find(|(route, _)| *route == path) else {
         return Err(unknown(path, &parts.headers));
     };
     if parts.method != method && !(path == "/ping" && parts.method == Method::POST) {
@@ -159,6 +165,8 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
         "/v1/rerank" | "/rerank" => run(service, Task::Rerank, &body, &caller).await,
         "/v1/score" | "/score" => run(service, Task::Score, &body, &caller).await,
         "/v1/embeddings" => run(service, Task::Embedding, &body, &caller).await,
+        "/v1/load_lora_adapter" => lora::load(service, &body).await,
+        "/v1/unload_lora_adapter" => lora::unload(service, &body),
         "/tokenize" => tokenize::tokenize(service, &body),
         _ => tokenize::detokenize(service, &body),
     }
@@ -240,16 +248,24 @@ fn position(text: &str, error: &serde_json::Error) -> usize {
     before + error.column().saturating_sub(1)
 }
 
+/// The model, then its adapters.
 fn models(service: &Service) -> Value {
+    let model = &service.options.model;
+    let mut data = vec![entry(model, model, None, Some(service.options.max_model_len))];
+    data.extend(service.adapters.list().iter().map(|(name, path)| entry(name, path, Some(model), None)));
+    json!({"object": "list", "data": data})
+}
+
+fn entry(name: &str, root: &str, parent: Option<&str>, max_model_len: Option<u32>) -> Value {
     let created = now_seconds();
-    json!({"object": "list", "data": [{
-        "id": service.options.model,
+    json!({
+        "id": name,
         "object": "model",
         "created": created,
         "owned_by": "vllm",
-        "root": service.options.model,
-        "parent": null,
-        "max_model_len": service.options.max_model_len,
+        "root": root,
+        "parent": parent,
+        "max_model_len": max_model_len,
         "permission": [{
             "id": format!("modelperm-{}", new_id()),
             "object": "model_permission",
@@ -264,7 +280,7 @@ fn models(service: &Service) -> Value {
             "group": null,
             "is_blocking": false,
         }],
-    }]})
+    })
 }
 
 /// An object with its fields in this order.
