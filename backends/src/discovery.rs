@@ -16,6 +16,8 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::BoxStream;
+#[cfg(feature = "kubernetes")]
+use kubernetes::follow as follow_cluster;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use url::Url;
 
@@ -159,6 +161,13 @@ fn every_so_often(every: Duration) -> Interval {
     looks
 }
 
+/// The configuration refuses it before.
+#[cfg(not(feature = "kubernetes"))]
+fn follow_cluster(_: &Workload, _: Duration) -> BoxStream<'static, Result<Vec<Place>, Error>> {
+    let unbuilt = Error::Cluster("this program was built without the feature `kubernetes`".into());
+    futures::stream::once(async { Err(unbuilt) }).chain(futures::stream::pending()).boxed()
+}
+
 /// A source with what is kept from one look to the next.
 enum Reader {
     File(file::File),
@@ -173,10 +182,7 @@ impl Reader {
             Source::File(path) => Self::File(file::File::new(path.clone())),
             Source::Addresses { url, resolver } => Self::Dns(dns::Name::new(url.clone(), *resolver, false)),
             Source::Services { url, resolver } => Self::Dns(dns::Name::new(url.clone(), *resolver, true)),
-            #[cfg(feature = "kubernetes")]
-            Source::Kubernetes(workload) => Self::Told(kubernetes::follow(workload, every)),
-            #[cfg(not(feature = "kubernetes"))]
-            Source::Kubernetes(_) => Self::Told(futures::stream::pending().boxed()),
+            Source::Kubernetes(workload) => Self::Told(follow_cluster(workload, every)),
         }
     }
 

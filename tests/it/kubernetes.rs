@@ -67,9 +67,15 @@ fn the_endpoints_of_a_service_come_drain_and_go() {
         json!({"metadata": {"labels": {"kubernetes.io/service-name": "other"}},
         "addressType": "IPv4", "endpoints": [{"addresses": ["127.0.0.1"]}], "ports": [{"name": "http", "port": 1}]}),
     );
+    // Its other address is no second worker.
+    let mut six = slice("a", &a, true, false);
+    six["addressType"] = "IPv6".into();
+    six["endpoints"][0]["addresses"] = json!(["::1"]);
+    server.put(SLICES, "vllm-0", six);
     let gateway = gateway(&server, "{ service = \"vllm\", port = \"http\" }");
     until(&gateway, &[(&first, false)]);
     assert_eq!((server.asked().lists, server.asked().refused), (1, 0));
+    server.remove(SLICES, "vllm-0");
 
     let mut running = Connection::to(gateway.client);
     running.post(CHAT, &[], ask(40).as_bytes());

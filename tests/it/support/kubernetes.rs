@@ -1,12 +1,15 @@
-//! A Kubernetes API server as far as lists and watches go, on raw sockets, from a table that a test changes.
+//! A Kubernetes API server as far as lists and watches go, behind TLS, from a table that a test changes.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
 
 /// The namespace of the kubeconfig's context.
@@ -71,13 +74,21 @@ impl ApiServer {
         };
         let shared = Arc::new((Mutex::new(state), Condvar::new()));
         let serving = Arc::clone(&shared);
+        let identity = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).expect("a certificate");
+        let authority = pem(identity.cert.der());
+        let tls = Arc::new(tls(&identity));
         std::thread::spawn(move || {
             for socket in listener.incoming().map_while(Result::ok) {
-                let shared = Arc::clone(&serving);
-                std::thread::spawn(move || while serve(&shared, &socket).is_some() {});
+                let (shared, tls) = (Arc::clone(&serving), Arc::clone(&tls));
+                std::thread::spawn(move || {
+                    let connection = ServerConnection::new(tls).expect("a connection");
+                    let mut stream = StreamOwned::new(connection, socket);
+                    while serve(&shared, &mut stream).is_some() {}
+                });
             }
         });
         let server = Self { shared, directory: tempfile::tempdir().expect("a directory") };
+        std::fs::write(server.file("ca.pem"), authority).expect("written");
         server.write_token("first");
         server.write_kubeconfig(address);
         server
@@ -95,7 +106,7 @@ impl ApiServer {
     fn write_kubeconfig(&self, address: SocketAddr) {
         let text = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "it",
-            "clusters": [{"name": "it", "cluster": {"server": format!("http://{address}")}}],
+            "clusters": [{"name": "it", "cluster": {"server": format!("https://{address}"), "certificate-authority": self.file("ca.pem")}}],
             "users": [{"name": "it", "user": {"tokenFile": self.file("token")}}],
             "contexts": [{"name": "it", "context": {"cluster": "it", "user": "it", "namespace": NAMESPACE}}],
         });
@@ -180,8 +191,24 @@ impl ApiServer {
     }
 }
 
+fn pem(certificate: &[u8]) -> String {
+    let text = STANDARD.encode(certificate);
+    let lines: Vec<&str> = text.as_bytes().chunks(64).filter_map(|line| std::str::from_utf8(line).ok()).collect();
+    format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.join("\n"))
+}
+
+fn tls(identity: &rcgen::CertifiedKey<rcgen::KeyPair>) -> ServerConfig {
+    let key = rustls::pki_types::PrivatePkcs8KeyDer::from(identity.signing_key.serialize_der()).into();
+    ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_no_client_auth()
+        .with_single_cert(vec![identity.cert.der().clone()], key)
+        .expect("a certificate and its key")
+}
+
 /// Answers one request; `None` when the connection is over.
-fn serve(shared: &(Mutex<State>, Condvar), socket: &TcpStream) -> Option<()> {
+fn serve(shared: &(Mutex<State>, Condvar), socket: &mut (impl Read + Write)) -> Option<()> {
     let head = head(socket)?;
     let target = head.lines().next()?.split(' ').nth(1)?;
     let (collection, query) = target.split_once('?')?;
@@ -234,28 +261,27 @@ fn serve(shared: &(Mutex<State>, Condvar), socket: &TcpStream) -> Option<()> {
 /// Sends events until the watch is ended.
 fn follow(
     shared: &(Mutex<State>, Condvar),
-    mut socket: &TcpStream,
+    socket: &mut impl Write,
     collection: &str,
     selector: &str,
     mut from: u64,
     seen: (usize, usize),
 ) -> Option<()> {
-    socket
-        .write_all(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n")
-        .ok()?;
+    let head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
+    socket.write_all(head).and_then(|()| socket.flush()).ok()?;
     let mut chunk = |event: Value| {
         let line = format!("{event}\n");
         // In two pieces, as networks cut them.
         let (head, tail) = line.split_at(line.len() / 2);
         for piece in [head, tail] {
-            socket.write_all(format!("{:x}\r\n{piece}\r\n", piece.len()).as_bytes()).ok()?;
+            let chunk = format!("{:x}\r\n{piece}\r\n", piece.len());
+            socket.write_all(chunk.as_bytes()).and_then(|()| socket.flush()).ok()?;
         }
         Some(())
     };
     let mut state = shared.0.lock().expect("no panic");
     loop {
         if state.cuts != seen.0 {
-            let _ = socket.shutdown(std::net::Shutdown::Both);
             return None;
         }
         let fresh: Vec<_> = state
@@ -270,7 +296,7 @@ fn follow(
             let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 410,
                 "reason": "Expired", "message": "too old resource version"});
             chunk(json!({"type": "ERROR", "object": status}))?;
-            return socket.write_all(b"0\r\n\r\n").ok();
+            return None;
         }
         if fresh.is_empty() {
             state = shared.1.wait_timeout(state, Duration::from_secs(60)).expect("no panic").0;
@@ -285,7 +311,7 @@ fn follow(
     }
 }
 
-fn head(socket: &TcpStream) -> Option<String> {
+fn head(socket: &mut impl Read) -> Option<String> {
     let mut head = String::new();
     let mut reader = BufReader::with_capacity(1, socket.take(65536));
     while !head.ends_with("\r\n\r\n") {
@@ -296,9 +322,9 @@ fn head(socket: &TcpStream) -> Option<String> {
     Some(head)
 }
 
-fn answer(mut socket: &TcpStream, status: &str, body: &str) -> Option<()> {
+fn answer(socket: &mut impl Write, status: &str, body: &str) -> Option<()> {
     let head = format!("HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
-    socket.write_all(format!("{head}{body}").as_bytes()).ok()
+    socket.write_all(format!("{head}{body}").as_bytes()).and_then(|()| socket.flush()).ok()
 }
 
 /// Whether an object has all labels of `a=b,c=d`.
