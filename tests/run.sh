@@ -29,6 +29,7 @@ if wanted clippy; then
 fi
 if wanted test; then
   step test cargo test --locked --workspace
+  step kubernetes cargo test --locked --features kubernetes --test it -- kubernetes architecture
   step doc env RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --quiet
 fi
 

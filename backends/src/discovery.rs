@@ -6,12 +6,18 @@
 
 mod dns;
 mod file;
+#[cfg(feature = "kubernetes")]
+mod kubernetes;
 pub mod local;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::BoxStream;
+#[cfg(feature = "kubernetes")]
+use kubernetes::follow as follow_cluster;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use url::Url;
 
@@ -37,6 +43,8 @@ pub struct Place {
     pub name: Option<String>,
     /// What it calls the model, where the list says so.
     pub model: Option<String>,
+    /// It is to get nothing new, and may finish what it has.
+    pub draining: bool,
 }
 
 /// What lists workers.
@@ -48,6 +56,38 @@ pub enum Source {
     Addresses { url: Url, resolver: Option<SocketAddr> },
     /// Each SRV record of the URL's host names a worker's host and port.
     Services { url: Url, resolver: Option<SocketAddr> },
+    /// What a Kubernetes cluster runs; only where [`HAS_KUBERNETES`].
+    Kubernetes(Workload),
+}
+
+/// Whether this build can ask Kubernetes: the feature `kubernetes`.
+pub const HAS_KUBERNETES: bool = cfg!(feature = "kubernetes");
+
+/// Pods in a Kubernetes cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Workload {
+    /// `None`: that of the kubeconfig's context, or of this process.
+    pub namespace: Option<String>,
+    pub behind: Behind,
+    /// A service's name, or a label selector.
+    pub selector: String,
+    pub port: Port,
+}
+
+/// What tells which pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Behind {
+    Service,
+    Labels,
+}
+
+/// A pod's port.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Port {
+    Number(u16),
+    Name(String),
+    /// The one it has.
+    Only,
 }
 
 /// Why a list could not be had.
@@ -61,6 +101,8 @@ pub(crate) enum Error {
     Address(String),
     #[error("the name cannot be resolved: {0}")]
     Dns(#[from] hickory_resolver::ResolveError),
+    #[error("the cluster cannot be asked: {0}")]
+    Cluster(Box<dyn std::error::Error + Send + Sync>),
 }
 
 /// Reads a list again and again.
@@ -77,15 +119,16 @@ impl Lister {
     /// Must be made within a runtime.
     #[must_use]
     pub fn new(source: Source, every: Duration) -> Self {
-        let mut looks = interval(every.max(Duration::from_millis(10)));
-        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self { reader: Reader::new(&source), source, looks, last: None, silent: false }
+        let looks = every_so_often(every);
+        Self { reader: Reader::new(&source, every), source, looks, last: None, silent: false }
     }
 
     /// Waits for a list that differs from the last one; in order and without doubles, [`PLACES_MAX`] at most.
     pub async fn next(&mut self) -> Vec<Place> {
         loop {
-            self.looks.tick().await;
+            if !matches!(self.reader, Reader::Told(_)) {
+                self.looks.tick().await;
+            }
             match self.reader.look().await {
                 Ok(None) => self.silent = false,
                 Ok(Some(mut places)) => {
@@ -112,18 +155,34 @@ impl Lister {
     }
 }
 
+fn every_so_often(every: Duration) -> Interval {
+    let mut looks = interval(every.max(Duration::from_millis(10)));
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    looks
+}
+
+/// The configuration refuses it before.
+#[cfg(not(feature = "kubernetes"))]
+fn follow_cluster(_: &Workload, _: Duration) -> BoxStream<'static, Result<Vec<Place>, Error>> {
+    let unbuilt = Error::Cluster("this program was built without the feature `kubernetes`".into());
+    futures::stream::once(async { Err(unbuilt) }).chain(futures::stream::pending()).boxed()
+}
+
 /// A source with what is kept from one look to the next.
 enum Reader {
     File(file::File),
     Dns(dns::Name),
+    /// Tells by itself when there may be something new.
+    Told(BoxStream<'static, Result<Vec<Place>, Error>>),
 }
 
 impl Reader {
-    fn new(source: &Source) -> Self {
+    fn new(source: &Source, every: Duration) -> Self {
         match source {
             Source::File(path) => Self::File(file::File::new(path.clone())),
             Source::Addresses { url, resolver } => Self::Dns(dns::Name::new(url.clone(), *resolver, false)),
             Source::Services { url, resolver } => Self::Dns(dns::Name::new(url.clone(), *resolver, true)),
+            Source::Kubernetes(workload) => Self::Told(follow_cluster(workload, every)),
         }
     }
 
@@ -132,6 +191,7 @@ impl Reader {
         match self {
             Self::File(file) => file.look().await,
             Self::Dns(name) => name.look().await.map(Some),
+            Self::Told(told) => told.next().await.transpose(),
         }
     }
 }

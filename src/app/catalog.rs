@@ -142,6 +142,7 @@ impl Catalog {
         state.joined.complete(&mut config, &mut enlisted);
         state.lists.complete(&mut config, &mut enlisted);
         state.draining = state.joined.draining(&config);
+        state.draining.append(&mut enlisted.draining);
         let old = std::mem::replace(&mut state.config, config);
         state.name_models(&old);
         let pools = state.pools()?;

@@ -121,7 +121,7 @@ impl Joined {
         for call in &self.calls {
             let model = config.models.iter_mut().find(|model| model.name.as_str() == call.said.model);
             match (model, &call.worker) {
-                (Some(model), Some(worker)) => enlisted.add(model, worker.clone()),
+                (Some(model), Some(worker)) => _ = enlisted.add(model, worker.clone()),
                 (None, _) => tracing::warn!(model = call.said.model, "a worker that joined by call has no model"),
                 (Some(_), None) => {}
             }

@@ -81,16 +81,22 @@ impl Lists {
     /// Adds to each model the workers that are listed for it.
     pub(super) fn complete(&self, config: &mut Config, enlisted: &mut Enlisted) {
         for model in &mut config.models {
-            for worker in self.listed(model) {
-                enlisted.add(model, worker);
+            for (worker, draining) in self.listed(model) {
+                let name = worker.name.to_string();
+                if enlisted.add(model, worker) && draining {
+                    enlisted.draining.insert(name);
+                }
             }
         }
     }
 
-    fn listed(&self, model: &Model) -> Vec<Worker> {
+    /// Each with whether it drains.
+    fn listed(&self, model: &Model) -> Vec<(Worker, bool)> {
         let lists = model.discover.iter().filter_map(|discover| Some((discover, self.followed.get(&discover.source)?)));
         lists
-            .flat_map(|(discover, followed)| followed.places.iter().filter_map(|place| worker(discover, place)))
+            .flat_map(|(discover, followed)| {
+                followed.places.iter().filter_map(|place| Some((worker(discover, place)?, place.draining)))
+            })
             .collect()
     }
 }
@@ -101,6 +107,8 @@ pub(super) struct Enlisted {
     names: BTreeSet<String>,
     /// By model, with the model's name there.
     addresses: BTreeSet<(Name, Url, Option<Name>)>,
+    /// The names of those that drain by their list's word.
+    pub(super) draining: BTreeSet<String>,
 }
 
 /// Why somebody cannot be added.
@@ -113,7 +121,7 @@ pub(super) enum Clash {
 
 impl Enlisted {
     pub(super) fn of(config: &Config) -> Self {
-        let mut enlisted = Self { names: BTreeSet::new(), addresses: BTreeSet::new() };
+        let mut enlisted = Self { names: BTreeSet::new(), addresses: BTreeSet::new(), draining: BTreeSet::new() };
         for model in &config.models {
             model.workers.iter().for_each(|worker| enlisted.note(&model.name, worker));
         }
@@ -133,8 +141,9 @@ impl Enlisted {
     }
 
     /// Adds a worker to a model, or says why it is left out: what has one address is the same worker.
-    pub(super) fn add(&mut self, model: &mut Model, worker: Worker) {
-        match self.clash(&model.name, &worker) {
+    pub(super) fn add(&mut self, model: &mut Model, worker: Worker) -> bool {
+        let clash = self.clash(&model.name, &worker);
+        match &clash {
             None => {
                 self.note(&model.name, &worker);
                 model.workers.push(worker);
@@ -144,6 +153,7 @@ impl Enlisted {
                 tracing::warn!(name, worker = %worker.url, model = %model.name, "a worker is left out: its name is taken");
             }
         }
+        clash.is_none()
     }
 }
 
@@ -189,11 +199,11 @@ mod tests {
         let mut config = Config { server: Server::default(), nodes: Vec::new(), models: vec![model] };
         let mut enlisted = Enlisted::of(&config);
         for left_out in [worker("r", "http://a"), worker("r/1", "http://b"), worker("other", "http://r")] {
-            enlisted.add(&mut config.models[0], left_out);
+            assert!(!enlisted.add(&mut config.models[0], left_out));
         }
         assert_eq!(config.models[0].workers.len(), 1);
         let second = Worker { model: Some(Name::new("x").unwrap()), ..worker("r/2", "http://r") };
-        enlisted.add(&mut config.models[0], second);
+        assert!(enlisted.add(&mut config.models[0], second));
         assert_eq!(config.models[0].workers.len(), 2, "it serves another model there");
     }
 }

@@ -58,6 +58,7 @@ fn metadata() -> serde_json::Value {
     let host = version.lines().find_map(|line| line.strip_prefix("host: ")).expect("rustc names its host");
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--format-version", "1", "--locked", "--offline", "--filter-platform", host])
+        .args(cfg!(feature = "kubernetes").then_some("--all-features"))
         .current_dir(root())
         .output()
         .expect("cargo runs");

@@ -26,6 +26,8 @@ mod faults;
 mod gpus;
 mod http2_clients;
 mod http_refusals;
+#[cfg(feature = "kubernetes")]
+mod kubernetes;
 mod kv_events;
 mod ledger;
 mod metrics;

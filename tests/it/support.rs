@@ -6,6 +6,8 @@ pub(crate) mod client;
 pub(crate) mod dns;
 pub(crate) mod gpus;
 pub(crate) mod http2;
+#[cfg(feature = "kubernetes")]
+pub(crate) mod kubernetes;
 pub(crate) mod process;
 pub(crate) mod recorder;
 

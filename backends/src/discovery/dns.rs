@@ -64,7 +64,7 @@ impl Name {
             if self.url.scheme() == "https" {
                 let mut url = self.url.clone();
                 if url.set_host(Some(target)).is_ok() && url.set_port(Some(port)).is_ok() {
-                    places.push(Place { url, name: None, model: None });
+                    places.push(Place { url, name: None, model: None, draining: false });
                 }
                 continue;
             }
@@ -84,7 +84,12 @@ impl Name {
 
     fn place(&self, address: IpAddr, port: Option<u16>, name: Option<String>) -> Option<Place> {
         let mut url = self.url.clone();
-        (url.set_ip_host(address).is_ok() && url.set_port(port).is_ok()).then_some(Place { url, name, model: None })
+        (url.set_ip_host(address).is_ok() && url.set_port(port).is_ok()).then_some(Place {
+            url,
+            name,
+            model: None,
+            draining: false,
+        })
     }
 }
 

@@ -61,8 +61,8 @@ impl File {
 fn parse(text: &[u8]) -> Result<Vec<Place>, Error> {
     let lines: Vec<Line> = serde_json::from_slice(text)?;
     let place = |line| match line {
-        Line::Url(url) => Ok(Place { url: address(&url)?, name: None, model: None }),
-        Line::Worker(Worker { url, name, model }) => Ok(Place { url: address(&url)?, name, model }),
+        Line::Url(url) => Ok(Place { url: address(&url)?, name: None, model: None, draining: false }),
+        Line::Worker(Worker { url, name, model }) => Ok(Place { url: address(&url)?, name, model, draining: false }),
     };
     lines.into_iter().map(place).collect()
 }
@@ -75,8 +75,8 @@ mod tests {
     fn a_list_is_read_or_refused_whole() {
         let places = parse(br#"["http://a:1/x/v1/", {"url":"https://b","name":"n","model":"m"}]"#).unwrap();
         let (url, some) = (|text| Url::parse(text).unwrap(), |text: &str| Some(text.to_owned()));
-        assert_eq!(places[0], Place { url: url("http://a:1/x"), name: None, model: None });
-        assert_eq!(places[1], Place { url: url("https://b"), name: some("n"), model: some("m") });
+        assert_eq!(places[0], Place { url: url("http://a:1/x"), name: None, model: None, draining: false });
+        assert_eq!(places[1], Place { url: url("https://b"), name: some("n"), model: some("m"), draining: false });
         assert_eq!(parse(b"[]").unwrap(), []);
         for bad in [
             "",
