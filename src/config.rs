@@ -154,6 +154,8 @@ pub struct Model {
     pub micro_batch: Option<MicroBatch>,
     /// Whether equal requests in flight, of which nothing is left to chance, share one answer.
     pub coalesce: bool,
+    /// Whether a streamed text that breaks off is gone on with at another worker.
+    pub continue_streams: bool,
     /// At least one where it comes from a file, unless something lists them.
     pub workers: Vec<Worker>,
     /// What lists more of them while the gateway runs.
@@ -220,6 +222,7 @@ impl Model {
             fallbacks: Vec::new(),
             micro_batch: Some(MicroBatch::default()),
             coalesce: false,
+            continue_streams: false,
             workers,
             discover: Vec::new(),
         }

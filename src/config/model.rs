@@ -125,6 +125,7 @@ fn read(
     let own_names: Vec<&Name> = own_name.iter().chain(&aliases).map(|found| &found.value).collect();
     let fallbacks = fallbacks(&mut section, &own_names, targets);
     let coalesce = section.boolean("coalesce", false);
+    let continue_streams = section.boolean("continue_streams", false);
     let micro_batch = micro_batch(&mut section);
     let discover = discover::read_all(&mut section, reader);
     let workers = workers(&mut section, (reader, nodes), worker_names);
@@ -150,6 +151,7 @@ fn read(
         fallbacks,
         micro_batch,
         coalesce,
+        continue_streams,
         workers,
         discover,
     })
