@@ -160,6 +160,8 @@ pub struct Model {
     pub adapters: Vec<Adapter>,
     /// How many of them one worker is given; `None`: as many as its engine says.
     pub adapters_max: Option<NonZeroU32>,
+    /// Whether a streamed text that breaks off is gone on with at another worker.
+    pub continue_streams: bool,
     /// At least one where it comes from a file, unless something lists them.
     pub workers: Vec<Worker>,
     /// What lists more of them while the gateway runs.
@@ -228,6 +230,7 @@ impl Model {
             coalesce: false,
             adapters: Vec::new(),
             adapters_max: None,
+            continue_streams: false,
             workers,
             discover: Vec::new(),
         }

@@ -84,6 +84,8 @@ pub struct Model {
     pub micro_batch: Option<MicroBatch>,
     /// Whether equal requests in flight share an answer.
     pub coalesce: bool,
+    /// Whether a stream that breaks off is gone on with at another worker.
+    pub continue_streams: bool,
     pub metrics: Arc<ModelMetrics>,
     /// Unix seconds at which this gateway began to serve the model.
     pub created: u64,

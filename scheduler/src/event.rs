@@ -1,8 +1,8 @@
 //! Everything the core can be told. The shell around it turns sockets, polls and clients into these.
 //!
 //! The life of a request as events: `Arrived`, then either the core refuses it, or it is sent; for each send the shell
-//! answers with exactly one of `AttemptFailed` (nothing has reached the client yet; the core places it again or
-//! refuses it) and `Ended`. `Cancelled` may come at any time before, and is then the last word. Events that name an
+//! answers with exactly one of `AttemptFailed` (nothing has reached the client yet, or the rest may come from another
+//! worker; the core places it again or refuses it) and `Ended`. `Cancelled` may come at any time before, and is then the last word. Events that name an
 //! unknown request or worker are late and are ignored.
 
 use std::sync::Arc;
@@ -443,7 +443,7 @@ pub enum Event {
         /// Output tokens until now, over all sequences.
         output_tokens: u32,
     },
-    /// An attempt failed and nothing has reached the client.
+    /// An attempt failed, and another one can still bring what the client lacks.
     AttemptFailed {
         /// Which.
         request: RequestId,

@@ -14,12 +14,12 @@ use tracing::Instrument;
 
 use super::errors::Error;
 use super::{Api, body, headers};
-use crate::dispatch::Reply;
+use crate::dispatch::{Opened, Reply};
 use crate::ids::RequestName;
 use crate::ledger::Entry;
 use crate::pipeline::relay::{StreamRelay, WholeRelay};
 use crate::pipeline::shared::{Head, Joined};
-use crate::pipeline::{self, Call};
+use crate::pipeline::{self, Begun, Call};
 use crate::prepare::Asked;
 use crate::telemetry::metrics::Api as ApiName;
 
@@ -91,8 +91,7 @@ enum Open {
 
 /// One of its own.
 struct Own {
-    route: crate::routing::Route,
-    opened: crate::dispatch::Opened,
+    begun: Begun,
     choices: u32,
     hide_usage: bool,
 }
@@ -109,8 +108,8 @@ async fn answer(api: &Api, entry: &mut Entry, request: Request, kind: &Kind) -> 
         Ok(sharing) => return Ok(Open::Shared(Box::new(sharing.begin(entry).await?))),
         Err(call) => *call,
     };
-    let (route, opened) = api.pipeline.open(entry, call).await?;
-    Ok(Open::Own(Box::new(Own { route, opened, choices, hide_usage })))
+    let begun = api.pipeline.open(entry, call).await?;
+    Ok(Open::Own(Box::new(Own { begun, choices, hide_usage })))
 }
 
 impl Open {
@@ -136,14 +135,15 @@ impl Open {
 
 impl Own {
     fn respond(self, mut response: Response, api: &Api, entry: Entry) -> Response {
-        let crate::dispatch::Opened { place, worker, queued, predicted_wait, reply, .. } = self.opened;
-        headers::describe(&mut response, &self.route, &worker, (queued, predicted_wait));
+        let Begun { route, opened, continuation } = self.begun;
+        let Opened { place, worker, queued, predicted_wait, reply, .. } = opened;
+        headers::describe(&mut response, &route, &worker, (queued, predicted_wait));
         let closing = api.closing.clone();
         match reply {
             Reply::Stream(streamed) => {
                 content(&mut response, None);
-                *response.body_mut() =
-                    Body::new(StreamRelay::new(entry, place, streamed, self.choices, self.hide_usage, closing));
+                let relay = StreamRelay::new(entry, place, streamed, self.choices, self.hide_usage, closing);
+                *response.body_mut() = Body::new(relay.going_on(continuation));
             }
             Reply::Whole(whole) => {
                 content(&mut response, Some(whole.content_type.clone()));

@@ -312,6 +312,7 @@ impl State {
             fallbacks: model.fallbacks.clone(),
             micro_batch: model.micro_batch,
             coalesce: model.coalesce,
+            continue_streams: model.continue_streams,
             metrics: Arc::clone(&known.metrics),
             created: known.created,
         }

@@ -41,6 +41,9 @@ pub(super) struct Arguments {
     /// Seed of what it says.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Say one text to everybody, and go on with it where a prompt ends within it.
+    #[arg(long)]
+    recite: bool,
     /// How many times faster than its timing model it runs.
     #[arg(long, default_value_t = 1.0)]
     speed: f64,
@@ -185,6 +188,7 @@ fn options(arguments: Arguments) -> anyhow::Result<Options> {
             step_token_budget: arguments.step_token_budget,
         },
         seed: arguments.seed,
+        recite: arguments.recite,
         speed: arguments.speed,
         call_ms: arguments.call_ms,
         api_keys: arguments.api_key,

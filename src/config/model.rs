@@ -125,6 +125,7 @@ fn read(
     let own_names: Vec<&Name> = own_name.iter().chain(&aliases).map(|found| &found.value).collect();
     let fallbacks = fallbacks(&mut section, &own_names, targets);
     let coalesce = section.boolean("coalesce", false);
+    let continue_streams = section.boolean("continue_streams", false);
     let micro_batch = micro_batch(&mut section);
     let adapters = adapter::read_all(&mut section, &mut owned.names);
     let adapters_max =
@@ -155,6 +156,7 @@ fn read(
         coalesce,
         adapters,
         adapters_max,
+        continue_streams,
         workers,
         discover,
     })

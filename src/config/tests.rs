@@ -75,6 +75,7 @@ attempts_max = 2
 first_byte_seconds = 8
 idle_seconds = 9
 coalesce = true
+continue_streams = true
 
 [model.classes]
 batch = 0.25
@@ -146,7 +147,7 @@ agent = "http://gpu-a:7072"
     assert_eq!(kv_events.replay.as_ref().unwrap().to_string(), "tcp://[fd00::1]:5558");
     assert_eq!((&b.model, &b.api_key, &b.kv_events), (&None, &None, &None));
     let batch = MicroBatch { max_tokens: NonZeroU32::new(100).unwrap(), max_delay: Duration::ZERO };
-    assert_eq!((first.micro_batch, first.coalesce), (Some(batch), true));
+    assert_eq!((first.micro_batch, first.coalesce, first.continue_streams), (Some(batch), true, true));
     assert_eq!(*second, Model::new(name("other"), second.workers.clone(), &config.server));
     assert_eq!(&*second.workers[0].name, "[::1]:8000");
     let [node] = &config.nodes[..] else { panic!("{config:?}") };

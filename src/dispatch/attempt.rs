@@ -172,6 +172,9 @@ fn whose(worker: &Worker, job: &Job<'_>, reply: &Reply) -> Result<(), Failed> {
 async fn prepared(worker: &Worker, job: &Job<'_>) -> Result<Prepared, Failed> {
     let mut edits = Edits::new();
     let identity = worker.identity.load_full();
+    if job.goes_on && !identity.as_ref().is_some_and(|identity| identity.engine.takes_ids(job.api)) {
+        return Err(unsupported("The engine cannot go on with an answer of another.".to_owned(), None));
+    }
     if let Some(identity) = &identity {
         edits.model(job.asked.model(), &identity.name_of(job.model));
     }

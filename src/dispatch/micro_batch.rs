@@ -358,6 +358,7 @@ async fn ask(dispatch: &Dispatch, seats: &[Seat], class: Class) -> Result<Vec<Op
         asked: &Arc::new(asked),
         body,
         api: first.api,
+        goes_on: false,
         headers: first.headers.clone(),
     };
     let tell = |step: Step| seats.iter().for_each(|seat| seat.tell(Word::Step(step.clone())));

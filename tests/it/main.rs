@@ -18,6 +18,7 @@ mod cli;
 mod coalesce;
 mod conformance;
 mod connections;
+mod continuation;
 mod discovery;
 mod drain;
 mod engine_errors;

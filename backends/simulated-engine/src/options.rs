@@ -43,6 +43,8 @@ pub struct Options {
     pub timing: EngineConfig,
     /// Equal seeds give equal texts for equal prompts.
     pub seed: u64,
+    /// Says one text to everybody, and goes on with it where a prompt ends within it.
+    pub recite: bool,
     /// How many times faster than the timing model says the server runs; more than zero.
     pub speed: f64,
     /// How long an answer is that nothing else bounds, end token included.
@@ -94,6 +96,7 @@ impl Default for Options {
             max_model_len: 32_768,
             timing: EngineConfig::default(),
             seed: 0,
+            recite: false,
             speed: 1.0,
             output_tokens: 20..=120,
             embedding_dimensions: 32,

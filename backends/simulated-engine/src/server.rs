@@ -182,6 +182,7 @@ impl Service {
         // An engine refuses to start with a context that its memory cannot hold; this one takes the smaller.
         options.max_model_len = options.max_model_len.min(memory).max(1);
         let model = Model::load(options.tokenizer.as_deref())
+            .map(|model| model.reciting(options.recite))
             .map_err(|source| io::Error::new(io::ErrorKind::InvalidInput, source))?;
         let driver = Arc::new(Driver::new(timing, options.speed, options.max_queued_requests, publisher));
         let faults = Faults::new(options.seed, options.faults.clone());
