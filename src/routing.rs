@@ -126,6 +126,7 @@ impl Model {
             fallbacks: Vec::new(),
             micro_batch: self.micro_batch,
             coalesce: self.coalesce,
+            continue_streams: self.continue_streams,
             metrics: Arc::clone(&self.metrics),
             created: self.created,
         }
