@@ -70,7 +70,7 @@ pub const FAILOVER_REASONS: [&str; 5] = ["context_length", "unavailable", "error
 pub const CLASSES: [&str; 3] = ["interactive", "default", "batch"];
 
 /// What can leave together, as `forebay_micro_batch_size{kind}` names it.
-const MICRO_BATCH_KINDS: [Api; 3] = [Api::Embeddings, Api::Rerank, Api::Score];
+const MICRO_BATCH_KINDS: [Api; 5] = [Api::Embeddings, Api::Rerank, Api::Score, Api::Pooling, Api::Classify];
 
 /// What became of a break in a worker's KV events, as `forebay_kv_event_breaks_total{kind}` names it.
 const KV_BREAKS: [&str; 5] = ["filled", "gap", "restarted", "unproven", "unreadable"];
@@ -83,13 +83,24 @@ pub enum Api {
     Embeddings,
     Rerank,
     Score,
+    Pooling,
+    Classify,
     Tokenize,
     Detokenize,
 }
 
 impl Api {
-    pub const ALL: [Self; 7] =
-        [Self::Chat, Self::Completions, Self::Embeddings, Self::Rerank, Self::Score, Self::Tokenize, Self::Detokenize];
+    pub const ALL: [Self; 9] = [
+        Self::Chat,
+        Self::Completions,
+        Self::Embeddings,
+        Self::Rerank,
+        Self::Score,
+        Self::Pooling,
+        Self::Classify,
+        Self::Tokenize,
+        Self::Detokenize,
+    ];
 
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -99,6 +110,8 @@ impl Api {
             Self::Embeddings => "embeddings",
             Self::Rerank => "rerank",
             Self::Score => "score",
+            Self::Pooling => "pooling",
+            Self::Classify => "classify",
             Self::Tokenize => "tokenize",
             Self::Detokenize => "detokenize",
         }
