@@ -67,7 +67,7 @@ const METRICS_BYTES_MAX: usize = 8 << 20;
 /// Answers of which a few values are read. SGLang's `/model_info` is the longest.
 const SMALL_BYTES_MAX: usize = 256 << 10;
 
-/// An API that a client may ask for, in OpenAI's shape or, for the last four, in vLLM's.
+/// An API that a client may ask for, in OpenAI's shape or, for those after embeddings, in vLLM's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Api {
     ChatCompletions,
@@ -75,12 +75,15 @@ pub enum Api {
     Embeddings,
     Rerank,
     Score,
+    /// What a model's pooler gives for each input, whatever that is.
+    Pooling,
+    Classify,
     Tokenize,
     Detokenize,
 }
 
 impl Api {
-    /// Where OpenAI, or vLLM for the last four, has it.
+    /// Where clients ask for it.
     #[must_use]
     pub fn path(self) -> &'static str {
         match self {
@@ -89,6 +92,8 @@ impl Api {
             Self::Embeddings => "/v1/embeddings",
             Self::Rerank => "/v1/rerank",
             Self::Score => "/v1/score",
+            Self::Pooling => "/pooling",
+            Self::Classify => "/v1/classify",
             Self::Tokenize => "/tokenize",
             Self::Detokenize => "/detokenize",
         }

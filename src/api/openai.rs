@@ -1,4 +1,5 @@
-//! OpenAI's inference calls: chat, completions, embeddings; and vLLM's rerank and score, which go the same way.
+//! OpenAI's inference calls: chat, completions, embeddings; and vLLM's rerank, score, pooling and classify, which go the
+//! same way.
 
 use std::sync::Arc;
 
@@ -53,6 +54,16 @@ pub(super) async fn rerank(State(api): State<Arc<Api>>, request: Request) -> Res
 pub(super) async fn score(State(api): State<Arc<Api>>, request: Request) -> Response {
     let peek = |body: &[u8]| peek::Ranking::score(body).map(Asked::Ranking);
     serve(&api, request, Kind { name: ApiName::Score, api: engines::Api::Score, peek }).await
+}
+
+pub(super) async fn pooling(State(api): State<Arc<Api>>, request: Request) -> Response {
+    let peek = |body: &[u8]| peek::Embedding::peek(body).map(Asked::Embedding);
+    serve(&api, request, Kind { name: ApiName::Pooling, api: engines::Api::Pooling, peek }).await
+}
+
+pub(super) async fn classify(State(api): State<Arc<Api>>, request: Request) -> Response {
+    let peek = |body: &[u8]| peek::Embedding::peek(body).map(Asked::Embedding);
+    serve(&api, request, Kind { name: ApiName::Classify, api: engines::Api::Classify, peek }).await
 }
 
 async fn serve(api: &Api, request: Request, kind: Kind) -> Response {

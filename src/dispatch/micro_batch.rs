@@ -396,6 +396,8 @@ fn named(api: Api) -> metrics::Api {
     match api {
         Api::Rerank => metrics::Api::Rerank,
         Api::Score => metrics::Api::Score,
+        Api::Pooling => metrics::Api::Pooling,
+        Api::Classify => metrics::Api::Classify,
         _ => metrics::Api::Embeddings,
     }
 }

@@ -178,6 +178,8 @@ impl Trace {
             Api::Embeddings => ("embeddings", "/v1/embeddings"),
             Api::Rerank => ("rerank", "/v1/rerank"),
             Api::Score => ("score", "/v1/score"),
+            Api::Pooling => ("pooling", "/pooling"),
+            Api::Classify => ("classify", "/v1/classify"),
             Api::Chat | Api::Tokenize | Api::Detokenize => ("chat", "/v1/chat/completions"),
         };
         let mut attributes = vec![

@@ -75,6 +75,7 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
                 "/v1/completions" => Task::Completion,
                 "/v1/embeddings" => Task::Embedding,
                 "/v1/rerank" => Task::Rerank,
+                "/v1/classify" => Task::Classify,
                 _ => return Err(Failure::not_found()),
             };
             let body = vllm::read(&parts.headers, body).await?;

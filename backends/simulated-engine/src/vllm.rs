@@ -49,7 +49,7 @@ const FINGERPRINT: &str = "vllm-0.32.0-simulated";
 const BODY_BYTES_MAX: usize = 64 << 20;
 
 /// Routes and the one method of each, but `/ping`, which has two.
-const ROUTES: [(&str, Method); 16] = [
+const ROUTES: [(&str, Method); 18] = [
     ("/v1/chat/completions", Method::POST),
     ("/v1/completions", Method::POST),
     ("/v1/embeddings", Method::POST),
@@ -57,6 +57,8 @@ const ROUTES: [(&str, Method); 16] = [
     ("/rerank", Method::POST),
     ("/v1/score", Method::POST),
     ("/score", Method::POST),
+    ("/pooling", Method::POST),
+    ("/classify", Method::POST),
     ("/tokenize", Method::POST),
     ("/detokenize", Method::POST),
     ("/v1/models", Method::GET),
@@ -107,6 +109,8 @@ pub(crate) enum Task {
     Embedding,
     Rerank,
     Score,
+    Pooling,
+    Classify,
 }
 
 /// Runs the model as vLLM would.
@@ -120,6 +124,8 @@ pub(crate) async fn run(
         Task::Chat => chat::answer(service, body, caller).await,
         Task::Completion => completions::answer(service, body, caller).await,
         Task::Embedding => embeddings::answer(service, body, caller).await,
+        Task::Pooling => embeddings::pool(service, body, caller).await,
+        Task::Classify => embeddings::classify(service, body, caller).await,
         Task::Rerank => ranking::rerank(service, body, caller).await,
         Task::Score => ranking::score(service, body, caller).await,
     }
@@ -167,6 +173,8 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
         "/v1/embeddings" => run(service, Task::Embedding, &body, &caller).await,
         "/v1/load_lora_adapter" => lora::load(service, &body).await,
         "/v1/unload_lora_adapter" => lora::unload(service, &body),
+        "/pooling" => run(service, Task::Pooling, &body, &caller).await,
+        "/classify" => run(service, Task::Classify, &body, &caller).await,
         "/tokenize" => tokenize::tokenize(service, &body),
         _ => tokenize::detokenize(service, &body),
     }

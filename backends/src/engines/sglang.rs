@@ -103,7 +103,7 @@ impl Engine for SgLang {
 
     fn serves(&self, api: Api) -> bool {
         // Its `/v1/score` asks for the probability of labels; its `/tokenize` refuses a chat.
-        matches!(api, Api::ChatCompletions | Api::Completions | Api::Embeddings | Api::Rerank)
+        matches!(api, Api::ChatCompletions | Api::Completions | Api::Embeddings | Api::Rerank | Api::Classify)
     }
 
     fn merges(&self, api: Api) -> bool {

@@ -5,7 +5,7 @@ use forebay_proto::metrics_text::{Sample, samples};
 use bytes::Bytes;
 use http::HeaderName;
 
-use super::{AdapterPaths, Api, Dormant, Engine, Load, Mark, Totals, tally::Tally};
+use super::{AdapterPaths, Api, Asked, Dormant, Engine, Load, Mark, Prepared, Totals, Unsupported, tally::Tally};
 
 pub(super) struct Vllm;
 
@@ -73,7 +73,13 @@ impl Engine for Vllm {
     }
 
     fn merges(&self, api: Api) -> bool {
-        matches!(api, Api::Embeddings | Api::Rerank | Api::Score)
+        matches!(api, Api::Embeddings | Api::Rerank | Api::Score | Api::Pooling | Api::Classify)
+    }
+
+    /// It has no `/v1/classify`.
+    fn adapt(&self, asked: Asked) -> Result<Prepared, Unsupported> {
+        let path = if asked.api == Api::Classify { "/classify" } else { asked.api.path() };
+        Ok(Prepared { path, ..Prepared::untouched(asked) })
     }
 }
 
