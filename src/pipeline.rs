@@ -127,6 +127,7 @@ impl Pipeline {
         };
         let opened = self.dispatch.open_or_join(job, |step| match step {
             Step::Sent { worker, queued } => entry.sent(&worker.name, worker.engine(), queued),
+            Step::Prefilled { worker, kept } => entry.prefilled(&worker.name, kept),
             Step::Failed { worker, reason } => entry.failed(&worker.name, reason),
         });
         let opened = opened.await?;

@@ -12,6 +12,7 @@
 mod answer;
 mod chunks;
 mod fields;
+pub mod handover;
 mod kv_sources;
 mod llamacpp;
 mod members;
@@ -265,6 +266,12 @@ pub trait Engine: Send + Sync {
     /// How its model leaves the memory of its GPUs and comes back, where it can.
     fn dormant(&self) -> Option<Dormant> {
         None
+    }
+
+    /// Whether one server of its kind can compute a prompt and another go on from there, see [`handover`]. Both must be
+    /// started so.
+    fn hands_over(&self) -> bool {
+        false
     }
 
     /// Whether the engine speaks this API. A model may still refuse: embeddings of a chat model.

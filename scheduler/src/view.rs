@@ -8,7 +8,7 @@ use crate::placement::Scene;
 use crate::worker::Worker;
 use crate::worker::kv::Held;
 use crate::{
-    Class, Decision, HealthState, LoadReport, PoolId, Request, RequestId, SleepState, TenantId, Tick, WorkerId,
+    Class, Decision, HealthState, LoadReport, PoolId, Request, RequestId, Role, SleepState, TenantId, Tick, WorkerId,
 };
 
 /// How long a pool that none serves wants a worker after its last request: until then whoever scrapes that every half
@@ -22,6 +22,8 @@ pub struct WorkerView {
     pub worker: WorkerId,
     /// Where it serves.
     pub pool: PoolId,
+    /// What it is for.
+    pub role: Role,
     /// Its standing.
     pub health: HealthState,
     /// How well it is, from 1 to 0: the share of recent attempts that worked, times how punctual its first tokens are
@@ -213,6 +215,7 @@ impl Core {
         Some(WorkerView {
             worker: worker.id,
             pool: worker.pool,
+            role: worker.spec.role,
             health: worker.health.state(),
             health_score: worker.health_score(now, &self.config),
             draining: worker.draining,

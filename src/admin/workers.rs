@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use forebay_backends::signals::gpu::slowdown;
-use forebay_scheduler::SleepState;
+use forebay_scheduler::{Role, SleepState};
 
 use super::wire::{Gpu, Reported, Worker, Workers};
 use super::{Admin, health, rounded};
@@ -25,6 +25,7 @@ fn worker(status: WorkerStatus) -> Worker {
     });
     Worker {
         name: status.name.to_string(),
+        role: role(view.role).to_owned(),
         model: status.model.to_string(),
         engine: status.engine.map(str::to_owned),
         engine_model: status.engine_model,
@@ -52,6 +53,10 @@ fn worker(status: WorkerStatus) -> Worker {
         wakes: view.wakes,
         gpus: status.gpus.into_iter().map(gpu).collect(),
     }
+}
+
+fn role(role: Role) -> &'static str {
+    Role::NAMES.iter().find(|(_, known)| *known == role).map_or("both", |(name, _)| name)
 }
 
 fn sleep(state: SleepState) -> &'static str {

@@ -10,6 +10,7 @@ pub(crate) mod error;
 pub(crate) mod fields;
 mod logprobs;
 mod metrics;
+pub(crate) mod pair;
 mod ranking;
 pub(crate) mod request;
 pub(crate) mod sleep;

@@ -63,6 +63,10 @@ impl Engine for Vllm {
         })
     }
 
+    fn hands_over(&self) -> bool {
+        true
+    }
+
     fn serves(&self, _: Api) -> bool {
         true
     }

@@ -69,6 +69,7 @@ pub(crate) fn request(id: u64, blocks: Arc<[u64]>) -> Request {
         max_output: Some(400),
         sequences: 1,
         body_bytes: 8000,
+        splits: false,
         beside: None,
         streamed: true,
     }

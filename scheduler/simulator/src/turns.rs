@@ -396,6 +396,7 @@ fn request(number: usize, row: &Row) -> Request {
         sequences: 1,
         body_bytes: 0,
         streamed: true,
+        splits: false,
         beside: None,
     }
 }

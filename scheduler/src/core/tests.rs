@@ -1,5 +1,6 @@
 mod behaviour;
 mod gpus;
+mod pairs;
 mod scale;
 mod schedules;
 mod sleep;
