@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use forebay_backends::discovery::Source;
 use forebay_backends::signals::kv_events::KvSource;
-use forebay_scheduler::Policy;
+use forebay_scheduler::{Policy, Role};
 use url::{Host, Url};
 
 mod adapter;
@@ -150,6 +150,8 @@ pub struct Model {
     pub hedge_after: Option<Duration>,
     /// Longest silence of a worker inside an answer.
     pub idle_timeout: Duration,
+    /// Prompt tokens to compute from which on a worker for prompts computes them, where there is one.
+    pub split_tokens_min: NonZeroU32,
     /// Who answers when it cannot, in this order. Their own fallbacks do not count.
     pub fallbacks: Vec<Fallback>,
     /// What requests for embeddings and the like may be asked as one; `None`: each by itself.
@@ -225,6 +227,7 @@ impl Model {
             first_token_timeout: None,
             hedge_after: None,
             idle_timeout: defaults::IDLE_TIMEOUT,
+            split_tokens_min: defaults::SPLIT_TOKENS_MIN,
             fallbacks: Vec::new(),
             micro_batch: Some(MicroBatch::default()),
             coalesce: false,
@@ -278,6 +281,8 @@ pub struct Worker {
     /// `http` or `https` with a host, without user, query and fragment; a path is a prefix of every call. `grpc` is
     /// written as `http` with `http2`.
     pub url: Url,
+    /// What it is for: whole requests, prompts, or what comes after them. Then it does not sleep.
+    pub role: Role,
     /// One of the engines that the [`Reader`] was told of; `None`: to be detected.
     pub engine: Option<&'static str>,
     /// What the worker calls the model; `None`: detected where it serves one model, else the model's own name.
@@ -324,6 +329,7 @@ impl Worker {
         Self {
             name,
             url,
+            role: Role::Both,
             engine: None,
             model: None,
             api_key: None,

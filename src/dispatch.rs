@@ -6,8 +6,9 @@
 //! model is hedged, one may be made beside a first that is slow to begin. A [`Place`] is the core's promise for one attempt;
 //! dropping it gives the place back.
 //!
-//! Here: `driver` owns the core, `attempt` speaks with one worker, `micro_batch` makes one call of several requests,
-//! `intake` owns the tasks that feed the core with what workers report of themselves, `adapters` their LoRA adapters, `kv` what they publish of their
+//! Here: `driver` owns the core, `attempt` speaks with one worker, `handover` with one that computes a prompt for another,
+//! `micro_batch` makes one call of several requests, `intake` owns the tasks that feed the core with what workers report of
+//! themselves, `adapters` their LoRA adapters, `kv` what they publish of their
 //! caches, `gpus` what is said of their GPUs, `explain` tells administration what the core knows and why it decided as it
 //! did. Not here: another model or a cloud when a pool cannot (`pipeline`).
 
@@ -17,6 +18,7 @@ mod budget;
 mod driver;
 mod explain;
 mod gpus;
+mod handover;
 mod intake;
 mod kv;
 mod micro_batch;
@@ -32,7 +34,7 @@ use forebay_backends::engines::{Answer, Api};
 use forebay_proto::error::ApiError;
 use forebay_proto::sse::{Event, Splitter};
 use forebay_proto::trace_context::TraceParent;
-use forebay_scheduler::{Class, End, Failure, PoolId, Refusal, Request, RouteId, TenantId, WorkerId};
+use forebay_scheduler::{Class, End, Failure, Leg as Part, PoolId, Refusal, Request, RouteId, TenantId, WorkerId};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -48,6 +50,7 @@ pub use driver::Place;
 use driver::{Driver, Sent, Verdict, Waiting};
 pub use explain::{Decided, Explained, Moment, NotKept, Unweighed, Weighed, WorkerStatus};
 pub use gpus::{GpuStatus, NodeSpec};
+use handover::Handed;
 use intake::Intake;
 pub use intake::{Fact, Learned, PoolSpec, WorkerSpec};
 use micro_batch::MicroBatches;
@@ -89,6 +92,12 @@ impl Job<'_> {
         self.asked.streaming().is_some_and(|streaming| streaming.stream)
     }
 
+    /// Whether one worker may compute its prompt and another its output. Of an adapter both would have to have it.
+    fn splits(&self) -> bool {
+        let echoes = matches!(&**self.asked, Asked::Completion(completion) if completion.echo);
+        self.asked.choices() == 1 && !echoes && self.model.adapter.is_none()
+    }
+
     /// How long an attempt may be silent before another is made beside it. An answer that is generated and comes whole is
     /// silent to its end, and batch work has time.
     fn hedged_after(&self) -> Option<Duration> {
@@ -102,6 +111,8 @@ impl Job<'_> {
 pub enum Step {
     /// An attempt begins, after so long in lanes since the last one.
     Sent { worker: Arc<Worker>, queued: Duration },
+    /// One brought the computation of the prompt, and its cache, where there is one to go on from.
+    Prefilled { worker: Arc<Worker>, kept: bool },
     /// One brought nothing, for a reason in a word.
     Failed { worker: Arc<Worker>, reason: &'static str },
 }
@@ -293,6 +304,9 @@ impl Dispatch {
     ) -> Result<Opened, Error> {
         let hedged = job.goes_on;
         let mut course = Course { queued: Duration::ZERO, attempts: job.attempted, hedged, last: None, tell };
+        // What the last worker for prompts gave, and how much of the prompt it was believed to hold.
+        let mut handed: Option<Handed> = None;
+        let mut matched_before = None;
         loop {
             let waiting_since = Instant::now();
             let sent = match verdict.wait().instrument(tracing::debug_span!("queue")).await {
@@ -300,7 +314,9 @@ impl Dispatch {
                 Verdict::Refused { reason, retry_after } => return Err(course.given_up(reason, retry_after)),
             };
             let waited = waiting_since.elapsed();
-            self.registry.queue_waited(job.class as usize, waited.as_secs_f64());
+            if sent.leg != Part::Decode {
+                self.registry.queue_waited(job.class as usize, waited.as_secs_f64());
+            }
             if let Some(failure) = failed.take() {
                 self.registry.retried(attempt::reason(failure));
             }
@@ -311,17 +327,39 @@ impl Dispatch {
                 continue;
             };
             let number = course.sent(&worker, waited);
-            let (mut leg, answered) = self.answered(job, Leg { place, worker, sent, number }, &mut course).await;
+            let mut leg = Leg { place, worker, sent, number };
+            let answered = if sent.leg == Part::Prefill {
+                handed = None;
+                match Box::pin(handover::prompt_alone(&leg.worker, job, number)).await {
+                    // What it refuses it may refuse for its part alone: the word of whoever answers counts.
+                    given @ (Ok(_) | Err(Failed::Final(_))) => {
+                        handed = given.ok().flatten();
+                        self.registry.handed_over(handed.is_some());
+                        (course.tell)(Step::Prefilled { worker: leg.worker, kept: handed.is_some() });
+                        matched_before = Some(sent.matched_tokens);
+                        place = leg.place;
+                        verdict = place.prefilled(handed.as_ref().map(Handed::time));
+                        continue;
+                    }
+                    Err(failed) => Err(failed),
+                }
+            } else {
+                let handed = handed.as_ref().filter(|_| sent.leg == Part::Decode);
+                let (first, answered) = self.answered(job, leg, handed, &mut course).await;
+                leg = first;
+                answered
+            };
             match answered {
                 Ok(reply) => {
                     leg.place.first_token();
                     let Leg { place, worker, sent, .. } = leg;
+                    let matched_before = matched_before.filter(|_| sent.leg == Part::Decode);
                     return Ok(Opened {
                         place,
                         worker,
                         queued: course.queued,
                         predicted_wait: sent.predicted_wait,
-                        matched_tokens: sent.matched_tokens,
+                        matched_tokens: matched_before.unwrap_or(sent.matched_tokens),
                         reply,
                     });
                 }
@@ -352,12 +390,13 @@ impl Dispatch {
         &self,
         job: &Job<'_>,
         mut first: Leg,
+        handed: Option<&Handed>,
         course: &mut Course<F>,
     ) -> (Leg, Result<Reply, Failed>) {
         let worker = Arc::clone(&first.worker);
         // By far the largest of the futures here; each that holds it would be copied with it.
-        let mut answer = Box::pin(attempt::attempt(&worker, job, first.number));
-        let Some(after) = job.hedged_after().filter(|_| !course.hedged) else {
+        let mut answer = Box::pin(attempt::attempt(&worker, job, first.number, handed));
+        let Some(after) = job.hedged_after().filter(|_| !course.hedged && handed.is_none()) else {
             let answered = answer.await;
             return (first, answered);
         };
@@ -369,7 +408,7 @@ impl Dispatch {
             return (first, answered);
         };
         let worker = Arc::clone(&second.worker);
-        let mut other = Box::pin(attempt::attempt(&worker, job, second.number));
+        let mut other = Box::pin(attempt::attempt(&worker, job, second.number, None));
         let (is_first, answered) = tokio::select! {
             answered = answer.as_mut() => (true, answered),
             answered = other.as_mut() => (false, answered),
@@ -452,6 +491,7 @@ fn request(
         body_bytes: u32::try_from(job.body.len()).unwrap_or(u32::MAX),
         streamed: job.streamed(),
         adapter: job.model.adapter.as_ref().map(Adapter::facts),
+        splits: job.splits(),
         beside,
     }
 }

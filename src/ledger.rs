@@ -170,6 +170,15 @@ impl Entry {
         self.tell();
     }
 
+    /// Notes that this worker has computed the prompt, and whether it kept it for another.
+    pub fn prefilled(&mut self, worker: &Arc<str>, kept: bool) {
+        self.row.prefill_worker = Some(Arc::clone(worker)).filter(|_| kept);
+        if let Some(trace) = &mut self.trace {
+            trace.prefilled();
+        }
+        self.tell();
+    }
+
     /// Notes that the attempt at this worker brought nothing, for a reason in a word.
     pub fn failed(&mut self, worker: &Arc<str>, reason: &'static str) {
         self.failed.push((Arc::clone(worker), reason));
@@ -268,6 +277,7 @@ impl Entry {
         let row = &mut *self.row;
         row.model.clone_from(&call.model);
         row.worker.clone_from(&call.worker);
+        row.prefill_worker.clone_from(&call.prefill_worker);
         row.attempts = call.attempts;
         (row.prompt_tokens, row.prompt_tokens_from) = (call.prompt_tokens, call.prompt_tokens_from);
         (row.cached_tokens, row.matched_tokens) = (call.cached_tokens, call.matched_tokens);

@@ -140,13 +140,17 @@ impl Pipeline {
             goes_on: false,
             headers: headers.clone(),
         };
-        let opened = self.dispatch.open_or_join(job, |step| match step {
-            Step::Sent { worker, queued } => entry.sent(&worker.name, worker.engine(), queued),
-            Step::Failed { worker, reason } => entry.failed(&worker.name, reason),
-        });
-        let opened = opened.await?;
+        let opened = self.dispatch.open_or_join(job, |step| note(entry, step)).await?;
         entry.first_byte(&opened.worker.name, opened.matched_tokens);
         Ok(opened)
+    }
+}
+
+fn note(entry: &mut Entry, step: Step) {
+    match step {
+        Step::Sent { worker, queued } => entry.sent(&worker.name, worker.engine(), queued),
+        Step::Prefilled { worker, kept } => entry.prefilled(&worker.name, kept),
+        Step::Failed { worker, reason } => entry.failed(&worker.name, reason),
     }
 }
 

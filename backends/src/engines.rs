@@ -12,6 +12,7 @@
 mod answer;
 mod chunks;
 mod fields;
+pub mod handover;
 mod kv_sources;
 mod llamacpp;
 mod lora;
@@ -283,6 +284,12 @@ pub trait Engine: Send + Sync {
     fn adapter_name(&self, model: &str, adapter: &str) -> String {
         let _ = model;
         adapter.to_owned()
+    }
+
+    /// Whether one server of its kind can compute a prompt and another go on from there, see [`handover`]. Both must be
+    /// started so.
+    fn hands_over(&self) -> bool {
+        false
     }
 
     /// Whether the engine speaks this API. A model may still refuse: embeddings of a chat model.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::{AdapterId, Failure, HealthState, RequestId, WorkerId};
+use crate::{AdapterId, Failure, HealthState, Leg, RequestId, WorkerId};
 
 /// One thing to do, in the order given.
 #[derive(Debug, Clone, PartialEq)]
@@ -13,6 +13,8 @@ pub enum Action {
         request: RequestId,
         /// Where.
         worker: WorkerId,
+        /// What of it.
+        leg: Leg,
         /// Prompt tokens that the worker is believed to hold in its cache.
         matched_tokens: u32,
         /// Time from now to its first token, as predicted.

@@ -9,6 +9,7 @@ mod attempt;
 pub(crate) mod check;
 mod fleet;
 mod gpus;
+mod pairs;
 mod settle;
 mod sleep;
 
@@ -30,7 +31,7 @@ use crate::worker::backlog::SendNumber;
 use crate::worker::kv::Held;
 use crate::worker::whole::Before;
 use crate::worker::{Slot, Workers};
-use crate::{Action, Event, Failure, GpuId, PoolId, Request, RequestId, TenantId, Tick, WorkerId};
+use crate::{Action, Event, Failure, GpuId, Leg, PoolId, Request, RequestId, TenantId, Tick, WorkerId};
 
 /// The scheduler of one gateway: all its pools, workers and waiting requests.
 #[derive(Debug)]
@@ -57,6 +58,9 @@ pub struct Core {
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) request: Request,
+    /// Of all of it.
+    whole: Plan,
+    /// Of what is to be done of it now.
     plan: Plan,
     arrived: Tick,
     /// Seconds from its arrival to its first token, as predicted when it first got a place.
@@ -66,6 +70,12 @@ pub(crate) struct Entry {
     /// That time.
     at_workers: Duration,
     place: Place,
+    /// What is held for the rest of it at a second worker, while the first computes its prompt.
+    then: Option<Sent>,
+    /// Until when what the first has computed can be fetched from there.
+    kept: Option<Tick>,
+    /// One worker is to do all of it: there was nothing to fetch.
+    undivided: bool,
     timer: Option<Tick>,
     attempts: u32,
     /// Workers that failed it, and get it no more.
@@ -101,7 +111,8 @@ struct Sent {
     /// What had been sent to the worker before.
     before: Before,
     held: Held,
-    number: SendNumber,
+    /// In the worker's backlog; none where there is nothing to prefill.
+    number: Option<SendNumber>,
     /// When its first token came.
     started: Option<Tick>,
 }
@@ -111,6 +122,16 @@ impl Entry {
     fn waits_until(&self) -> Tick {
         let until = self.expires.after(self.at_workers);
         self.request.deadline.map_or(until, |deadline| until.min(deadline))
+    }
+
+    /// From now on this is to be done of it.
+    fn turn(&mut self, leg: Leg) {
+        self.plan = self.whole.of(leg);
+    }
+
+    /// Until when the cache of its prompt can be fetched, if it still can.
+    fn kept_at(&self, now: Tick) -> Option<Tick> {
+        self.kept.filter(|kept| *kept > now)
     }
 
     /// Prompt tokens that the worker to whose lane it is bound was believed to hold when it was bound.
@@ -165,6 +186,7 @@ impl Core {
             Event::Cancelled { request } => self.cancelled(request),
             Event::FirstToken { request } => self.first_token(request, out),
             Event::Progress { request, output_tokens } => self.progress(request, output_tokens),
+            Event::Prefilled { request, kept } => self.prefilled(request, kept, out),
             Event::AttemptFailed { request, failure } => self.attempt_failed(request, failure, out),
             Event::Ended { request, end } => self.ended(request, end, out),
         }

@@ -2,13 +2,14 @@
 //!
 //! The life of a request as events: `Arrived`, then either the core refuses it, or it is sent; for each send the shell
 //! answers with exactly one of `AttemptFailed` (nothing has reached the client yet, or the rest may come from another
-//! worker; the core places it again or refuses it) and `Ended`. `Cancelled` may come at any time before, and is then the last word. Events that name an
+//! worker; the core places it again or refuses it) and `Ended`; the send of a prompt alone ([`crate::Leg::Prefill`]) with
+//! `AttemptFailed` or `Prefilled`, after which the core sends the rest. `Cancelled` may come at any time before, and is then the last word. Events that name an
 //! unknown request or worker are late and are ignored.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::{Adapter, AdapterEnd, AdapterId, GpuId, PoolId, RequestId, RouteId, TenantId, WorkerId};
+use crate::{Adapter, AdapterEnd, AdapterId, GpuId, PoolId, RequestId, Role, RouteId, TenantId, WorkerId};
 
 /// Priority class of a request; the order of the variants is the order of service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -62,6 +63,8 @@ pub struct Request {
     pub streamed: bool,
     /// The LoRA adapter that it is for; it is sent to workers only that have it.
     pub adapter: Option<Adapter>,
+    /// Whether one worker may compute its prompt and another its output, where the pool has such. Then it has one sequence.
+    pub splits: bool,
     /// The worker that works on the same already, and the attempts made by now: this is a second try beside it, made
     /// elsewhere and at once, where there is room and nobody waits, or not at all.
     pub beside: Option<(WorkerId, u32)>,
@@ -109,6 +112,9 @@ pub struct PoolLimits {
     /// How long a request waits for a worker when every one is down, or none is there (2 s: a restarting proxy or a
     /// dropped connection goes unnoticed; a dead fleet is reported soon).
     pub worker_grace: Duration,
+    /// Prompt tokens to compute from which on a worker for prompts computes them, where there is one (512: some 60 ms of
+    /// prefill, for which every sequence beside it would wait; for less, a cache is hardly worth fetching).
+    pub split_tokens_min: u32,
 }
 
 impl Default for PoolLimits {
@@ -123,6 +129,7 @@ impl Default for PoolLimits {
             queue_timeout: Duration::from_secs(60),
             attempts_max: 3,
             worker_grace: Duration::from_secs(2),
+            split_tokens_min: 512,
         }
     }
 }
@@ -130,6 +137,8 @@ impl Default for PoolLimits {
 /// What a worker can hold. Unknown facts have defaults that leave the engine in charge.
 #[derive(Debug, Clone)]
 pub struct WorkerSpec {
+    /// What it is for.
+    pub role: Role,
     /// Tokens that fit in its KV cache, where it said so.
     pub kv_tokens: Option<u64>,
     /// Tokens in one of its KV blocks; reservations are rounded up to it (16).
@@ -160,6 +169,7 @@ pub struct WorkerSpec {
 impl Default for WorkerSpec {
     fn default() -> Self {
         Self {
+            role: Role::Both,
             kv_tokens: None,
             block_tokens: 16,
             sequences_max: 256,
@@ -442,6 +452,13 @@ pub enum Event {
         request: RequestId,
         /// Output tokens until now, over all sequences.
         output_tokens: u32,
+    },
+    /// The worker that was sent its prompt alone has computed it.
+    Prefilled {
+        /// Which.
+        request: RequestId,
+        /// Until when another worker may fetch its cache; none: nobody can, and it is computed again.
+        kept: Option<crate::Tick>,
     },
     /// An attempt failed, and another one can still bring what the client lacks.
     AttemptFailed {

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use smallvec::SmallVec;
 
 use crate::placement::TERMS;
-use crate::{HealthState, RequestId, Tick, WorkerId};
+use crate::{HealthState, Leg, RequestId, Tick, WorkerId};
 
 /// Digits of a second that are told.
 const TOLD: f64 = 1e6;
@@ -31,6 +31,10 @@ pub enum Cause {
 pub struct Candidate {
     /// Which.
     pub worker: WorkerId,
+    /// For what of it.
+    pub leg: Leg,
+    /// Whether it won: where two workers have a part each, one of each part.
+    pub won: bool,
     /// Prompt tokens it is believed to hold.
     pub matched_tokens: u32,
     /// Each term in seconds to the microsecond, in the order of [`crate::term_names`].
@@ -78,7 +82,7 @@ pub struct Decision {
     pub candidates: Vec<Candidate>,
     /// Who was not, as far as there is room: the first few.
     pub left_out: SmallVec<[LeftOut; 2]>,
-    /// Who won; none when it was refused for its deadline or for having waited too long.
+    /// Who won, of two the one for the prompt; none when it was refused for its deadline or for having waited too long.
     pub winner: Option<WorkerId>,
 }
 
@@ -86,18 +90,20 @@ pub struct Decision {
 #[derive(Debug)]
 pub(crate) struct Weighed {
     worker: WorkerId,
+    leg: Leg,
+    won: bool,
     matched_tokens: u32,
     terms: [f32; TERMS.len()],
 }
 
 impl Weighed {
-    pub(crate) fn new(worker: WorkerId, matched_tokens: u32, terms: [f64; TERMS.len()]) -> Self {
-        Self { worker, matched_tokens, terms: terms.map(|seconds| seconds as f32) }
+    pub(crate) fn new(worker: WorkerId, leg: Leg, won: bool, matched_tokens: u32, terms: [f64; TERMS.len()]) -> Self {
+        Self { worker, leg, won, matched_tokens, terms: terms.map(|seconds| seconds as f32) }
     }
 
     fn told(&self) -> Candidate {
         let terms = self.terms.map(|seconds| (f64::from(seconds) * TOLD).round() / TOLD);
-        Candidate { worker: self.worker, matched_tokens: self.matched_tokens, terms }
+        Candidate { worker: self.worker, leg: self.leg, won: self.won, matched_tokens: self.matched_tokens, terms }
     }
 }
 

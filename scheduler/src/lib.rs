@@ -11,6 +11,7 @@
 //! ```text
 //! event ─ core ┬ admission   refuse, place, park, shed
 //!              ├ attempt     send, first token, failure, end
+//!              ├ pairs       one worker for the prompt, one for the output
 //!              ├ fleet       workers come, go, fall ill; caches and loads change
 //!              ├ gpus        what is beneath them slows, fails, or is shared
 //!              ├ sleep       models take turns in the memory of GPUs
@@ -34,6 +35,7 @@ mod explain;
 mod fairness;
 mod ids;
 mod lane;
+mod leg;
 mod outputs;
 mod placement;
 mod pool;
@@ -54,6 +56,7 @@ pub use event::{Class, End, Event, Failure, GpuReport, KvEvent, LoadReport, Poli
 pub use event::{SleepSpec, WorkerSpec};
 pub use explain::{Candidate, Cause, Decision, LeftOut, Unfit};
 pub use ids::{AdapterId, GpuId, PoolId, RequestId, RouteId, TenantId, WorkerId};
+pub use leg::{Leg, Role};
 pub use placement::term_names;
 pub use time::Tick;
 pub use view::{PoolView, ScaleView, WorkerView};

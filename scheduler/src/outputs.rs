@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use foldhash::fast::FixedState;
 
-use crate::{Request, RouteId, TenantId};
+use crate::{Leg, Request, RouteId, TenantId};
 
 /// Weight of one ended request.
 const WEIGHT: f64 = 0.05;
@@ -35,6 +35,8 @@ pub(crate) struct Expected {
 /// What one request is expected to take of a KV cache.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Plan {
+    /// What of it that is about.
+    pub(crate) leg: Leg,
     pub(crate) prompt_tokens: u32,
     /// Sequences that will be generated, at least 1.
     pub(crate) sequences: u32,
@@ -54,11 +56,28 @@ impl Plan {
         let variance = expected.variance.min((allowed - mean) * (allowed - mean));
         let sequences = request.sequences.max(1);
         Self {
+            leg: Leg::Whole,
             prompt_tokens: request.prompt_tokens,
             sequences,
             output_each: mean,
             output_tokens: (mean * f64::from(sequences)) as u64,
             variance: (variance * f64::from(sequences)) as u64,
+        }
+    }
+
+    /// The same for a part of what this was made for as a whole: a prompt alone has no output to speak of.
+    pub(crate) fn of(self, leg: Leg) -> Self {
+        match leg {
+            Leg::Whole | Leg::Decode => Self { leg, ..self },
+            Leg::Prefill => Self { leg, output_each: 0.0, output_tokens: 0, variance: 0, ..self },
+        }
+    }
+
+    /// Prompt tokens to compute where so many are held.
+    pub(crate) fn uncached_tokens(&self, matched_tokens: u32) -> u32 {
+        match self.leg {
+            Leg::Whole | Leg::Prefill => self.prompt_tokens.saturating_sub(matched_tokens),
+            Leg::Decode => 0,
         }
     }
 }

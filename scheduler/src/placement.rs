@@ -19,7 +19,7 @@ use crate::prefix::Matches;
 use crate::rng::Rng;
 use crate::worker::load::Said;
 use crate::worker::{Slot, Speed, Worker, Workers};
-use crate::{Policy, Request, Tick, WorkerId};
+use crate::{Leg, Policy, Request, Tick, WorkerId};
 
 pub(crate) use terms::TERMS;
 
@@ -94,7 +94,7 @@ pub(crate) struct Prospect<'a> {
 impl Prospect<'_> {
     /// Prompt tokens to be computed for the request.
     pub(crate) fn uncached_tokens(&self) -> u32 {
-        self.request.prompt_tokens.saturating_sub(self.matched_tokens)
+        self.plan.uncached_tokens(self.matched_tokens)
     }
 
     /// Seconds of work until the prompt is computed, at the usual speed.
@@ -124,6 +124,7 @@ pub(crate) struct Match {
 #[derive(Debug, Clone)]
 pub(crate) struct Scored {
     pub(crate) slot: Slot,
+    pub(crate) leg: Leg,
     pub(crate) matched_tokens: u32,
     pub(crate) uncached_tokens: u32,
     pub(crate) terms: [f64; TERMS.len()],
@@ -148,12 +149,14 @@ pub(crate) enum Choice {
 
 impl<'a> Scene<'a> {
     /// Until when everyone who may take a request asked to be left alone, `first` asked first.
-    pub(crate) fn busy_until(&self, first: Slot, failed_on: &[WorkerId]) -> Option<Tick> {
+    pub(crate) fn busy_until(&self, first: &Scored, failed_on: &[WorkerId]) -> Option<Tick> {
         let now = self.now;
         let busy = |worker: &Worker| Some(worker.busy_until).filter(|until| *until > now);
-        busy(self.workers.get(first)?)?;
+        busy(self.workers.get(first.slot)?)?;
         let all = self.pool.workers.iter().filter_map(|slot| self.workers.get(*slot));
-        let able = all.filter(|worker| worker.is_eligible() && !failed_on.contains(&worker.id));
+        let able = all.filter(|worker| {
+            worker.is_eligible() && first.leg.fits(worker.spec.role) && !failed_on.contains(&worker.id)
+        });
         able.map(busy).min()?
     }
 
@@ -178,7 +181,7 @@ impl<'a> Scene<'a> {
     ) -> Choice {
         scored.clear();
         if self.pool.limits.policy != Policy::Forebay {
-            let picked = policy::pick(self, request, failed_on, self.pool.placed, rng);
+            let picked = policy::pick(self, (request, plan.leg), failed_on, self.pool.placed, rng);
             scored.extend(picked.and_then(|slot| {
                 let tokens = self.matched_tokens(request, self.pool.index.held_by(self.now, slot, &request.blocks));
                 self.score(&self.asked(request, plan), slot, Match { tokens, copies: 1 }, Ahead::Lane)
@@ -188,7 +191,7 @@ impl<'a> Scene<'a> {
         let matches = self.pool.index.lookup(self.now, &request.blocks);
         let bound = at_head.map(|(slot, _)| slot);
         let asked = self.asked(request, plan);
-        for slot in candidates::gather(self, request, failed_on, bound, &matches, rng) {
+        for slot in candidates::gather(self, (request, plan.leg), failed_on, bound, &matches, rng) {
             let (tokens, ahead) = match at_head {
                 Some((bound, matched)) if bound == slot => (matched, Ahead::Sent),
                 _ => (self.matched_tokens(request, held(&matches, slot)), Ahead::Lane),
@@ -207,10 +210,11 @@ impl<'a> Scene<'a> {
         winner(scored, rng)
     }
 
-    /// Whether the worker is there for the request: eligible, large enough, and has not failed it.
-    pub(crate) fn may_take(&self, request: &Request, failed_on: &[WorkerId], slot: Slot) -> bool {
+    /// Whether the worker is there for that of the request: eligible, of the right role, large enough, and has not failed it.
+    pub(crate) fn may_take(&self, (request, leg): (&Request, Leg), failed_on: &[WorkerId], slot: Slot) -> bool {
         self.workers.get(slot).is_some_and(|worker| {
             worker.is_eligible()
+                && leg.fits(worker.spec.role)
                 && worker.holds(request.prompt_tokens)
                 && !failed_on.contains(&worker.id)
                 && worker.may_have(self.now, request.adapter)
@@ -237,6 +241,7 @@ impl<'a> Scene<'a> {
         let terms = TERMS.map(|(_, seconds)| seconds(&prospect));
         Some(Scored {
             slot,
+            leg: asked.plan.leg,
             matched_tokens: prospect.matched_tokens,
             uncached_tokens: prospect.uncached_tokens(),
             terms,
@@ -316,7 +321,7 @@ fn held(matches: &Matches, slot: Slot) -> u32 {
 }
 
 /// The lowest score, or one of those as good.
-fn winner(scored: &[Scored], rng: &mut Rng) -> Choice {
+pub(crate) fn winner(scored: &[Scored], rng: &mut Rng) -> Choice {
     let Some(best) = scored.iter().map(|scored| scored.seconds).min_by(f64::total_cmp) else {
         return Choice::Nobody;
     };

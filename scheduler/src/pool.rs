@@ -14,7 +14,7 @@ use crate::prefix::PrefixIndex;
 use crate::shares::Shares;
 use crate::worker::step::Pace;
 use crate::worker::{Slot, Workers};
-use crate::{AdapterId, Class, PoolLimits, Request, RequestId, TenantId, Tick, WorkerSpec};
+use crate::{AdapterId, Class, PoolLimits, Request, RequestId, Role, TenantId, Tick, WorkerSpec};
 
 /// Weight of one decision in the running means of a pool.
 const MEAN_WEIGHT: f64 = 0.02;
@@ -29,6 +29,8 @@ const MEDIAN_EVERY: Duration = Duration::from_secs(1);
 pub(crate) struct Pool {
     pub(crate) limits: PoolLimits,
     pub(crate) workers: BTreeSet<Slot>,
+    /// Of these, those for prompts alone.
+    pub(crate) prefillers: BTreeSet<Slot>,
     /// Eligible workers, by the moment at which they will have prefilled all they were promised.
     pub(crate) by_ready: BTreeSet<(Tick, Slot)>,
     /// All others, as of when they were settled last.
@@ -121,6 +123,7 @@ impl Pool {
             index: PrefixIndex::new(config.index_bytes_max, limits.block_tokens),
             limits,
             workers: BTreeSet::new(),
+            prefillers: BTreeSet::new(),
             by_ready: BTreeSet::new(),
             unfit: BTreeSet::new(),
             adapters: BTreeSet::new(),
@@ -140,6 +143,15 @@ impl Pool {
             placed: 0,
             median: None,
             rate_cold: config.rate_cold,
+        }
+    }
+
+    /// A worker of it has this role now.
+    pub(crate) fn has_role(&mut self, slot: Slot, role: Role) {
+        if role == Role::Prefill {
+            self.prefillers.insert(slot);
+        } else {
+            self.prefillers.remove(&slot);
         }
     }
 

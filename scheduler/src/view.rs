@@ -8,7 +8,7 @@ use crate::placement::Scene;
 use crate::worker::Worker;
 use crate::worker::kv::Held;
 use crate::{
-    AdapterId, AdapterState, Class, Decision, HealthState, LoadReport, PoolId, Request, RequestId, SleepState,
+    AdapterId, AdapterState, Class, Decision, HealthState, LoadReport, PoolId, Request, RequestId, Role, SleepState,
     TenantId, Tick, WorkerId,
 };
 
@@ -23,6 +23,8 @@ pub struct WorkerView {
     pub worker: WorkerId,
     /// Where it serves.
     pub pool: PoolId,
+    /// What it is for.
+    pub role: Role,
     /// Its standing.
     pub health: HealthState,
     /// How well it is, from 1 to 0: the share of recent attempts that worked, times how punctual its first tokens are
@@ -216,6 +218,7 @@ impl Core {
         Some(WorkerView {
             worker: worker.id,
             pool: worker.pool,
+            role: worker.spec.role,
             health: worker.health.state(),
             health_score: worker.health_score(now, &self.config),
             draining: worker.draining,

@@ -1,7 +1,7 @@
 //! One worker as the core sees it: what we promised it, what it says, how fast and how well it is.
 //!
-//! Invariant: `held` is the sum over `sent`; both change only in [`Worker::hold`], [`Worker::started`] and
-//! [`Worker::release`].
+//! Invariant: `held` is the sum over `sent`; both change only in [`Worker::hold`], [`Worker::reserve`], [`Worker::started`]
+//! and [`Worker::release`].
 //! Not here: which request gets which worker (`placement`), and the order of the lane (`lane`).
 
 pub(crate) mod adapters;
@@ -23,7 +23,7 @@ use crate::config::Config;
 use crate::lane::Lane;
 use crate::outputs::Plan;
 use crate::pool::Pool;
-use crate::{Adapter, AdapterId, HealthState, LoadReport, PoolId, Request, RequestId, Tick, WorkerId, WorkerSpec};
+use crate::{Adapter, AdapterId, HealthState, Leg, LoadReport, PoolId, Request, RequestId, Tick, WorkerId, WorkerSpec};
 use adapters::Adapters;
 use backlog::{Backlog, SendNumber};
 use beneath::{Beneath, Reports};
@@ -80,6 +80,8 @@ pub(crate) struct Worker {
     pub(crate) sent: BTreeSet<RequestId>,
     /// The sum over what was sent.
     pub(crate) held: Held,
+    /// Prompt tokens of these that are still computed elsewhere.
+    pub(crate) awaited_tokens: u64,
     pub(crate) reported: Reported,
     backlog: Backlog,
     rate: Rate,
@@ -120,6 +122,7 @@ impl Worker {
             lane: Lane::default(),
             sent: BTreeSet::new(),
             held: Held::default(),
+            awaited_tokens: 0,
             reported: Reported::default(),
             backlog: Backlog::default(),
             rate: Rate::default(),
@@ -353,23 +356,41 @@ impl Worker {
         fleet_rate: f64,
         config: &Config,
     ) -> (Held, SendNumber) {
-        let need = self.need(plan);
-        self.held = self.held.plus(need);
-        self.sent.insert(request.id);
-        self.sleep.used = now;
+        let need = self.take(now, request.id, plan);
         self.adapters.sent(now, request.adapter);
         self.sent_tokens = self.sent_tokens.wrapping_add(u64::from(uncached));
-        if self.health.state() == HealthState::HalfOpen {
-            self.trial = Some(request.id);
-        }
         let speed = self.speed(now, fleet_rate, config);
         if self.backlog.tokens(now, speed) <= config.window_yielding.as_secs_f64() * speed * EMPTY {
             self.filling = now;
         }
-        let number = self.backlog.send(now, speed, uncached, request.streamed);
+        let visible = request.streamed || plan.leg == Leg::Prefill;
+        let number = self.backlog.send(now, speed, uncached, visible);
         let alone = self.reported.said(now, config.report_ttl).foreign.is_none_or(|foreign| foreign.waiting == 0);
-        self.rate.sent(now, request.streamed && alone, self.backlog.is_single());
+        self.rate.sent(now, visible && alone, self.backlog.is_single());
         (need, number)
+    }
+
+    /// Takes in what comes after a prompt that another worker is to compute first: there will be nothing to prefill.
+    pub(crate) fn reserve(&mut self, now: Tick, id: RequestId, plan: &Plan) -> Held {
+        self.awaited_tokens += u64::from(plan.prompt_tokens);
+        self.take(now, id, plan)
+    }
+
+    /// The prompt of one that was reserved is computed, or will not come.
+    pub(crate) fn awaited(&mut self, plan: &Plan) {
+        self.awaited_tokens = self.awaited_tokens.saturating_sub(u64::from(plan.prompt_tokens));
+    }
+
+    /// The same where the prompt is computed already.
+    pub(crate) fn take(&mut self, now: Tick, id: RequestId, plan: &Plan) -> Held {
+        let need = self.need(plan);
+        self.held = self.held.plus(need);
+        self.sent.insert(id);
+        self.sleep.used = now;
+        if self.health.state() == HealthState::HalfOpen {
+            self.trial = Some(id);
+        }
+        need
     }
 
     /// The request's first token came; `uncached` of its tokens had to be computed, as was predicted. What it holds from
@@ -377,13 +398,14 @@ impl Worker {
     pub(crate) fn started(
         &mut self,
         now: Tick,
-        (held, number): (Held, SendNumber),
+        (held, number): (Held, Option<SendNumber>),
         uncached: u32,
         fleet_rate: f64,
         config: &Config,
     ) -> Held {
         let generating = held.started(now);
         self.held = self.held.minus(held).plus(generating);
+        let Some(number) = number else { return generating };
         let speed = self.speed(now, fleet_rate, config);
         self.backlog.started(now, speed, number);
         let derate = self.derate(now, config);
@@ -396,7 +418,7 @@ impl Worker {
         &mut self,
         now: Tick,
         request: &Request,
-        (held, number): (Held, SendNumber),
+        (held, number): (Held, Option<SendNumber>),
         started: bool,
         (fleet_rate, config): (f64, &Config),
     ) {
@@ -409,7 +431,7 @@ impl Worker {
         if self.trial == Some(request.id) {
             self.trial = None;
         }
-        if !started {
+        if let Some(number) = number.filter(|_| !started) {
             let speed = self.speed(now, fleet_rate, config);
             self.backlog.remove(now, speed, number);
             self.rate.spoil();
@@ -419,7 +441,7 @@ impl Worker {
     /// Its engine's metrics were read.
     pub(crate) fn observe(&mut self, now: Tick, report: LoadReport, fleet_rate: f64, config: &Config) {
         let backlog = self.backlog_tokens(now, self.speed(now, fleet_rate, config));
-        let prefilled = self.held.now(now, self.pace.token_seconds()) - backlog;
+        let prefilled = self.held.now(now, self.pace.token_seconds()) - backlog - self.awaited_tokens as f64;
         self.reported.observe(now, report, self.held.sequences(), (prefilled, self.spec.kv_tokens));
     }
 

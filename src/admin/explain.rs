@@ -6,7 +6,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
-use forebay_scheduler::{Cause, Unfit, term_names};
+use forebay_scheduler::{Cause, Leg, Unfit, term_names};
 use http::StatusCode;
 use serde_json::Value;
 
@@ -77,10 +77,15 @@ fn decision(decided: Decided) -> Decision {
         Cause::Rescore => "rescore",
         Cause::Expiry => "expiry",
     };
+    let winner = |of: fn(Leg) -> bool| {
+        let mut won = decided.candidates.iter().filter(|candidate| candidate.winner && of(candidate.leg));
+        won.next().map(|winner| winner.worker.to_string())
+    };
     Decision {
         cause: cause.to_owned(),
         decided: when(decided.at),
-        winner: decided.candidates.iter().find(|candidate| candidate.winner).map(|winner| winner.worker.to_string()),
+        winner: winner(|leg| leg != Leg::Decode).or_else(|| winner(|_| true)),
+        decode_winner: winner(|leg| leg == Leg::Decode),
         candidates: decided.candidates.into_iter().map(candidate).collect(),
         left_out: decided
             .left_out
@@ -98,11 +103,20 @@ fn unfit(why: Unfit) -> &'static str {
     }
 }
 
+fn leg(leg: Leg) -> &'static str {
+    match leg {
+        Leg::Whole => "whole",
+        Leg::Prefill => "prefill",
+        Leg::Decode => "decode",
+    }
+}
+
 fn candidate(weighed: Weighed) -> Candidate {
     let names = term_names().into_iter().map(str::to_owned);
     Candidate {
         worker: weighed.worker.to_string(),
         winner: weighed.winner,
+        leg: leg(weighed.leg).to_owned(),
         health: weighed.health.map_or("left", health).to_owned(),
         matched_tokens: weighed.matched_tokens,
         terms: names.zip(weighed.terms.into_iter().map(|seconds| Value::from(rounded(seconds)))).collect(),

@@ -29,6 +29,8 @@ pub struct Join {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Worker {
     pub name: String,
+    /// `both`, `prefill` or `decode`.
+    pub role: String,
     /// The model's configured name.
     pub model: String,
     /// Null until the worker has been asked.
@@ -154,8 +156,10 @@ pub struct Decision {
     /// `arrival`, `retry` (an attempt failed, or a worker appeared) or `rescore` (its lane did not move).
     pub cause: String,
     pub decided: When,
-    /// Null when nobody could answer before the deadline.
+    /// Null when nobody could answer before the deadline. Of two workers the one for the prompt.
     pub winner: Option<String>,
+    /// The one that goes on from the prompt, where that is another.
+    pub decode_winner: Option<String>,
     /// Best first.
     pub candidates: Vec<Candidate>,
     /// Workers of the model to which nothing could be sent; the first few.
@@ -175,6 +179,8 @@ pub struct LeftOut {
 pub struct Candidate {
     pub worker: String,
     pub winner: bool,
+    /// `whole`, or the part that it is weighed for: `prefill` or `decode`. Of each part one wins.
+    pub leg: String,
     /// As in [`Worker::health`], or `left`. Now, not then.
     pub health: String,
     /// Prompt tokens that it was believed to hold.

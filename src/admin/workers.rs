@@ -8,7 +8,7 @@ use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
 use forebay_backends::signals::gpu::slowdown;
-use forebay_scheduler::{AdapterState, SleepState};
+use forebay_scheduler::{AdapterState, Role, SleepState};
 use http::StatusCode;
 
 use super::order::{Change, Refused, bring};
@@ -78,6 +78,7 @@ fn worker(status: WorkerStatus) -> Worker {
     });
     Worker {
         name: status.name.to_string(),
+        role: role(view.role).to_owned(),
         model: status.model.to_string(),
         engine: status.engine.map(str::to_owned),
         engine_model: status.engine_model,
@@ -106,6 +107,10 @@ fn worker(status: WorkerStatus) -> Worker {
         adapters: status.adapters.iter().map(|(name, state)| (name.to_string(), adapter(*state).to_owned())).collect(),
         gpus: status.gpus.into_iter().map(gpu).collect(),
     }
+}
+
+fn role(role: Role) -> &'static str {
+    Role::NAMES.iter().find(|(_, known)| *known == role).map_or("both", |(name, _)| name)
 }
 
 fn sleep(state: SleepState) -> &'static str {

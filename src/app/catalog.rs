@@ -486,6 +486,7 @@ fn pool(
         attempts_max: model.attempts_max.get(),
         worker_grace: model.worker_grace,
         class_shares: model.class_shares,
+        split_tokens_min: model.split_tokens_min.get(),
     };
     let bytes = |gib: NonZeroU32| u64::from(gib.get()) << 30;
     let gpu_gib = |gpu: &GpuName| nodes.iter().find(|node| node.name == gpu.node)?.gpu_memory_gib;
@@ -494,6 +495,7 @@ fn pool(
         Ok(WorkerSpec {
             name: worker.rank_name(rank).into(),
             endpoint: endpoint(worker)?,
+            role: worker.role,
             rank,
             engine: worker.engine,
             model: worker.model.as_ref().map(|name| name.as_str().to_owned()),

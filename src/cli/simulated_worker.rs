@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::ValueEnum;
-use forebay_simulated_engine::{EngineConfig, EngineKind, Fault, KvAddress, KvEventForm, KvEventOptions, Options};
+use forebay_simulated_engine::{
+    EngineConfig, EngineKind, Fault, KvAddress, KvEventForm, KvEventOptions, Options, PairRole,
+};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -89,6 +91,12 @@ pub(super) struct Arguments {
     /// Write these events as vLLM's releases before 0.32 did.
     #[arg(long)]
     kv_events_arrays: bool,
+    /// Do this part of requests that two servers do together.
+    #[arg(long, value_enum)]
+    role: Option<Part>,
+    /// Seconds for which a prompt is kept for the server that goes on from it.
+    #[arg(long, default_value_t = 30.0)]
+    kv_lease_seconds: f64,
     /// Have vLLM's sleep mode.
     #[arg(long)]
     enable_sleep_mode: bool,
@@ -119,6 +127,12 @@ pub(super) struct Arguments {
     /// Refuse connections for the first so many seconds.
     #[arg(long)]
     refuse_seconds: Option<f64>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Part {
+    Prefill,
+    Decode,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -201,6 +215,12 @@ fn options(arguments: Arguments) -> anyhow::Result<Options> {
             buffer_steps: arguments.kv_events_buffer_steps,
         }),
         faults: arguments.fault,
+        pair_role: match arguments.role {
+            None => PairRole::None,
+            Some(Part::Prefill) => PairRole::Prefill,
+            Some(Part::Decode) => PairRole::Decode,
+        },
+        kv_lease: seconds(Some(arguments.kv_lease_seconds), "--kv-lease-seconds")?.unwrap_or_default(),
         sleep_mode: arguments.enable_sleep_mode,
         asleep: arguments.asleep,
         wake_time: seconds(arguments.wake_seconds, "--wake-seconds")?.unwrap_or_default(),

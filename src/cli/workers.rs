@@ -278,10 +278,11 @@ fn candidates(decision: &Decision) -> Table {
 
 fn weighed(candidate: &Candidate, terms: &[&String]) -> Vec<String> {
     let mark = if candidate.winner { "*" } else { " " };
+    let leg = if candidate.leg == "whole" { String::new() } else { format!(" ({})", candidate.leg) };
     // A gain of nothing is no negative number.
     let seconds = |seconds: f64| format!("{:.3}", (seconds * 1e3).round() / 1e3 + 0.0);
     let mut cells = vec![
-        format!("{mark} {}", shortened(&candidate.worker, NAME_CHARS_MAX)),
+        format!("{mark} {}{leg}", shortened(&candidate.worker, NAME_CHARS_MAX)),
         candidate.health.replace('_', "-"),
         candidate.matched_tokens.to_string(),
     ];

@@ -52,6 +52,9 @@ pub(super) const QUEUE_WAIT_MAX: Duration = Duration::from_secs(60);
 /// A wake takes seconds: of thirty that a model has for itself, most are left for work.
 pub(super) const AWAKE_MIN: Duration = Duration::from_secs(30);
 
+/// Some 60 ms of prefill, for which every sequence beside it would wait; for less, a cache is hardly worth fetching.
+pub(super) const SPLIT_TOKENS_MIN: NonZeroU32 = NonZeroU32::new(512).unwrap();
+
 /// Far more ranks than one server has.
 pub(super) const DATA_PARALLEL_LIMIT: u32 = 256;
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use forebay_backends::engines::{self, Api};
 use forebay_backends::signals::kv_events::KvSource;
 use forebay_backends::transport::zmtp;
-use forebay_scheduler::Policy;
+use forebay_scheduler::{Policy, Role};
 use url::Url;
 
 use super::log::{At, Log};
@@ -121,6 +121,7 @@ fn read(
     });
     let hedge_after = section.optional_count("hedge_after_ms", defaults::HEDGE_AFTER_LIMIT, "to never ask twice");
     let idle_timeout = section.seconds("idle_seconds", 1, defaults::IDLE_TIMEOUT);
+    let split_tokens_min = section.count("split_tokens_min", u32::MAX, defaults::SPLIT_TOKENS_MIN);
     let class_shares = class_shares(&mut section);
     let own_names: Vec<&Name> = own_name.iter().chain(&aliases).map(|found| &found.value).collect();
     let fallbacks = fallbacks(&mut section, &own_names, targets);
@@ -151,6 +152,7 @@ fn read(
         first_token_timeout: first_token_timeout.map(|found| found.value),
         hedge_after: hedge_after.map(|after| Duration::from_millis(after.get().into())),
         idle_timeout,
+        split_tokens_min,
         fallbacks,
         micro_batch,
         coalesce,
@@ -253,6 +255,12 @@ fn workers(model: &mut Section<'_>, given: (&Reader, &[Node]), names: &mut Taken
         }
         workers.push(worker);
     }
+    let has = |role| workers.iter().any(|worker: &Worker| worker.role == role);
+    if has(Role::Prefill) && !has(Role::Decode) && !model.holds("discover") {
+        let remedy =
+            "add a worker with `role = \"decode\"`, which goes on from the prompts that those for prefill compute";
+        log.refuse_absence(&model.at("worker"), "no role decode", remedy);
+    }
     workers
 }
 
@@ -274,6 +282,7 @@ pub(super) fn worker(
         log.refuse(&engine.at, quoted(engine.value), remedy);
     }
     let model = section.read("model", name);
+    let role = section.read("role", role).map(|found| found.value).unwrap_or_default();
     let api_key = section.read("api_key", |raw| secret::read(raw, &reader.environment));
     let http2 = section.boolean("http2", false);
     let kv_events = section.read("kv_events", zmq_address);
@@ -312,6 +321,10 @@ pub(super) fn worker(
         let remedy = "needs `gpus` beside it: who may be awake together is decided by the GPUs they share";
         log.refuse_absence(&section.at("sleep"), "true", remedy);
     }
+    if sleep && role != Role::Both {
+        let remedy = "cannot stand beside a `role`: whoever goes on must be awake when the prompt is computed";
+        log.refuse_absence(&section.at("sleep"), "true", remedy);
+    }
     let data_parallel = section.count("data_parallel", defaults::DATA_PARALLEL_LIMIT, NonZeroU32::MIN);
     if data_parallel > NonZeroU32::MIN && (sleep || kv_events.is_some()) {
         let remedy =
@@ -323,6 +336,7 @@ pub(super) fn worker(
             ("token_ids", token_ids && !engine.takes_ids(Api::Completions)),
             ("data_parallel", data_parallel > NonZeroU32::MIN && engine.rank_header().is_none()),
             ("sleep", sleep && engine.dormant().is_none()),
+            ("role", role != Role::Both && !engine.hands_over()),
         ];
         for (key, _) in beyond.into_iter().filter(|(_, beyond)| *beyond) {
             log.refuse(&section.at(key), format!("beyond what {} can", engine.name()), "omit the key for this engine");
@@ -337,6 +351,7 @@ pub(super) fn worker(
     let worker = Worker {
         name: named.value,
         url: url.value.url,
+        role,
         engine: engine.map(|found| found.value),
         model: model.map(|found| found.value),
         api_key: api_key.map(|found| found.value),
@@ -384,6 +399,15 @@ fn policy(raw: &Raw<'_>) -> Result<Policy, Refusal> {
     known.map(|(_, policy)| *policy).ok_or_else(|| {
         let names = Policy::NAMES.map(|(name, _)| name).join(", ");
         Refusal::new(format!("must be one of {names} (omit the key for forebay)"))
+    })
+}
+
+fn role(raw: &Raw<'_>) -> Result<Role, Refusal> {
+    let text = raw.text()?;
+    let known = Role::NAMES.iter().find(|(name, _)| *name == text);
+    known.map(|(_, role)| *role).ok_or_else(|| {
+        let names = Role::NAMES.map(|(name, _)| name).join(", ");
+        Refusal::new(format!("must be one of {names} (omit the key for both)"))
     })
 }
 

@@ -364,13 +364,31 @@ fn no_worker_is_called_as_a_rank_of_another() {
 fn nothing_is_asked_of_a_named_engine_that_it_cannot() {
     let reader = Reader { engines: vec!["vllm", "tgi"], ..reader([]) };
     let worker = |engine: &str, keys: &str| format!("{MODEL}engine = '{engine}'\ngpus = ['local/0']\n{keys}\n");
-    for (key, value) in [("sleep", "true"), ("data_parallel", "2"), ("token_ids", "true")] {
+    for (key, value) in [("sleep", "true"), ("data_parallel", "2"), ("token_ids", "true"), ("role", "'decode'")] {
         check_with(&reader, &worker("vllm", &format!("{key} = {value}")), &[]);
         let said = format!("model[0].worker[0].{key} is beyond what tgi can: omit the key for this engine");
         let at = format!("f.toml:7:{}", key.len() + 4);
         check_with(&reader, &worker("tgi", &format!("{key} = {value}")), &[&format!("{at}: {said}")]);
     }
     check_with(&reader, &worker("tgi", "sleep = false\ndata_parallel = 1\ntoken_ids = false"), &[]);
+}
+
+#[test]
+fn prefill_and_decode_apart() {
+    let worker = |number: u32, keys: &str| format!("[[model.worker]]\nurl = 'http://a:{number}'\n{keys}\n");
+    let of = |workers: &[String]| format!("[[model]]\nname = 'm'\nsplit_tokens_min = 100\n{}", workers.concat());
+    let pair = of(&[worker(1, "role = 'prefill'"), worker(2, "role = 'decode'"), worker(3, "")]);
+    let config = reader([]).text("f.toml", &pair).unwrap_or_else(|mistakes| panic!("{mistakes}"));
+    let roles: Vec<_> = config.models[0].workers.iter().map(|worker| worker.role).collect();
+    assert_eq!(roles, [Role::Prefill, Role::Decode, Role::Both]);
+    assert_eq!(config.models[0].split_tokens_min.get(), 100);
+    let refuse = |workers: &[String], expect: &str| {
+        let said = reader([]).text("f.toml", &of(workers)).unwrap_err().to_string();
+        assert!(said.contains(expect), "{said}");
+    };
+    refuse(&[worker(1, "role = 'prefill'"), worker(2, "")], "add a worker with `role = \"decode\"`");
+    refuse(&[worker(1, "role = 'both ways'")], "must be one of both, prefill, decode");
+    refuse(&[worker(1, "role = 'decode'\nsleep = true")], "sleep is true: cannot stand beside a `role`");
 }
 
 #[test]

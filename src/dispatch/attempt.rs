@@ -20,6 +20,7 @@ use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use tracing::Instrument;
 
+use super::handover::Handed;
 use super::workers::Identity;
 use super::{Error, Job, Reply, Streamed, Whole, Worker};
 use crate::ids::RequestName;
@@ -29,7 +30,7 @@ use crate::telemetry::metrics::RETRY_REASONS;
 /// How much of a whole answer is held back, so that one that breaks off can be had elsewhere.
 const HELD_BYTES_MAX: usize = 1 << 20;
 /// Bodies up to this length are rewritten where they are: some 40 µs of JSON.
-const INLINE_BODY_BYTES_MAX: usize = 32 << 10;
+pub(super) const INLINE_BODY_BYTES_MAX: usize = 32 << 10;
 /// A reused connection that breaks so soon was closed as idle while the request was under way: a round trip, on a busy
 /// machine.
 const CLOSED_AS_IDLE: Duration = Duration::from_millis(500);
@@ -61,7 +62,7 @@ pub(super) enum Failed {
 }
 
 impl Failed {
-    fn elsewhere(failure: Failure) -> Self {
+    pub(super) fn elsewhere(failure: Failure) -> Self {
         Self::Elsewhere { failure, shown: None }
     }
 }
@@ -103,33 +104,30 @@ pub(super) fn reason(failure: Failure) -> &'static str {
     }
 }
 
-/// Sends `job` to `worker` and waits for the beginning of its answer.
-pub(super) async fn attempt(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Failed> {
+/// Sends `job` to `worker` and waits for the beginning of its answer. `handed`: from where it is to fetch the prompt's
+/// cache.
+pub(super) async fn attempt(
+    worker: &Worker,
+    job: &Job<'_>,
+    number: u32,
+    handed: Option<&Handed>,
+) -> Result<Reply, Failed> {
     worker.traffic.note();
     let limit = if job.streamed() { worker.first_token } else { worker.first_byte };
     let span = tracing::debug_span!("attempt", worker = &*worker.name, number);
     // Not left to the transport: an engine that sends nothing but keep-alive comments is late, too.
-    let opening = std::pin::pin!(open(worker, job, number));
+    let opening = std::pin::pin!(open(worker, job, number, handed));
     let opening = tokio::time::timeout(limit, opening.instrument(span));
     opening.await.unwrap_or(Err(Failed::elsewhere(Failure::Timeout)))
 }
 
-async fn open(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Failed> {
-    let Prepared { path, headers, body, translation } = prepared(worker, job).await?;
-    let request = |body| outgoing((worker, job, number), (path, headers), body);
-    let sent_at = Instant::now();
-    let response = match worker.channel.send(request(body.clone())).await {
-        // An idle connection that the worker closed while the request was on its way there: no failure of the worker's,
-        // and no reason to leave its cache. Later than that the worker may have worked on it, and is to blame.
-        Err(forebay_backends::Error::Reset { reused: true, .. }) if sent_at.elapsed() < CLOSED_AS_IDLE => {
-            Box::pin(worker.channel.send_fresh(request(body))).await?
-        }
-        sent => sent?,
-    };
-    if !response.status.is_success() {
-        let refused = Box::pin(refused(response)).await;
-        return Err(if job.model.adapter.is_some() { refused.of_adapter() } else { refused });
+async fn open(worker: &Worker, job: &Job<'_>, number: u32, handed: Option<&Handed>) -> Result<Reply, Failed> {
+    let Prepared { path, headers, mut body, translation } = prepared(worker, job).await?;
+    if let Some(handed) = handed {
+        body = handed.go_on(body).await?;
     }
+    let name = handed.map(|handed| &handed.name);
+    let response = answered((worker, job, number), (path, headers, name), body).await?;
     let Response { status, headers, body } = response;
     // Translated answers name the model that was asked for.
     let is_own = translation.is_none();
@@ -143,6 +141,29 @@ async fn open(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Fail
         whose(worker, job, &reply)?;
     }
     Ok(reply)
+}
+
+/// Sends it and waits for an answer that is no refusal. `name`: what the engine is to call it; by default a new one.
+pub(super) async fn answered(
+    (worker, job, number): (&Worker, &Job<'_>, u32),
+    (path, own, name): (&'static str, Headers, Option<&HeaderValue>),
+    body: Bytes,
+) -> Result<Response, Failed> {
+    let request = |body| outgoing((worker, job, number), (path, own, name), body);
+    let sent_at = Instant::now();
+    let response = match worker.channel.send(request(body.clone())).await {
+        // An idle connection that the worker closed while the request was on its way there: no failure of the worker's,
+        // and no reason to leave its cache. Later than that the worker may have worked on it, and is to blame.
+        Err(forebay_backends::Error::Reset { reused: true, .. }) if sent_at.elapsed() < CLOSED_AS_IDLE => {
+            Box::pin(worker.channel.send_fresh(request(body))).await?
+        }
+        sent => sent?,
+    };
+    if !response.status.is_success() {
+        let refused = Box::pin(refused(response)).await;
+        return Err(if job.model.adapter.is_some() { refused.of_adapter() } else { refused });
+    }
+    Ok(response)
 }
 
 /// That the beginning of an answer does not name a model that the worker does not have. Long documents are not read.
@@ -169,7 +190,7 @@ fn whose(worker: &Worker, job: &Job<'_>, reply: &Reply) -> Result<(), Failed> {
 }
 
 /// The request as the worker's engine takes it.
-async fn prepared(worker: &Worker, job: &Job<'_>) -> Result<Prepared, Failed> {
+pub(super) async fn prepared(worker: &Worker, job: &Job<'_>) -> Result<Prepared, Failed> {
     let mut edits = Edits::new();
     let identity = worker.identity.load_full();
     if job.goes_on && !identity.as_ref().is_some_and(|identity| identity.engine.takes_ids(job.api)) {
@@ -206,7 +227,7 @@ async fn prepared(worker: &Worker, job: &Job<'_>) -> Result<Prepared, Failed> {
 }
 
 /// The engine cannot do what is asked, now or later: nothing is wrong with the worker, and one of another kind may.
-fn unsupported(message: String, param: Option<String>) -> Failed {
+pub(super) fn unsupported(message: String, param: Option<String>) -> Failed {
     let code = if param.is_some() { "unsupported_parameter" } else { "unsupported_api" };
     let error = ApiError { message, kind: "invalid_request_error".to_owned(), param, code: Some(code.to_owned()) };
     let shown = Some(Box::new(Error::Engine { status: StatusCode::BAD_REQUEST, error, retry_after: None }));
@@ -224,17 +245,17 @@ async fn written(job: &Job<'_>, form: Form) -> Result<Written, Failed> {
     Ok(Written { prompt_tokens, room, ..written })
 }
 
-type Headers = &'static [(&'static str, &'static str)];
+pub(super) type Headers = &'static [(&'static str, &'static str)];
 
 fn outgoing(
     (worker, job, number): (&Worker, &Job<'_>, u32),
-    (path, own): (&'static str, Headers),
+    (path, own, name): (&'static str, Headers, Option<&HeaderValue>),
     body: Bytes,
 ) -> Outgoing {
     let mut headers = if own.is_empty() { job.headers.clone() } else { HeaderMap::new() };
     headers.reserve(OWN_FIELDS);
     // Engines name their own requests after it: a name used twice would meet itself in vLLM.
-    if let Some(name) = RequestName::fresh_header() {
+    if let Some(name) = name.cloned().or_else(RequestName::fresh_header) {
         headers.insert(REQUEST_ID, name);
     }
     if let Some(trace) = job.trace {

@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use forebay_scheduler::{
-    Action, Config, Core, End, Event, Failure, HealthState, Refusal, Request, RequestId, Tick, WorkerId, WorkerView,
+    Action, Config, Core, End, Event, Failure, HealthState, Leg, Refusal, Request, RequestId, Tick, WorkerId,
+    WorkerView,
 };
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
@@ -28,6 +29,7 @@ pub(super) enum Verdict {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sent {
     pub(super) worker: WorkerId,
+    pub(super) leg: Leg,
     pub(super) matched_tokens: u32,
     pub(super) predicted_wait: Duration,
 }
@@ -138,8 +140,9 @@ impl Driver {
         run(core, self.tick(now), actions);
         for action in actions.drain(..) {
             let (request, verdict) = match action {
-                Action::Send { request, worker, matched_tokens, predicted_at_arrival, .. } => {
-                    (request, Verdict::Sent(Sent { worker, matched_tokens, predicted_wait: predicted_at_arrival }))
+                Action::Send { request, worker, leg, matched_tokens, predicted_at_arrival, .. } => {
+                    let predicted_wait = predicted_at_arrival;
+                    (request, Verdict::Sent(Sent { worker, leg, matched_tokens, predicted_wait }))
                 }
                 Action::Refuse { request, reason, retry_after } => (request, Verdict::Refused { reason, retry_after }),
                 other => {
@@ -238,6 +241,12 @@ impl Place {
 
     pub(super) fn first_token(&self) {
         self.driver.tell(Event::FirstToken { request: self.id });
+    }
+
+    /// The prompt is computed and kept for so long, or not at all; waits for the next word.
+    pub(super) fn prefilled(&self, kept: Option<Duration>) -> Waiting {
+        let until = kept.map(|kept| self.driver.tick(Instant::now() + kept));
+        self.driver.ask(self.id, Event::Prefilled { request: self.id, kept: until })
     }
 
     /// The attempt brought nothing and the client has seen nothing; waits for the next word.

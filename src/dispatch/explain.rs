@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use forebay_scheduler::{
-    AdapterState, Cause, Class, Core, Decision, HealthState, Refusal, Tick, Unfit, WorkerId, WorkerView,
+    AdapterState, Cause, Class, Core, Decision, HealthState, Leg, Refusal, Tick, Unfit, WorkerId, WorkerView,
 };
 
 use super::Dispatch;
@@ -80,6 +80,8 @@ pub struct Unweighed {
 #[derive(Debug, Clone)]
 pub struct Weighed {
     pub worker: Arc<str>,
+    /// For what of the request.
+    pub leg: Leg,
     pub winner: bool,
     pub matched_tokens: u32,
     /// In the order of [`forebay_scheduler::term_names`], in seconds.
@@ -188,7 +190,8 @@ impl Dispatch {
     fn decided(&self, now: Tick, decision: &Decision) -> Decided {
         let weighed = decision.candidates.iter().map(|candidate| Weighed {
             worker: self.name_of(candidate.worker),
-            winner: Some(candidate.worker) == decision.winner,
+            leg: candidate.leg,
+            winner: candidate.won,
             matched_tokens: candidate.matched_tokens,
             terms: candidate.terms.to_vec(),
             seconds: candidate.seconds(),

@@ -12,7 +12,7 @@ use forebay_backends::engines::{self, Api, Detected, Load, Ways};
 use forebay_backends::signals::kv_events::KvSource;
 use forebay_backends::signals::{Pace, Signal, Signals, Traffic};
 use forebay_backends::transport::{Channel, Endpoint, Timeouts, Transport};
-use forebay_scheduler::{Action, Event, PoolId, PoolLimits, SleepSpec, WorkerId};
+use forebay_scheduler::{Action, Event, PoolId, PoolLimits, Role, SleepSpec, WorkerId};
 use http::HeaderValue;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -61,6 +61,7 @@ pub struct PoolSpec {
 pub struct WorkerSpec {
     pub name: Arc<str>,
     pub endpoint: Endpoint,
+    pub role: Role,
     /// Of a server with several data-parallel ranks, the one that this is: a cache and a queue of its own.
     pub rank: Option<u32>,
     /// `None`: to be detected.
@@ -305,6 +306,7 @@ impl Intake {
             first_token: spec.first_token,
             identity: ArcSwapOption::empty(),
             spec: Mutex::new(forebay_scheduler::WorkerSpec {
+                role: spec.role,
                 gpus: self.nodes.named(&spec.gpus),
                 memory_bytes: spec.memory_bytes,
                 gpu_bytes: spec.gpu_bytes,

@@ -81,11 +81,13 @@ pub struct Row {
     pub model: Option<Arc<str>>,
     /// Where it was answered, else where it was sent last; absent when it was sent nowhere.
     pub worker: Option<Arc<str>>,
+    /// Where its prompt was computed, if that was another.
+    pub prefill_worker: Option<Arc<str>>,
     pub stream: bool,
     /// HTTP status; 499 when the client left before it had one.
     pub status: u16,
     pub outcome: Outcome,
-    /// Attempts at workers, the last one included.
+    /// Attempts at workers, the last one included; a prompt that is computed apart is one.
     pub attempts: u32,
     pub prompt_tokens: u32,
     pub prompt_tokens_from: TokensFrom,
@@ -110,6 +112,7 @@ impl Row {
             api,
             model: None,
             worker: None,
+            prefill_worker: None,
             stream: false,
             status: 499,
             outcome: Outcome::ClientGone,
@@ -134,6 +137,7 @@ impl Row {
         word(line, ",\"api\":\"", self.api.name());
         given(line, ",\"model\":", self.model.as_ref());
         given(line, ",\"worker\":", self.worker.as_ref());
+        given(line, ",\"prefill_worker\":", self.prefill_worker.as_ref());
         value(line, ",\"stream\":", &self.stream);
         value(line, ",\"status\":", &self.status);
         word(line, ",\"outcome\":\"", self.outcome.name());

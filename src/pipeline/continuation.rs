@@ -25,7 +25,7 @@ use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::Given;
+use super::{Given, note};
 use crate::dispatch::{Dispatch, Job, Opened, Place, Reply, Step, Streamed, Worker};
 use crate::ids::RequestName;
 use crate::ledger::Entry;
@@ -144,10 +144,7 @@ impl Continuation {
         let Some(seeking) = &mut self.seeking else { return Poll::Ready(None) };
         let found = Pin::new(&mut seeking.found).poll(context);
         while let Ok(step) = seeking.steps.try_recv() {
-            match step {
-                Step::Sent { worker, queued } => entry.sent(&worker.name, worker.engine(), queued),
-                Step::Failed { worker, reason } => entry.failed(&worker.name, reason),
-            }
+            note(entry, step);
         }
         let found = std::task::ready!(found);
         let Some(Seeking { broken: (error, failure), .. }) = self.seeking.take() else { return Poll::Ready(None) };

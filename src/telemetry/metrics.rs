@@ -32,6 +32,7 @@ const CACHE_LOOKUPS: &str = "forebay_cache_lookups_total";
 const MICRO_BATCH_SIZE: &str = "forebay_micro_batch_size";
 const RETRIES: &str = "forebay_retries_total";
 const FAILOVERS: &str = "forebay_failovers_total";
+const HANDOVERS: &str = "forebay_handovers_total";
 const RETRIES_DENIED: &str = "forebay_retries_denied_total";
 const SPANS_DROPPED: &str = "forebay_spans_dropped_total";
 const TASKS: &str = "forebay_tasks";
@@ -54,6 +55,8 @@ pub const RETRY_REASONS: [&str; 11] = [
 ];
 /// Why another model was asked, as `forebay_failovers_total{reason}` names it.
 pub const FAILOVER_REASONS: [&str; 5] = ["context_length", "unavailable", "error", "deadline", "content_filter"];
+/// What a worker that computed a prompt for another gave it, as `forebay_handovers_total{given}` names it.
+pub const HANDED_OVER: [&str; 2] = ["cache", "nothing"];
 /// Request classes in the order of the scheduler's enum.
 pub const CLASSES: [&str; 3] = ["interactive", "default", "batch"];
 
@@ -112,6 +115,7 @@ pub struct Registry {
     retries: [Counter; RETRY_REASONS.len()],
     pub tasks: Gauge,
     failovers: [Counter; FAILOVER_REASONS.len()],
+    handovers: [Counter; HANDED_OVER.len()],
     /// What was not tried again since that is a share of the traffic at most.
     pub retries_denied: Counter,
     micro_batch_size: [Histogram; MICRO_BATCH_KINDS.len()],
@@ -150,6 +154,7 @@ impl Registry {
             retries: RETRY_REASONS.map(|reason| counter!(RETRIES, "reason" => reason)),
             tasks: gauge!(TASKS),
             failovers: FAILOVER_REASONS.map(|reason| counter!(FAILOVERS, "reason" => reason)),
+            handovers: HANDED_OVER.map(|given| counter!(HANDOVERS, "given" => given)),
             retries_denied: counter!(RETRIES_DENIED),
             micro_batch_size: MICRO_BATCH_KINDS.map(|kind| histogram!(MICRO_BATCH_SIZE, "kind" => kind.name())),
         })
@@ -180,6 +185,12 @@ impl Registry {
     /// Counts a request that another model was asked, for a reason of [`FAILOVER_REASONS`].
     pub fn failed_over(&self, reason: &str) {
         count(&FAILOVER_REASONS, &self.failovers, reason);
+    }
+
+    /// Counts a prompt that was computed apart, and whether its cache could be had.
+    pub fn handed_over(&self, cache: bool) {
+        let [given, nothing] = &self.handovers;
+        if cache { given } else { nothing }.increment(1);
     }
 
     /// Notes how many requests left together as one call.
@@ -231,6 +242,7 @@ fn describe() {
     describe_gauge!(GPU_THROTTLED, "1 while heat or power holds a GPU below its usual speed");
     describe_gauge!(TASKS, "tasks of the runtime: some for the process, its workers and each open connection");
     describe_counter!(RETRIES, "attempts beyond a request's first, by why they were made");
+    describe_counter!(HANDOVERS, "prompts that one worker computed for another, by what it gave for that");
     describe_counter!(
         RETRIES_DENIED,
         "failed attempts that were not made again, so that retries stay a share of the traffic"

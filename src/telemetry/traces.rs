@@ -67,7 +67,7 @@ struct Step {
 enum What {
     Prepare,
     Queue,
-    Attempt { worker: Arc<str>, engine: &'static str },
+    Attempt { worker: Arc<str>, engine: &'static str, prefilled: bool },
     FirstToken,
 }
 
@@ -139,7 +139,18 @@ impl Trace {
         let from = now.checked_sub(queued).unwrap_or(now);
         self.close(from);
         self.steps.push(Step { what: What::Queue, from, to: Some(now) });
-        self.steps.push(Step { what: What::Attempt { worker: Arc::clone(worker), engine }, from: now, to: None });
+        self.steps.push(Step {
+            what: What::Attempt { worker: Arc::clone(worker), engine, prefilled: false },
+            from: now,
+            to: None,
+        });
+    }
+
+    /// The attempt under way has computed the prompt for the next.
+    pub fn prefilled(&mut self) {
+        if let Some(What::Attempt { prefilled, .. }) = self.steps.last_mut().map(|step| &mut step.what) {
+            *prefilled = true;
+        }
     }
 
     /// The answer's first event or byte is here.
@@ -203,9 +214,10 @@ impl Trace {
                 What::Prepare => within(self.own.span, "prepare", Kind::Internal),
                 What::Queue => within(self.own.span, "queue", Kind::Internal),
                 What::FirstToken => within(self.own.span + attempt, "first_token", Kind::Internal),
-                What::Attempt { worker, engine } => {
+                What::Attempt { worker, engine, prefilled } => {
                     attempt += 1;
                     let error = if attempt < attempts { Some("failed") } else { facts.error };
+                    let error = error.filter(|_| !prefilled);
                     let mut attributes = vec![
                         text("gen_ai.operation.name", operation),
                         text("gen_ai.provider.name", engine),

@@ -34,6 +34,7 @@ mod ledger;
 mod metrics;
 mod micro_batch;
 mod models;
+mod pairs;
 mod queue;
 mod random_faults;
 mod ranks;

@@ -70,6 +70,7 @@ fn names_and_labels_are_those_that_dashboards_know() {
         ("forebay_tasks", &[]),
         ("forebay_retries_denied_total", &[]),
         ("forebay_failovers_total", &["reason"]),
+        ("forebay_handovers_total", &["given"]),
     ] {
         let of_it: Vec<_> = found.iter().filter(|(known, _)| known == name).collect();
         assert!(!of_it.is_empty(), "no `{name}` in\n{text}");

@@ -6,6 +6,7 @@
 //! - `POST /simulated/kv_events` with any of `{"clear": true, "drop_next": n, "disconnect": true, "restart": true}` empties
 //!   the prefix cache, loses the next batches on their way, cuts the subscribers off, or does what the end of the engine's
 //!   process does to its publisher and cache.
+//! - `POST /simulated/kv/<request>` gives the blocks of a prompt that is kept for another server, once.
 //! - `GET /simulated/log` gives counters since the start.
 
 use std::{
@@ -27,6 +28,9 @@ use crate::{
 };
 
 const BODY_BYTES_MAX: usize = 1 << 20;
+
+/// Before the name of a request whose prompt is kept.
+pub(crate) const KV_PATH: &str = "/simulated/kv/";
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -69,6 +73,12 @@ pub(crate) async fn answer(service: &Arc<Service>, request: Request<Incoming>) -
             Ok(()) => json_answer(StatusCode::OK, &json!({})),
             Err(message) => json_answer(StatusCode::BAD_REQUEST, &json!({"error": message})),
         },
+        (&Method::POST, path) if path.starts_with(KV_PATH) => {
+            match path.strip_prefix(KV_PATH).and_then(|request| service.pairs.give(request)) {
+                Some(blocks) => json_answer(StatusCode::OK, &blocks),
+                None => json_answer(StatusCode::NOT_FOUND, &json!({"error": "it is not kept"})),
+            }
+        }
         _ => json_answer(StatusCode::NOT_FOUND, &json!({"error": "no such endpoint"})),
     }
 }
@@ -117,6 +127,7 @@ fn log(service: &Service) -> Value {
         "connections": read(&log.connections),
         "sleep": service.sleep.describe(),
         "adapters": service.adapters.describe(),
+        "pairs": service.pairs.describe(),
         "bytes_received": read(&log.bytes_received),
         "requests": {"begun": read(&log.begun), "finished": read(&log.finished), "aborted": read(&log.aborted)},
         "sequences": {

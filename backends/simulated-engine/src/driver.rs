@@ -246,6 +246,11 @@ impl Driver {
         }
     }
 
+    /// Puts blocks that another engine computed into the prefix cache, as far as there is room.
+    pub(crate) fn fill(&self, blocks: &[u64]) {
+        self.state.lock().engine.fill_cache(blocks);
+    }
+
     /// Empties the prefix cache and lets `then` publish that before anything else happens. Refused, as by vLLM, while
     /// sequences hold blocks.
     pub(crate) fn clear_cache(&self, then: impl FnOnce(&Publisher)) -> bool {

@@ -44,4 +44,5 @@ pub use crate::{
     model::{ModelFiles, builtin_model},
     options::{EngineKind, Options},
     server::{Bound, bind, serve},
+    vllm::pair::PairRole,
 };

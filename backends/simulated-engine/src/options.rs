@@ -4,7 +4,7 @@ use std::{ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use forebay_simulator::EngineConfig;
 
-use crate::{faults::Fault, kv_events::KvEventOptions};
+use crate::{PairRole, faults::Fault, kv_events::KvEventOptions};
 
 /// Whose wire the server speaks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,6 +68,10 @@ pub struct Options {
     pub kv_events: Option<KvEventOptions>,
     /// vLLM's `--enable-sleep-mode`, with the routes that a server in development mode has.
     pub sleep_mode: bool,
+    /// vLLM's `kv_role`: the part that it does of requests that two servers do together.
+    pub pair_role: PairRole,
+    /// vLLM's `kv_lease_duration`: how long a prompt is kept for another server.
+    pub kv_lease: Duration,
     /// It sleeps at the start.
     pub asleep: bool,
     /// Time to wake.
@@ -108,6 +112,8 @@ impl Default for Options {
             connection_keep_alive: Duration::from_secs(5),
             kv_events: None,
             sleep_mode: false,
+            pair_role: PairRole::None,
+            kv_lease: Duration::from_secs(30),
             asleep: false,
             wake_time: Duration::ZERO,
             sleep_time: Duration::ZERO,

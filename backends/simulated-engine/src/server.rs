@@ -37,7 +37,7 @@ use crate::{
     faults::{Faults, MidKind, Plan},
     kv_events::{Publisher, Sockets},
     model::Model,
-    vllm::{lora::Adapters, sleep::Sleep},
+    vllm::{lora::Adapters, pair::Pairs, sleep::Sleep},
     wire::{self, Wire},
 };
 
@@ -58,6 +58,7 @@ pub(crate) struct Service {
     pub(crate) faults: Faults,
     pub(crate) sleep: Sleep,
     pub(crate) adapters: Adapters,
+    pub(crate) pairs: Pairs,
     pub(crate) log: Log,
     /// The outage that was last asked for.
     pub(crate) outage: watch::Sender<Option<Duration>>,
@@ -125,7 +126,8 @@ pub async fn bind(options: Options, listener: TcpListener) -> io::Result<Bound> 
         None => None,
     };
     let publisher = sockets.as_ref().map(|(publisher, _)| Arc::clone(publisher));
-    Ok(Bound { service: Arc::new(Service::new(options, publisher)?), listener, sockets })
+    let service = Service::new(options, publisher, listener.local_addr()?.port())?;
+    Ok(Bound { service: Arc::new(service), listener, sockets })
 }
 
 /// Serves until `shutdown` is cancelled; then all connections are closed at once.
@@ -172,7 +174,7 @@ pub async fn serve(bound: Bound, shutdown: CancellationToken) -> io::Result<()> 
 }
 
 impl Service {
-    fn new(mut options: Options, publisher: Option<Arc<Publisher>>) -> io::Result<Self> {
+    fn new(mut options: Options, publisher: Option<Arc<Publisher>>, port: u16) -> io::Result<Self> {
         if !(options.speed.is_finite() && options.speed >= SPEED_MIN) {
             let message = format!("speed must be at least {SPEED_MIN}");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
@@ -188,8 +190,8 @@ impl Service {
         let faults = Faults::new(options.seed, options.faults.clone());
         let outage = watch::Sender::new(None);
         let (sleep, calls) = (Sleep::new(options.asleep), tokio::sync::Mutex::default());
-        let adapters = Adapters::new(&options);
-        Ok(Self { sleep, adapters, options, model, driver, calls, faults, log: Log::default(), outage })
+        let (adapters, pairs) = (Adapters::new(&options), Pairs::new(port));
+        Ok(Self { sleep, adapters, pairs, options, model, driver, calls, faults, log: Log::default(), outage })
     }
 
     /// The server's own work for one call, see [`Options::call_ms`].

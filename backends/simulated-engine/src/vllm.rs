@@ -11,6 +11,7 @@ pub(crate) mod fields;
 mod logprobs;
 pub(crate) mod lora;
 mod metrics;
+pub(crate) mod pair;
 mod ranking;
 pub(crate) mod request;
 pub(crate) mod sleep;

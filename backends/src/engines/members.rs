@@ -83,7 +83,8 @@ impl<'a> Members<'a> {
         }
     }
 
-    fn put(&mut self, name: &str, json: String) {
+    /// The same with a value that is JSON already.
+    pub(super) fn put(&mut self, name: &str, json: String) {
         self.remove(name);
         self.list.push(Member { name: name.to_owned(), value: Text::Ours(json) });
         self.changed = true;

@@ -68,6 +68,10 @@ impl Engine for Vllm {
         Some(AdapterPaths { load: "/v1/load_lora_adapter", unload: "/v1/unload_lora_adapter" })
     }
 
+    fn hands_over(&self) -> bool {
+        true
+    }
+
     fn serves(&self, _: Api) -> bool {
         true
     }

@@ -70,6 +70,7 @@ pub(crate) fn request(id: u64, blocks: Arc<[u64]>) -> Request {
         sequences: 1,
         body_bytes: 8000,
         adapter: None,
+        splits: false,
         beside: None,
         streamed: true,
     }

@@ -12,7 +12,8 @@
 //! that [`Engine::submit`] accepts finishes or is aborted, since it fits when it runs alone and the one admitted first is
 //! never preempted for another.
 //!
-//! Not here: what the tokens are, sampling, priorities, speculative decoding, LoRA, transfer of KV between engines.
+//! Not here: what the tokens are, sampling, priorities, speculative decoding, LoRA, the time that a transfer of KV
+//! between engines takes.
 
 mod blocks;
 #[cfg(test)]
@@ -230,6 +231,12 @@ impl Engine {
             Some(at) => self.waiting.remove(at).is_some(),
             None => false,
         }
+    }
+
+    /// Puts blocks that another engine computed into the prefix cache, as far as there is room.
+    pub fn fill_cache(&mut self, blocks: &[u64]) {
+        self.retire();
+        self.pool.fill(blocks);
     }
 
     /// Empties the prefix cache; returns whether no sequence held a block of it, else nothing is changed.

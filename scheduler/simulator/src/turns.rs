@@ -401,6 +401,7 @@ fn request(number: usize, row: &Row) -> Request {
         body_bytes: 0,
         streamed: true,
         adapter: None,
+        splits: false,
         beside: None,
     }
 }

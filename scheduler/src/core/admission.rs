@@ -14,7 +14,7 @@ use crate::pool::Pool;
 use crate::time::duration;
 use crate::timers::Timer;
 use crate::worker::Slot;
-use crate::{Action, HealthState, Policy, PoolId, Refusal, Request, RequestId, TenantId, Tick};
+use crate::{Action, HealthState, Leg, Policy, PoolId, Refusal, Request, RequestId, Role, TenantId, Tick};
 
 /// Workers that an explanation names as not weighed.
 const LEFT_OUT_MAX: usize = 8;
@@ -41,12 +41,16 @@ impl Core {
         let attempts = request.beside.map_or(0, |(_, attempts)| attempts);
         let entry = Entry {
             request,
+            whole: plan,
             plan,
             arrived: now,
             predicted: None,
             expires,
             at_workers: Duration::ZERO,
             place: Place::Loose,
+            then: None,
+            kept: None,
+            undivided: false,
             timer: None,
             attempts,
             failed_on,
@@ -68,7 +72,9 @@ impl Core {
 
     fn inadmissible(&self, request: &Request) -> Option<Refusal> {
         let Some(pool) = self.pools.get(&request.pool) else { return Some(Refusal::PoolUnknown) };
-        let workers = pool.workers.iter().filter_map(|slot| self.workers.get(*slot));
+        let all = pool.workers.iter().filter_map(|slot| self.workers.get(*slot));
+        // Whoever computes prompts alone answers nobody.
+        let workers = all.filter(|worker| worker.spec.role != Role::Prefill);
         // Where nobody stays, one may be on its way, as where all are down.
         let mut staying = workers.filter(|worker| !worker.draining).peekable();
         if staying.peek().is_some() && !staying.any(|worker| worker.holds(request.prompt_tokens)) {
@@ -85,22 +91,19 @@ impl Core {
         if entry.request.deadline.is_some_and(|deadline| deadline <= self.now) {
             return self.refuse(id, Refusal::DeadlinePassed, out);
         }
-        let Some(pool) = self.pools.get_mut(&pool_id) else { return self.refuse(id, Refusal::PoolUnknown, out) };
-        let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
-        let asked = (&entry.request, &entry.plan);
-        let mut choice = Choice::Nobody;
-        if !entry.avoided.is_empty() {
-            let avoided: SmallVec<[_; 6]> = entry.failed_on.iter().chain(&entry.avoided).copied().collect();
-            choice = scene.choose(asked, &avoided, None, &mut self.rng, &mut self.scored);
+        if !self.pools.contains_key(&pool_id) {
+            return self.refuse(id, Refusal::PoolUnknown, out);
         }
-        if !matches!(choice, Choice::Winner(_)) {
-            choice = scene.choose(asked, &entry.failed_on, None, &mut self.rng, &mut self.scored);
-        }
+        let (choice, then) = self.weigh_legs(id);
+        let (Some(entry), Some(pool)) = (self.requests.get_mut(&id), self.pools.get_mut(&pool_id)) else { return };
         match choice {
             Choice::Winner(at) => {
                 let Some(winner) = self.scored.get(at).cloned() else { return };
+                entry.turn(winner.leg);
+                let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
+                let asked = (&entry.request, &entry.plan);
                 let until = entry.waits_until();
-                if let Some(busy) = scene.busy_until(winner.slot, &entry.failed_on).filter(|busy| *busy > until) {
+                if let Some(busy) = scene.busy_until(&winner, &entry.failed_on).filter(|busy| *busy > until) {
                     let wait = busy.since(self.now);
                     return self.refuse(id, Refusal::Busy { wait }, out);
                 }
@@ -108,17 +111,20 @@ impl Core {
                     return self.refuse(id, Refusal::NoWorker, out);
                 }
                 let waited = self.now.seconds_since(entry.arrived);
-                entry.predicted.get_or_insert(waited + winner.first_token_seconds);
-                let busy = self.scored.iter().filter(|scored| scored.waits).count();
-                pool.observe_decision(busy as f64 / self.scored.len().max(1) as f64, winner.uncached_tokens);
+                let after = then.as_ref().map_or(0.0, |then| then.first_token_seconds);
+                entry.predicted.get_or_insert(waited + winner.first_token_seconds + after);
+                let alike = self.scored.iter().filter(|scored| scored.leg == winner.leg);
+                let busy = alike.clone().filter(|scored| scored.waits).count();
+                pool.observe_decision(busy as f64 / alike.count().max(1) as f64, winner.uncached_tokens);
                 pool.observe_drain(self.now, winner.drain_seconds, &self.config);
-                self.record(id, cause, Some(winner.slot));
-                self.bind(id, &winner, out);
+                let then = then.map(|then| then.slot);
+                self.record(id, cause, Some(&winner), then);
+                self.bind(id, (&winner, then), out);
                 self.shed(pool_id, out);
                 self.believe(id, winner.first_token_seconds);
             }
             Choice::Infeasible => {
-                self.record(id, cause, None);
+                self.record(id, cause, None, None);
                 self.refuse_infeasible(id, out);
             }
             Choice::Nobody if entry.request.beside.is_some() && entry.last.is_none() => {
@@ -128,14 +134,35 @@ impl Core {
         }
     }
 
-    /// Notes the decision whose candidates were scored last.
-    pub(super) fn record(&mut self, id: RequestId, cause: Cause, winner: Option<Slot>) {
-        let winner = winner.and_then(|slot| self.workers.get(slot)).map(|worker| worker.id);
+    /// Scores who may do this of a request, those apart that it avoids.
+    pub(super) fn consider(&mut self, id: RequestId, leg: Leg) -> Choice {
+        let Some(entry) = self.requests.get(&id) else { return Choice::Nobody };
+        let Some(pool) = self.pools.get(&entry.request.pool) else { return Choice::Nobody };
+        let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
+        let plan = entry.whole.of(leg);
+        let asked = (&entry.request, &plan);
+        if !entry.avoided.is_empty() {
+            let avoided: SmallVec<[_; 6]> = entry.failed_on.iter().chain(&entry.avoided).copied().collect();
+            let choice = scene.choose(asked, &avoided, None, &mut self.rng, &mut self.scored);
+            // rather than a prompt's worker that failed, one that does all
+            if matches!(choice, Choice::Winner(_)) || leg == Leg::Prefill {
+                return choice;
+            }
+        }
+        scene.choose(asked, &entry.failed_on, None, &mut self.rng, &mut self.scored)
+    }
+
+    /// Notes the decision whose candidates were scored last. `then`: who will go on where the winner ends.
+    pub(super) fn record(&mut self, id: RequestId, cause: Cause, winner: Option<&Scored>, then: Option<Slot>) {
+        let winner = winner.map(|winner| (winner.slot, winner.leg));
         let workers = &self.workers;
         let candidates = self.scored.iter().filter_map(|scored| {
             let worker = workers.get(scored.slot)?.id;
-            Some(Weighed::new(worker, scored.matched_tokens, scored.terms))
+            let won =
+                winner == Some((scored.slot, scored.leg)) || (then == Some(scored.slot) && scored.leg == Leg::Decode);
+            Some(Weighed::new(worker, scored.leg, won, scored.matched_tokens, scored.terms))
         });
+        let winner = winner.and_then(|(slot, _)| workers.get(slot)).map(|worker| worker.id);
         self.decisions.record((id, self.now, cause), candidates, self.left_out(id), winner);
     }
 
@@ -155,18 +182,19 @@ impl Core {
         unfit.take(LEFT_OUT_MAX).collect()
     }
 
-    /// Sends the request to the worker, or puts it in its lane.
-    pub(super) fn bind(&mut self, id: RequestId, to: &Scored, out: &mut Vec<Action>) {
+    /// Sends the request to the worker, or puts it in its lane. `then`: who is to go on where it computes a prompt alone.
+    pub(super) fn bind(&mut self, id: RequestId, (to, then): (&Scored, Option<Slot>), out: &mut Vec<Action>) {
+        let second = self.second(id, then);
         let (Some(entry), Some(worker)) = (self.requests.get_mut(&id), self.workers.get_mut(to.slot)) else { return };
         let Some(pool) = self.pools.get(&entry.request.pool) else { return };
         let fleet_rate = pool.fleet_rate();
         let has_adapter = worker.adapters.has(entry.request.adapter);
         let at_once = pool.limits.policy != Policy::Forebay && worker.may_send() && has_adapter;
-        if at_once
-            || worker.lane.is_clear()
-                && worker.has_room(self.now, (&entry.request, &entry.plan), to.uncached_tokens, pool, &self.config)
+        let room = || worker.has_room(self.now, (&entry.request, &entry.plan), to.uncached_tokens, pool, &self.config);
+        if let Some(then) = second
+            && (at_once || worker.lane.is_clear() && room())
         {
-            return self.send(id, to.slot, to.matched_tokens, out);
+            return self.send(id, (to.slot, then), to.matched_tokens, out);
         }
         let speed = worker.speed(self.now, fleet_rate, &self.config);
         let standing = entry.standing(to.uncached_tokens, speed, pool.patience(self.now, &self.config), &self.config);
@@ -188,7 +216,8 @@ impl Core {
     fn park(&mut self, id: RequestId, pool_id: PoolId, out: &mut Vec<Action>) {
         let (Some(entry), Some(pool)) = (self.requests.get_mut(&id), self.pools.get_mut(&pool_id)) else { return };
         let workers = pool.workers.iter().filter_map(|slot| self.workers.get(*slot));
-        let mut untried = workers.filter(|worker| !entry.failed_on.contains(&worker.id));
+        let answers = workers.filter(|worker| worker.spec.role != Role::Prefill);
+        let mut untried = answers.filter(|worker| !entry.failed_on.contains(&worker.id));
         let hopeful = untried.any(|worker| worker.is_hopeful());
         if let Some(last) = entry.last
             && !hopeful

@@ -1,24 +1,33 @@
 //! From the send to the end: what is held at a worker for a request, and what its course teaches.
 //!
 //! Every way out (end, failure, cancel, the worker's leaving) gives the place back through [`Core::release`], once: the
-//! request is no longer `Sent` after it.
+//! request is no longer `Sent` after it. What was reserved for it at a second worker goes with it.
 
 use super::{Core, Place, Sent};
 use crate::explain::Cause;
 use crate::placement::Scene;
 use crate::time::duration;
 use crate::worker::Slot;
-use crate::{Action, End, Failure, HealthState, Refusal, RequestId};
+use crate::{Action, End, Failure, HealthState, Leg, Refusal, RequestId};
 
 impl Core {
-    /// Sends a request that has no place.
-    pub(super) fn send(&mut self, id: RequestId, slot: Slot, matched_tokens: u32, out: &mut Vec<Action>) {
+    /// Sends a request that has no place; of one whose prompt alone goes there, the rest will go to `then`.
+    pub(super) fn send(
+        &mut self,
+        id: RequestId,
+        (slot, then): (Slot, Option<Slot>),
+        matched_tokens: u32,
+        out: &mut Vec<Action>,
+    ) {
         let Some(entry) = self.requests.get_mut(&id) else { return };
+        if entry.plan.leg == Leg::Decode && entry.kept_at(self.now).is_none() {
+            entry.turn(Leg::Whole); // it waited for too long
+        }
         let Some(pool) = self.pools.get_mut(&entry.request.pool) else { return };
         let (now, config) = (self.now, &self.config);
         let scene = Scene { now, config, pool, workers: &self.workers };
         let Some(worker) = self.workers.get(slot) else { return };
-        let uncached = entry.request.prompt_tokens.saturating_sub(matched_tokens);
+        let (leg, uncached) = (entry.plan.leg, entry.plan.uncached_tokens(matched_tokens));
         let fleet_rate = pool.fleet_rate();
         let said = worker.reported.said(now, config.report_ttl);
         let speed = worker.speeds(now, fleet_rate, &said).now;
@@ -26,7 +35,13 @@ impl Core {
 
         let Some(worker) = self.workers.get_mut(slot) else { return };
         let before = worker.before();
-        let (held, number) = worker.hold(now, (&entry.request, &entry.plan), uncached, fleet_rate, config);
+        let (held, number) = match leg {
+            Leg::Decode => (worker.take(now, id, &entry.plan), None),
+            Leg::Whole | Leg::Prefill => {
+                let (held, number) = worker.hold(now, (&entry.request, &entry.plan), uncached, fleet_rate, config);
+                (held, Some(number))
+            }
+        };
         let worker = worker.id;
         entry.place = Place::Sent(Sent {
             worker,
@@ -44,16 +59,20 @@ impl Core {
         let weight = self.weights.get(&tenant).copied().unwrap_or(1.0);
         pool.fairness.sent(tenant, weight, uncached);
         pool.mixed.sent(now, (entry.request.class, tenant));
-        let tokens = u64::from(uncached) + entry.plan.output_tokens;
+        let tokens = u64::from(uncached) + entry.whole.output_tokens;
         pool.shares.sent(entry.request.class, tokens, &pool.limits.class_shares, &pool.queue.requests);
         out.push(Action::Send {
             request: id,
             worker,
+            leg,
             matched_tokens,
             predicted_ttft: duration(predicted),
             predicted_at_arrival: duration(entry.predicted.unwrap_or(predicted)),
         });
         self.filled(slot);
+        if let Some(then) = then {
+            self.reserve(id, then);
+        }
     }
 
     pub(super) fn first_token(&mut self, id: RequestId, out: &mut Vec<Action>) {
@@ -66,7 +85,13 @@ impl Core {
         let Some((slot, worker)) = sent.slot.and_then(|slot| Some((slot, self.workers.get_mut(slot)?))) else { return };
         let before = (sent.held, sent.number);
         sent.held = worker.started(self.now, before, sent.uncached, pool.fleet_rate(), &self.config);
-        let outlier = entry.request.streamed
+        // fetching a cache takes time that nobody predicted
+        let seen = match entry.plan.leg {
+            Leg::Whole => entry.request.streamed,
+            Leg::Prefill => true,
+            Leg::Decode => false,
+        };
+        let outlier = seen
             && worker.measured_rate().is_some()
             && worker.latency.observe(self.now, self.now.seconds_since(sent.at), sent.predicted);
         pool.observe_rates(self.now, &self.workers);
@@ -91,7 +116,13 @@ impl Core {
         let Some(sent) = self.release(id) else { return };
         let Some(entry) = self.requests.get_mut(&id) else { return };
         entry.last = Some(failure);
+        // perhaps it could not fetch the cache
+        entry.undivided |= entry.plan.leg == Leg::Decode && failure == Failure::Status5xx;
         entry.at_workers += self.now.since(sent.at);
+        // whoever may have begun to fetch the cache may have let it go, too: its blocks can be another prompt's by now
+        if !matches!(failure, Failure::Connect | Failure::Overloaded { .. } | Failure::Unsupported) {
+            entry.kept = None;
+        }
         match failure {
             Failure::Overloaded { .. } | Failure::Unavailable { .. } => entry.avoided.push(sent.worker),
             // an engine's error may be of the moment, and an adapter may be loaded again
@@ -160,18 +191,25 @@ impl Core {
         self.requests.remove(&id);
     }
 
-    /// Gives back what is held for a sent request; none if it is not sent.
+    /// Gives back what is held for a sent request, at one worker or two; none if it is not sent.
     fn release(&mut self, id: RequestId) -> Option<Sent> {
         let entry = self.requests.get_mut(&id)?;
         let Place::Sent(sent) = entry.place else { return None };
         entry.place = Place::Loose;
-        let (Some(slot), Some(pool)) = (sent.slot, self.pools.get_mut(&entry.request.pool)) else { return Some(sent) };
+        self.unreserve(id);
+        self.give_back(id, sent);
+        Some(sent)
+    }
+
+    /// Gives back what is held at one worker.
+    pub(super) fn give_back(&mut self, id: RequestId, sent: Sent) {
+        let Some(entry) = self.requests.get(&id) else { return };
+        let (Some(slot), Some(pool)) = (sent.slot, self.pools.get_mut(&entry.request.pool)) else { return };
         pool.used = Some(self.now);
-        let Some(worker) = self.workers.get_mut(slot) else { return Some(sent) };
+        let Some(worker) = self.workers.get_mut(slot) else { return };
         let scales = (pool.fleet_rate(), &self.config);
         worker.release(self.now, &entry.request, (sent.held, sent.number), sent.started.is_some(), scales);
         self.touch(slot);
-        Some(sent)
     }
 
     /// A worker has shown that it serves.

@@ -35,18 +35,19 @@ impl Core {
     /// The first invariant that does not hold.
     pub fn check(&self) -> Result<(), Broken> {
         for (slot, worker) in self.workers.iter() {
-            let mut held = Held::default();
+            let (mut held, mut awaited) = (Held::default(), 0);
             for id in &worker.sent {
                 let entry = self.requests.get(id);
-                let Some(Place::Sent(sent)) = entry.map(|entry| entry.place) else {
+                let Some((entry, Place::Sent(sent))) = entry.map(|entry| (entry, entry.place)) else {
                     return Err(Broken::Reservations(worker.id));
                 };
-                if sent.slot != Some(slot) {
-                    return Err(Broken::Reservations(worker.id));
-                }
-                held = held.plus(sent.held);
+                let here = [Some(sent), entry.then].into_iter().flatten().find(|sent| sent.slot == Some(slot));
+                let Some(here) = here else { return Err(Broken::Reservations(worker.id)) };
+                held = held.plus(here.held);
+                let is_awaited = entry.then.is_some_and(|then| then.slot == Some(slot));
+                awaited += if is_awaited { u64::from(entry.whole.prompt_tokens) } else { 0 };
             }
-            if held != worker.held {
+            if held != worker.held || awaited != worker.awaited_tokens {
                 return Err(Broken::Reservations(worker.id));
             }
             if !self.adapters_agree(worker) {

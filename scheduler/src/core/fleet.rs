@@ -41,6 +41,7 @@ impl Core {
         {
             if let Some(pool) = self.pools.get_mut(&pool) {
                 pool.index.set_capacity(slot, pool.cache_blocks(&spec));
+                pool.has_role(slot, spec.role);
             }
             let before = std::mem::replace(&mut known.spec, spec);
             self.touch(slot);
@@ -51,9 +52,10 @@ impl Core {
         }
         self.worker_left(id, out);
         let Some(state) = self.pools.get_mut(&pool) else { return };
-        let blocks = state.cache_blocks(&spec);
+        let (blocks, role) = (state.cache_blocks(&spec), spec.role);
         let slot = self.workers.insert(Worker::new(self.now, id, pool, spec, &self.config));
         state.workers.insert(slot);
+        state.has_role(slot, role);
         state.index.set_capacity(slot, blocks);
         self.touch(slot);
         self.gpus_changed(slot, &[]);
@@ -191,14 +193,16 @@ impl Core {
     fn remove_worker(&mut self, slot: Slot) {
         let Some(mut worker) = self.workers.remove(slot) else { return };
         for id in &worker.sent {
-            if let Some(Place::Sent(sent)) = self.requests.get_mut(id).map(|entry| &mut entry.place) {
-                sent.slot = None;
-            }
+            let Some(entry) = self.requests.get_mut(id) else { continue };
+            let second = entry.then.iter_mut();
+            let first = if let Place::Sent(sent) = &mut entry.place { Some(sent) } else { None };
+            second.chain(first).filter(|sent| sent.slot == Some(slot)).for_each(|sent| sent.slot = None);
         }
         self.timers.set(Timer::Worker(slot), &mut worker.timer, None);
         self.gpus_left(slot, &worker.spec.gpus);
         if let Some(pool) = self.pools.get_mut(&worker.pool) {
             pool.workers.remove(&slot);
+            pool.prefillers.remove(&slot);
             pool.laden.remove(&slot);
             pool.unfit.remove(&slot);
             pool.adapters.retain(|(_, other)| *other != slot);

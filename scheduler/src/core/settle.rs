@@ -5,13 +5,15 @@
 //! within [`crate::Config::rescore_every`]; and so is a lane's new head, where it changed because of what another lane
 //! sent.
 
+use smallvec::SmallVec;
+
 use super::{Core, Place};
 use crate::explain::Cause;
 use crate::placement::{Ahead, Choice, Scene, Scored, pays};
 use crate::time::duration;
 use crate::timers::Timer;
 use crate::worker::Slot;
-use crate::{Action, PoolId, Refusal, RequestId, Tick};
+use crate::{Action, PoolId, Refusal, RequestId, Role, Tick};
 
 /// Lanes that a worker with room looks into.
 const LANES_SEEN: usize = 8;
@@ -40,6 +42,7 @@ impl Core {
             if worker.may_take {
                 self.pump(slot, out);
                 self.steal(slot, out);
+                self.touch_prefillers(slot);
             }
             // what these two changed of it is seen to below
             if let Some(worker) = self.workers.get_mut(slot) {
@@ -57,10 +60,19 @@ impl Core {
     /// Sends from a worker's lane while it has room.
     fn pump(&mut self, slot: Slot, out: &mut Vec<Action>) {
         while let Some((id, matched_tokens)) = self.sendable_head(slot) {
+            let Some(then) = self.second(id, None) else { return };
             self.unqueue(id);
-            self.send(id, slot, matched_tokens, out);
+            self.send(id, (slot, then), matched_tokens, out);
             self.believe(id, 0.0);
         }
+    }
+
+    /// What waits for a prompt's worker may have waited for room at the one that goes on.
+    fn touch_prefillers(&mut self, slot: Slot) {
+        let Some(worker) = self.workers.get(slot).filter(|worker| worker.spec.role == Role::Decode) else { return };
+        let Some(pool) = self.pools.get(&worker.pool) else { return };
+        let waiting: SmallVec<[Slot; 8]> = pool.prefillers.intersection(&pool.laden).copied().collect();
+        waiting.into_iter().for_each(|slot| self.touch(slot));
     }
 
     /// The head of a lane and its tokens that need not be computed, if there is room for it.
@@ -77,11 +89,12 @@ impl Core {
     /// A worker with room and nothing in its lane takes heads of other lanes that are better off with it.
     fn steal(&mut self, slot: Slot, out: &mut Vec<Action>) {
         while let Some((id, here, there)) = self.spoils(slot) {
+            let Some(then) = self.second(id, None) else { return };
             self.scored.clear();
             self.scored.extend([here.clone(), there]);
-            self.record(id, Cause::Rescore, Some(slot));
+            self.record(id, Cause::Rescore, Some(&here), None);
             self.unqueue(id);
-            self.send(id, slot, here.matched_tokens, out);
+            self.send(id, (slot, then), here.matched_tokens, out);
             self.believe(id, 0.0);
         }
     }
@@ -108,7 +121,8 @@ impl Core {
                 let request = &entry.request;
                 // the cheap question first: most that are asked have no room, even if they held the whole prompt
                 let room = |uncached| worker.has_room(self.now, (request, &entry.plan), uncached, pool, &self.config);
-                if !worker.holds(request.prompt_tokens) || entry.failed_on.contains(&worker.id) || !room(0) {
+                let fits = entry.plan.leg.fits(worker.spec.role) && worker.holds(request.prompt_tokens);
+                if !fits || entry.failed_on.contains(&worker.id) || !room(0) {
                     return None;
                 }
                 let own = scene.matched_tokens(request, pool.index.held_by(self.now, slot, &request.blocks));
@@ -220,14 +234,14 @@ impl Core {
                 if !here.is_none_or(|here| pays(&self.config, here.seconds, best.seconds)) {
                     return false;
                 }
-                self.record(id, Cause::Rescore, Some(best.slot));
+                self.record(id, Cause::Rescore, Some(&best), None);
                 self.unqueue(id);
-                self.bind(id, &best, out);
+                self.bind(id, (&best, None), out);
                 self.believe(id, best.first_token_seconds);
                 true
             }
             Choice::Infeasible => {
-                self.record(id, Cause::Rescore, None);
+                self.record(id, Cause::Rescore, None, None);
                 self.unqueue(id);
                 self.refuse_infeasible(id, out);
                 true

@@ -1,6 +1,7 @@
 mod adapters;
 mod behaviour;
 mod gpus;
+mod pairs;
 mod scale;
 mod schedules;
 mod sleep;

@@ -9,7 +9,7 @@ use super::Scene;
 use crate::prefix::Matches;
 use crate::rng::Rng;
 use crate::worker::Slot;
-use crate::{Request, WorkerId};
+use crate::{Leg, Request, WorkerId};
 
 /// Pools up to this size are weighed whole.
 const ALL_MAX: usize = 32;
@@ -24,14 +24,14 @@ pub(super) type Slots = SmallVec<[Slot; ALL_MAX]>;
 /// Eligible workers that fit the request and on which it has not failed; `kept` is weighed in any case.
 pub(super) fn gather(
     scene: &Scene<'_>,
-    request: &Request,
+    asked: (&Request, Leg),
     failed_on: &[WorkerId],
     kept: Option<Slot>,
     matches: &Matches,
     rng: &mut Rng,
 ) -> Slots {
     let pool = scene.pool;
-    let may = |slot: &Slot| scene.may_take(request, failed_on, *slot);
+    let may = |slot: &Slot| scene.may_take(asked, failed_on, *slot);
     if pool.workers.len() <= ALL_MAX {
         return pool.workers.iter().copied().filter(|slot| Some(*slot) == kept || may(slot)).collect();
     }
@@ -42,7 +42,7 @@ pub(super) fn gather(
         slots.extend(best.filter(may).take(HOLDERS - slots.len()));
         most = matches.iter().map(|(_, other)| *other).filter(|other| *other < held).max();
     }
-    if let Some(adapter) = request.adapter {
+    if let Some(adapter) = asked.0.adapter {
         let range = (adapter.id, Slot(0))..=(adapter.id, Slot(u32::MAX));
         slots.extend(pool.adapters.range(range).map(|(_, slot)| *slot).filter(may).take(HOLDERS));
     }

@@ -3,17 +3,17 @@
 use super::Scene;
 use crate::rng::Rng;
 use crate::worker::Slot;
-use crate::{Policy, Request, WorkerId};
+use crate::{Leg, Policy, Request, WorkerId};
 
 /// Who gets the request under a policy other than ours; `turn` counts the requests placed so far.
 pub(super) fn pick(
     scene: &Scene<'_>,
-    request: &Request,
+    asked: (&Request, Leg),
     failed_on: &[WorkerId],
     turn: u64,
     rng: &mut Rng,
 ) -> Option<Slot> {
-    let may = scene.pool.workers.iter().copied().filter(|slot| scene.may_take(request, failed_on, *slot));
+    let may = scene.pool.workers.iter().copied().filter(|slot| scene.may_take(asked, failed_on, *slot));
     let sent = |slot: &Slot| scene.workers.get(*slot).map_or(0, |worker| worker.sent.len());
     match scene.pool.limits.policy {
         Policy::Forebay => None,

@@ -163,11 +163,19 @@ fn peak_each(c: f64, r: f64, spread: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Leg;
 
     const TOKEN: f64 = 0.02;
 
     fn plan(prompt_tokens: u32, output: u64, variance: u64) -> Plan {
-        Plan { prompt_tokens, sequences: 1, output_each: output as f64, output_tokens: output, variance }
+        Plan {
+            leg: Leg::Whole,
+            prompt_tokens,
+            sequences: 1,
+            output_each: output as f64,
+            output_tokens: output,
+            variance,
+        }
     }
 
     fn at(seconds: f64) -> Tick {

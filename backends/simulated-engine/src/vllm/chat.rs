@@ -9,6 +9,7 @@ use super::{
     error::Failure,
     fields::Fields,
     logprobs, now_seconds, object, ok,
+    pair::{self, Part},
     request::{Common, Started, check_logprobs},
     stream::{self, Shape},
     tools::{self, Call, Say},
@@ -34,6 +35,11 @@ pub(crate) async fn answer(
     common.check(service)?;
     let top = check_logprobs(top.unwrap_or_default())?;
     let prompt = prompt(service, &fields)?;
+    let id = caller.answer_id("chatcmpl", common.request_id.as_deref());
+    let part = Part::read(service, &fields, &common, &id)?;
+    if let Err(failure) = part.fetch(service, &prompt, &common).await {
+        return pair::failed(failure, &common);
+    }
 
     let range = service.options.output_tokens.clone();
     let started = common.start(service, vec![prompt], u32::MAX, |prompt, seed, limits| match &say {
@@ -43,7 +49,7 @@ pub(crate) async fn answer(
     })?;
     let chat = Chat {
         service: Arc::clone(service),
-        id: caller.answer_id("chatcmpl", common.request_id.as_deref()),
+        id,
         created: now_seconds(),
         model: common.answers_as(service),
         logprobs: logprobs.then_some(top),
@@ -59,7 +65,7 @@ pub(crate) async fn answer(
     if common.stream {
         return Ok(Answer::Events(stream::events(service, &common, started, chat)));
     }
-    Ok(ok(&chat.whole(started).await))
+    Ok(ok(&chat.whole(started, &part, &common).await))
 }
 
 /// Renders a conversation into the prompt's tokens. Also the chat form of `/tokenize`.
@@ -117,7 +123,7 @@ impl Chat {
         }
     }
 
-    async fn whole(&self, mut started: Started) -> Value {
+    async fn whole(&self, mut started: Started, part: &Part, common: &Common) -> Value {
         let progress = started.run.finished().await;
         let choices = started.outputs.iter().enumerate().map(|(index, output)| {
             json!({
@@ -142,7 +148,7 @@ impl Chat {
             "prompt_logprobs": null,
             "prompt_token_ids": self.return_token_ids.then(|| started.prompt_of(0)),
             "prompt_text": null,
-            "kv_transfer_params": null,
+            "kv_transfer_params": part.given(&self.service, started.prompt_of(0), common, &self.id),
             "ec_transfer_params": null,
             "metrics": null,
         })

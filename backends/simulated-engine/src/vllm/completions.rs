@@ -9,6 +9,7 @@ use super::{
     error::Failure,
     fields::{self, Fields},
     logprobs, now_seconds, object, ok,
+    pair::{self, Part},
     request::{Common, Started, check_logprobs},
     stream::{self, Shape},
     tools::{self, Say},
@@ -40,6 +41,11 @@ pub(crate) async fn answer(
         return Err(Failure::bad_request(message, Some("prompt")));
     };
     check_ids(service, &prompts)?;
+    let id = caller.answer_id("cmpl", common.request_id.as_deref());
+    let part = Part::read(service, &fields, &common, &id)?;
+    if let Err(failure) = part.fetch(service, prompts.first().map_or(&[], Vec::as_slice), &common).await {
+        return pair::failed(failure, &common);
+    }
 
     let range = service.options.output_tokens.clone();
     let started = common.start(service, prompts, TOKENS_DEFAULT, |prompt, seed, limits| match &say {
@@ -48,7 +54,7 @@ pub(crate) async fn answer(
     })?;
     let completion = Completion {
         service: Arc::clone(service),
-        id: caller.answer_id("cmpl", common.request_id.as_deref()),
+        id,
         created: now_seconds(),
         model: common.answers_as(service),
         logprobs: top,
@@ -61,7 +67,7 @@ pub(crate) async fn answer(
     if common.stream {
         return Ok(Answer::Events(stream::events(service, &common, started, completion)));
     }
-    Ok(ok(&completion.whole(started).await))
+    Ok(ok(&completion.whole(started, &part, &common).await))
 }
 
 /// The token ids of a prompt or of several: text, ids, or a list of either. `None` when there is none.
@@ -116,7 +122,7 @@ fn reason(finish: Finish) -> &'static str {
 }
 
 impl Completion {
-    async fn whole(&self, mut started: Started) -> Value {
+    async fn whole(&self, mut started: Started, part: &Part, common: &Common) -> Value {
         let progress = started.run.finished().await;
         let choices = started.outputs.iter().enumerate().map(|(index, output)| self.choice(&started, index, output));
         json!({
@@ -128,7 +134,7 @@ impl Completion {
             "service_tier": null,
             "system_fingerprint": FINGERPRINT,
             "usage": Usage::of(&self.service, &started, &progress).whole(&self.service, false),
-            "kv_transfer_params": null,
+            "kv_transfer_params": part.given(&self.service, started.prompt_of(0), common, &self.id),
             "ec_transfer_params": null,
             "metrics": null,
         })

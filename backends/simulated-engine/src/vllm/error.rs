@@ -23,6 +23,11 @@ impl Failure {
         self.status
     }
 
+    /// As JSON.
+    pub(crate) fn body(&self) -> &Value {
+        &self.body
+    }
+
     /// What it says, for engines that say it in another shape.
     pub(crate) fn message(&self) -> &str {
         let said = [self.body.pointer("/error/message"), self.body.get("detail"), self.body.get("error")];
@@ -111,6 +116,12 @@ impl Failure {
     pub(crate) fn engine_death() -> Self {
         let message = "EngineCore encountered an issue. See stack trace (above) for the root cause.";
         Self::error(StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError", message, None)
+    }
+
+    /// A cache that another server was to have kept cannot be fetched, and is not to be computed here
+    /// (`kv_load_failure_policy` is `fail`).
+    pub(crate) fn load_failed() -> Self {
+        Self::error(StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError", "Internal server error", None)
     }
 
     /// The answer of a status fault.

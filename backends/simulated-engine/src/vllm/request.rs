@@ -46,7 +46,7 @@ pub(crate) struct Common {
     seed: i64,
     temperature: f64,
     top_p: f64,
-    cache_salt: Option<String>,
+    pub(super) cache_salt: Option<String>,
     /// Ollama's `truncate: false`; else a prompt that leaves no room there loses its beginning.
     pub(crate) strict: bool,
 }
@@ -111,6 +111,11 @@ impl Common {
         self.model.as_deref().filter(|model| *model != service.options.model)
     }
 
+    /// Whether it asks for one token of one answer.
+    pub(super) fn is_one_token(&self) -> bool {
+        self.tokens_max == Some(1) && self.tokens_min <= 1 && self.n == 1
+    }
+
     /// Refuses what vLLM refuses for its value.
     pub(crate) fn check(&self, service: &Service) -> Result<(), Failure> {
         check_model(service, self.model.as_deref())?;
@@ -138,6 +143,11 @@ impl Common {
             if max < 1 {
                 let message = format!("max_tokens must be at least 1, got {max}.");
                 return Err(Failure::out_of_range(&message, "max_tokens", &max.to_string()));
+            }
+            if self.tokens_min > max {
+                let message =
+                    format!("min_tokens must be less than or equal to max_tokens={max}, got {}.", self.tokens_min);
+                return Err(Failure::bad_request(&message, None));
             }
             if max > i64::from(context) {
                 let message = format!(
@@ -267,8 +277,7 @@ pub(crate) fn refusal(refused: Refused) -> Failure {
     }
 }
 
-/// The full blocks of prompt and answer with their chained hashes. A salt makes the first, and so all, differ; and so does
-/// an adapter.
+/// The full blocks of prompt and answer with their chained hashes.
 fn content(
     service: &Service,
     (prompt, output): (&[u32], &Output),
@@ -277,11 +286,17 @@ fn content(
     let size = service.options.timing.block_tokens.max(1) as usize;
     let mut ids: Vec<u32> = prompt.iter().copied().chain(output.tokens.iter().map(|token| token.id)).collect();
     ids.truncate(ids.len() - ids.len() % size);
-    let of_adapter = xxh3_64_with_seed(adapter.as_deref().unwrap_or_default().as_bytes(), 0);
-    let mut parent = xxh3_64_with_seed(salt.as_deref().unwrap_or_default().as_bytes(), of_adapter);
+    Content { blocks: chained(service, &ids, salt.as_deref(), adapter.as_deref()), ids, salt, adapter }
+}
+
+/// The chained hashes of full blocks. A salt makes the first, and so all, differ; and so does an adapter.
+pub(super) fn chained(service: &Service, ids: &[u32], salt: Option<&str>, adapter: Option<&str>) -> Vec<u64> {
+    let size = service.options.timing.block_tokens.max(1) as usize;
+    let of_adapter = xxh3_64_with_seed(adapter.unwrap_or_default().as_bytes(), 0);
+    let mut parent = xxh3_64_with_seed(salt.unwrap_or_default().as_bytes(), of_adapter);
     let chained = ids.chunks_exact(size).map(|block| {
         parent = crate::output::hash(block, parent);
         parent
     });
-    Content { blocks: chained.collect(), ids, salt, adapter }
+    chained.collect()
 }

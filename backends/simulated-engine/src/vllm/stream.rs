@@ -109,6 +109,6 @@ impl<S: Shape> Writer<S> {
     }
 }
 
-fn event(value: &Value) -> Bytes {
+pub(super) fn event(value: &Value) -> Bytes {
     Bytes::from(format!("data: {value}\n\n"))
 }

@@ -107,6 +107,19 @@ impl Pool {
         self.events.push(BlockEvent::Stored(hash));
     }
 
+    /// Caches blocks that come from elsewhere, from the first on, until there is no room. Nobody holds them.
+    pub(super) fn fill(&mut self, hashes: &[u64]) {
+        let mut held = Vec::new();
+        self.reuse(hashes.iter().copied(), &mut held);
+        for hash in hashes.iter().skip(held.len()) {
+            if !self.allocate(1, &mut held) {
+                break;
+            }
+            held.last_mut().into_iter().for_each(|block| self.publish(block, *hash));
+        }
+        self.release(held);
+    }
+
     /// Gives blocks back. The end of a sequence becomes idle first, so that it is evicted before the prefix it extends.
     pub(super) fn release(&mut self, held: Vec<Block>) {
         for block in held.into_iter().rev() {

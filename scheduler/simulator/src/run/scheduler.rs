@@ -91,6 +91,7 @@ impl Scheduler {
             sequences: 1,
             body_bytes: row.prompt_tokens.saturating_mul(BYTES_PER_TOKEN),
             adapter: None,
+            splits: false,
             beside: None,
             streamed: self.streamed,
         };

@@ -16,8 +16,9 @@ enum Step {
     First(usize),
     Progress(usize, u32),
     Fail(usize, Failure),
+    Prefilled(usize, Option<u64>),
     End(usize, End),
-    Join(u32, Option<u64>, u32, bool),
+    Join(u32, Option<u64>, u32, bool, Role),
     Drain(u32, bool),
     Leave(u32),
     Probed(u32, bool),
@@ -40,6 +41,7 @@ struct Arrival {
     sequences: u32,
     streamed: bool,
     same_id: bool,
+    splits: bool,
     beside: Option<u32>,
 }
 
@@ -69,11 +71,28 @@ fn arrival() -> impl Strategy<Value = Step> {
         1..4_u32,
         any::<bool>(),
         prop::bool::weighted(0.05),
+        any::<bool>(),
         prop::option::weighted(0.1, 0..WORKERS),
     )
-        .prop_map(|(tenant, class, prompt, seed, deadline_ms, sequences, streamed, same_id, beside)| {
-            Step::Arrive(Arrival { tenant, class, prompt, seed, deadline_ms, sequences, streamed, same_id, beside })
+        .prop_map(|(tenant, class, prompt, seed, deadline_ms, sequences, streamed, same_id, splits, beside)| {
+            let sequences = if splits { 1 } else { sequences };
+            Step::Arrive(Arrival {
+                tenant,
+                class,
+                prompt,
+                seed,
+                deadline_ms,
+                sequences,
+                streamed,
+                same_id,
+                splits,
+                beside,
+            })
         })
+}
+
+fn role() -> impl Strategy<Value = Role> {
+    prop_oneof![2 => Just(Role::Both), 1 => Just(Role::Prefill), 1 => Just(Role::Decode)]
 }
 
 fn end() -> impl Strategy<Value = End> {
@@ -96,8 +115,9 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (any::<usize>(), 0..3000_u32).prop_map(|(at, tokens)| Step::Progress(at, tokens)),
         2 => (any::<usize>(), failure()).prop_map(|(at, failure)| Step::Fail(at, failure)),
         6 => (any::<usize>(), end()).prop_map(|(at, end)| Step::End(at, end)),
-        2 => (worker(), prop::option::of(100..100_000_u64), 1..6_u32, any::<bool>())
-            .prop_map(|(w, kv, sequences, events)| Step::Join(w, kv, sequences, events)),
+        3 => (any::<usize>(), prop::option::weighted(0.8, 0..3000_u64)).prop_map(|(at, kept)| Step::Prefilled(at, kept)),
+        2 => (worker(), prop::option::of(100..100_000_u64), 1..6_u32, any::<bool>(), role())
+            .prop_map(|(w, kv, sequences, events, role)| Step::Join(w, kv, sequences, events, role)),
         1 => (worker(), prop::bool::weighted(0.7)).prop_map(|(w, draining)| Step::Drain(w, draining)),
         1 => worker().prop_map(Step::Leave),
         5 => (worker(), prop::bool::weighted(0.8)).prop_map(|(w, healthy)| Step::Probed(w, healthy)),
@@ -141,6 +161,7 @@ fn run(world: &mut World, step: &Step) {
                 blocks: chain(arrival.seed, arrival.prompt / 16),
                 sequences: arrival.sequences,
                 streamed: arrival.streamed,
+                splits: arrival.splits,
                 beside: arrival.beside.map(|worker| (WorkerId(worker), 1)),
                 ..super::world::request(id, arrival.prompt)
             })
@@ -162,13 +183,19 @@ fn run(world: &mut World, step: &Step) {
             let Some(request) = pick(&world.sent(), at) else { return };
             Event::AttemptFailed { request, failure }
         }
+        Step::Prefilled(at, kept) => {
+            if let Some(request) = pick(&world.prefilling(), at) {
+                world.prefilled(request.0, kept);
+            }
+            return;
+        }
         Step::End(at, end) => {
             let Some(request) = pick(&world.sent(), at) else { return };
             Event::Ended { request, end }
         }
-        Step::Join(worker, kv_tokens, sequences_max, kv_events) => {
+        Step::Join(worker, kv_tokens, sequences_max, kv_events, role) => {
             let gpus = vec![GpuId(worker / 2), GpuId(7)];
-            world.join(worker, WorkerSpec { kv_tokens, sequences_max, kv_events, gpus, ..WorkerSpec::default() });
+            world.join(worker, WorkerSpec { role, kv_tokens, sequences_max, kv_events, gpus, ..WorkerSpec::default() });
             return;
         }
         Step::Drain(worker, draining) => Event::WorkerDraining { worker: WorkerId(worker), draining },
@@ -224,7 +251,12 @@ fn worker_of(event: &Event) -> Option<WorkerId> {
 fn play(seed: u64, steps: &[Step]) -> World {
     let mut world = World::new(seed, limits());
     for worker in 0..3 {
-        world.join(worker, WorkerSpec { kv_tokens: Some(50_000), sequences_max: 4, ..WorkerSpec::default() });
+        let role = match (seed % 2, worker) {
+            (0, _) => Role::Both,
+            (_, 0) => Role::Prefill,
+            _ => Role::Decode,
+        };
+        world.join(worker, WorkerSpec { role, kv_tokens: Some(50_000), sequences_max: 4, ..WorkerSpec::default() });
         world.probed(worker, true);
     }
     for step in steps {
@@ -246,6 +278,7 @@ fn assert_conserving(core: &mut Core) {
             break;
         }
     }
+    let mut prefills = Vec::new();
     for (pool_id, pool) in &core.pools {
         let scene = Scene { now: core.now, config: &core.config, pool, workers: &core.workers };
         assert!(pool.unbound.is_empty() || pool.by_ready.is_empty() || !any_may(core, pool), "{pool_id}");
@@ -255,6 +288,10 @@ fn assert_conserving(core: &mut Core) {
             let entry = &core.requests[&id];
             let Place::Lane(at, standing) = entry.place else { panic!("{id} is in no lane") };
             let worker = core.workers.get(at).unwrap();
+            if entry.plan.leg == Leg::Prefill {
+                prefills.push(*victim);
+                continue;
+            }
             assert!(!worker.has_room(core.now, (&entry.request, &entry.plan), standing.uncached, pool, &core.config));
             let asked = scene.asked(&entry.request, &entry.plan);
             let matching = |tokens| scene.matching(&entry.request, tokens);
@@ -265,6 +302,7 @@ fn assert_conserving(core: &mut Core) {
                 let here = scene.score(&asked, *slot, matching(matched), Ahead::Sent).unwrap();
                 let worker = core.workers.get(*slot).unwrap();
                 if worker.lane.is_empty()
+                    && entry.plan.leg.fits(worker.spec.role)
                     && worker.holds(entry.request.prompt_tokens)
                     && !entry.failed_on.contains(&worker.id)
                     && worker.has_room(
@@ -280,6 +318,16 @@ fn assert_conserving(core: &mut Core) {
             }
         }
     }
+    // a prompt waits for room at its worker, or at one that goes on
+    for slot in prefills {
+        let worker = core.workers.get(slot).unwrap();
+        let pool = &core.pools[&worker.pool];
+        let id = worker.lane.head(&pool.shares, &pool.fairness).unwrap();
+        let entry = &core.requests[&id];
+        let Place::Lane(_, standing) = entry.place else { panic!("{id} is in no lane") };
+        let room = worker.has_room(core.now, (&entry.request, &entry.plan), standing.uncached, pool, &core.config);
+        assert!(!room || core.second(id, None).is_none(), "{id} waits while two are free");
+    }
 }
 
 /// Whether one of those that wait without a worker could have one.
@@ -288,7 +336,8 @@ fn any_may(core: &Core, pool: &crate::pool::Pool) -> bool {
         let entry = &core.requests[&id];
         pool.by_ready.iter().any(|(_, slot)| {
             let worker = core.workers.get(*slot).unwrap();
-            worker.holds(entry.request.prompt_tokens) && !entry.failed_on.contains(&worker.id)
+            let fits = Leg::Whole.fits(worker.spec.role) && worker.holds(entry.request.prompt_tokens);
+            fits && !entry.failed_on.contains(&worker.id)
         })
     })
 }
@@ -304,6 +353,9 @@ proptest! {
         let mut world = play(seed, &steps);
         // the world ends: whatever was sent ends, whatever waits runs out of time
         for _ in 0..200 {
+            for id in world.prefilling() {
+                world.prefilled(id.0, Some(1000));
+            }
             for id in world.sent() {
                 world.finish(id.0);
             }
@@ -347,7 +399,7 @@ proptest! {
             prop_assert_eq!(view.busy, Duration::ZERO);
         }
         // and the pool serves, if there is anyone in it
-        if world.core.pool_view(POOL).unwrap().workers_eligible > 0 {
+        if world.core.worker_views(world.now).any(|view| view.role != Role::Prefill && !view.draining) {
             for _ in 0..20 {
                 world.next += 1;
                 let id = world.next;

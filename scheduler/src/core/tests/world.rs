@@ -20,6 +20,9 @@ pub(super) struct World {
     pub(super) stages: BTreeMap<RequestId, Stage>,
     pub(super) health: BTreeMap<WorkerId, HealthState>,
     draining: Vec<WorkerId>,
+    /// What workers are for, and what was sent to them last of each request.
+    roles: BTreeMap<WorkerId, Role>,
+    legs: BTreeMap<RequestId, Leg>,
     failed_on: Vec<(RequestId, WorkerId)>,
     erred: Vec<(RequestId, WorkerId)>,
     /// Workers that sleep, as far as the core was told, and those that were told to change that.
@@ -53,6 +56,7 @@ pub(super) fn request(id: u64, prompt_tokens: u32) -> Request {
         sequences: 1,
         body_bytes: 1000,
         adapter: None,
+        splits: false,
         beside: None,
         streamed: true,
     }
@@ -71,6 +75,8 @@ impl World {
             stages: BTreeMap::new(),
             health: BTreeMap::new(),
             draining: Vec::new(),
+            roles: BTreeMap::new(),
+            legs: BTreeMap::new(),
             failed_on: Vec::new(),
             erred: Vec::new(),
             asleep: BTreeSet::new(),
@@ -100,6 +106,7 @@ impl World {
             self.draining.retain(|draining| *draining != worker);
             HealthState::Unknown
         });
+        self.roles.insert(worker, spec.role);
         self.event(Event::WorkerJoined { worker, pool: POOL, spec })
     }
 
@@ -128,6 +135,9 @@ impl World {
                         && !self.erred.contains(&(*request, worker));
                     if again { &mut self.erred } else { &mut self.failed_on }.push((*request, worker));
                 }
+            }
+            Event::Prefilled { request, .. } => {
+                self.stages.insert(*request, Stage::Waiting);
             }
             Event::SleepSeen { worker, asleep } => {
                 if *asleep {
@@ -190,12 +200,19 @@ impl World {
     fn perform(&mut self, actions: &[Action]) {
         for action in actions {
             match action {
-                Action::Send { request, worker, .. } => {
+                Action::Send { request, worker, leg, .. } => {
+                    assert!(
+                        leg.fits(self.roles.get(worker).copied().unwrap_or_default()),
+                        "{leg:?} of {request} was sent to {worker}"
+                    );
+                    // where a place was held since the prompt was sent
+                    let continues = *leg == Leg::Decode;
+                    self.legs.insert(*request, *leg);
                     let before = self.stages.insert(*request, Stage::Sent(*worker));
                     assert_eq!(before, Some(Stage::Waiting), "{request} was sent to {worker}");
                     let health = self.health.get(worker);
                     assert!(matches!(health, Some(HealthState::Up | HealthState::HalfOpen)), "{worker} is {health:?}");
-                    assert!(!self.draining.contains(worker), "{worker} is draining");
+                    assert!(continues || !self.draining.contains(worker), "{worker} is draining");
                     let awake = !self.asleep.contains(worker) && !self.told.contains(worker);
                     assert!(awake, "{request} was sent to {worker}, which is not awake");
                     assert!(!self.failed_on.contains(&(*request, *worker)), "{request} failed on {worker} before");
@@ -271,6 +288,17 @@ impl World {
 
     pub(super) fn first_token(&mut self, request: u64) -> Vec<Action> {
         self.event(Event::FirstToken { request: RequestId(request) })
+    }
+
+    /// Requests whose prompt alone was sent.
+    pub(super) fn prefilling(&self) -> Vec<RequestId> {
+        self.sent().into_iter().filter(|id| self.legs[id] == Leg::Prefill).collect()
+    }
+
+    /// The prompt is computed, and can be fetched for so long.
+    pub(super) fn prefilled(&mut self, request: u64, kept_ms: Option<u64>) -> Vec<Action> {
+        let kept = kept_ms.map(|ms| self.now.after(Duration::from_millis(ms)));
+        self.event(Event::Prefilled { request: RequestId(request), kept })
     }
 
     pub(super) fn finish(&mut self, request: u64) -> Vec<Action> {

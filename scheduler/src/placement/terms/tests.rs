@@ -21,6 +21,7 @@ fn request(id: u64, prompt_tokens: u32, sequences: u32) -> Request {
         sequences,
         body_bytes: 0,
         adapter: None,
+        splits: false,
         beside: None,
         streamed: true,
     }
