@@ -24,6 +24,7 @@ use forebay_backends::signals::kv_events::KvSource;
 use forebay_scheduler::Policy;
 use url::{Host, Url};
 
+mod adapter;
 mod defaults;
 mod discover;
 mod joined;
@@ -155,6 +156,12 @@ pub struct Model {
     pub micro_batch: Option<MicroBatch>,
     /// Whether equal requests in flight, of which nothing is left to chance, share one answer.
     pub coalesce: bool,
+    /// LoRA adapters that its workers serve beside it.
+    pub adapters: Vec<Adapter>,
+    /// How many of them one worker is given; `None`: as many as its engine says.
+    pub adapters_max: Option<NonZeroU32>,
+    /// Whether a streamed text that breaks off is gone on with at another worker.
+    pub continue_streams: bool,
     /// At least one where it comes from a file, unless something lists them.
     pub workers: Vec<Worker>,
     /// What lists more of them while the gateway runs.
@@ -221,6 +228,9 @@ impl Model {
             fallbacks: Vec::new(),
             micro_batch: Some(MicroBatch::default()),
             coalesce: false,
+            adapters: Vec::new(),
+            adapters_max: None,
+            continue_streams: false,
             workers,
             discover: Vec::new(),
         }
@@ -234,6 +244,17 @@ pub struct MicroBatch {
     pub max_tokens: NonZeroU32,
     /// How long a request may wait for others while every worker is busy.
     pub max_delay: Duration,
+}
+
+/// `[[model.adapter]]`: a LoRA adapter of the model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Adapter {
+    /// The name that clients ask for, and that workers know it by.
+    pub name: Name,
+    /// Where workers find its files; `None`: it is served only by those that begin with it.
+    pub path: Option<String>,
+    /// Memory that it takes of each GPU of a worker; `None`: the engine has set it aside.
+    pub memory_mib: Option<NonZeroU32>,
 }
 
 /// `[[model.discover]]`: a list of workers, and what holds for all of them.

@@ -2,15 +2,16 @@
 //!
 //! [`Dispatch::open`] asks the core for a place, sends the request there and waits for the first event or byte of the
 //! answer. An attempt that fails before that is placed again by the core, elsewhere where it can; afterwards nothing
-//! is ever retried. Second tries are a share of the traffic at most (`budget`); where a model is hedged, one may be made
-//! beside a first that is slow to begin. A [`Place`] is the core's promise for one attempt; dropping it gives the place
-//! back.
+//! is retried but what [`Dispatch::go_on`] is asked for. Second tries are a share of the traffic at most (`budget`); where a
+//! model is hedged, one may be made beside a first that is slow to begin. A [`Place`] is the core's promise for one attempt;
+//! dropping it gives the place back.
 //!
 //! Here: `driver` owns the core, `attempt` speaks with one worker, `micro_batch` makes one call of several requests,
-//! `intake` owns the tasks that feed the core with what workers report of themselves, `kv` what they publish of their
+//! `intake` owns the tasks that feed the core with what workers report of themselves, `adapters` their LoRA adapters, `kv` what they publish of their
 //! caches, `gpus` what is said of their GPUs, `explain` tells administration what the core knows and why it decided as it
 //! did. Not here: another model or a cloud when a pool cannot (`pipeline`).
 
+mod adapters;
 mod attempt;
 mod budget;
 mod driver;
@@ -39,7 +40,7 @@ use tracing::Instrument;
 
 use crate::ids::RequestName;
 use crate::prepare::{Asked, Prepare, Prompt};
-use crate::routing::Model;
+use crate::routing::{Adapter, Model};
 use crate::telemetry::Registry;
 use attempt::Failed;
 use budget::Budget;
@@ -74,6 +75,8 @@ pub struct Job<'a> {
     pub asked: &'a Arc<Asked>,
     pub body: Bytes,
     pub api: Api,
+    /// Whether only an engine will do that is known to go on after token ids.
+    pub goes_on: bool,
     pub headers: HeaderMap,
 }
 
@@ -219,17 +222,58 @@ impl Dispatch {
             }
             tell(step);
         };
-        let attempts = std::pin::pin!(self.attempts(&job, place, verdict, tell));
-        let opened = match job.deadline {
-            Some(deadline) => tokio::time::timeout_at(deadline, attempts)
-                .await
-                .unwrap_or(Err(Error::Refused { reason: Refusal::DeadlinePassed, retry_after: None })),
-            None => attempts.await,
-        };
+        let opened = self.bounded(&job, place, verdict, None, tell).await;
         if let Err(Error::Refused { reason, retry_after }) = &opened {
             known.refused(*reason, *retry_after);
         }
         opened
+    }
+
+    /// Brings what is left of an answer that broke off to another worker, as one more attempt at the same request: its
+    /// number, its deadline and the budget for second tries bound it. `place` is that of the attempt that `failed` at `worker`.
+    ///
+    /// # Errors
+    /// As [`Dispatch::open`].
+    pub async fn go_on(
+        &self,
+        job: Job<'_>,
+        mut place: Place,
+        (failed, worker): (Failure, &Arc<Worker>),
+        mut tell: impl FnMut(Step) + Send,
+    ) -> Result<Opened, Error> {
+        tell(Step::Failed { worker: Arc::clone(worker), reason: attempt::reason(failed) });
+        if !self.budget.lock().spend(Instant::now()) {
+            self.registry.retries_denied.increment(1);
+            place.ended(End::Failed(failed));
+            return Err(Error::Refused { reason: Refusal::AttemptsExhausted { last: failed }, retry_after: None });
+        }
+        let known = self.recent.find_request(place.request());
+        let tell = |step: Step| {
+            if let (Step::Sent { worker, queued }, Some(known)) = (&step, &known) {
+                known.sent(worker.id, *queued);
+            }
+            tell(step);
+        };
+        let verdict = place.attempt_failed(failed);
+        self.bounded(&job, place, verdict, Some(failed), tell).await
+    }
+
+    /// Makes attempts until the deadline.
+    async fn bounded(
+        &self,
+        job: &Job<'_>,
+        place: Place,
+        verdict: Waiting,
+        failed: Option<Failure>,
+        tell: impl FnMut(Step),
+    ) -> Result<Opened, Error> {
+        let attempts = std::pin::pin!(self.attempts(job, place, verdict, failed, tell));
+        match job.deadline {
+            Some(deadline) => tokio::time::timeout_at(deadline, attempts)
+                .await
+                .unwrap_or(Err(Error::Refused { reason: Refusal::DeadlinePassed, retry_after: None })),
+            None => attempts.await,
+        }
     }
 
     /// Remembers a request whose deadline passed before it could be brought to a worker, so that it can be explained.
@@ -244,10 +288,11 @@ impl Dispatch {
         job: &Job<'_>,
         mut place: Place,
         mut verdict: Waiting,
+        mut failed: Option<Failure>,
         tell: impl FnMut(Step),
     ) -> Result<Opened, Error> {
-        let mut course = Course { queued: Duration::ZERO, attempts: job.attempted, hedged: false, last: None, tell };
-        let mut failed: Option<Failure> = None;
+        let hedged = job.goes_on;
+        let mut course = Course { queued: Duration::ZERO, attempts: job.attempted, hedged, last: None, tell };
         loop {
             let waiting_since = Instant::now();
             let sent = match verdict.wait().instrument(tracing::debug_span!("queue")).await {
@@ -406,6 +451,7 @@ fn request(
         sequences: job.asked.choices().max(1),
         body_bytes: u32::try_from(job.body.len()).unwrap_or(u32::MAX),
         streamed: job.streamed(),
+        adapter: job.model.adapter.as_ref().map(Adapter::facts),
         beside,
     }
 }

@@ -1,5 +1,5 @@
-//! One request's way through the rooms, in order: route, count, place; then its answer's way back ([`relay`]), which equal requests may
-//! have in common ([`shared`]).
+//! One request's way through the rooms, in order: route, count, place; then its answer's way back ([`relay`]), which equal
+//! requests may have in common ([`shared`]), and which may lead on from another worker ([`continuation`]).
 //!
 //! Until something is said to the client, another model may be asked for the one that is in trouble: it is counted and
 //! placed anew.
@@ -7,6 +7,7 @@
 //! Nothing is released by hand: the entry of the ledger and the place at the worker move into the answer's body and
 //! end when it is dropped, whether at its last byte or because the client left.
 
+pub mod continuation;
 pub mod relay;
 pub mod shared;
 
@@ -25,6 +26,7 @@ use crate::ledger::Entry;
 use crate::prepare::{self, Asked, Prepare};
 use crate::routing::{Model, Route, Routing, UnknownModel};
 use crate::telemetry::Registry;
+use continuation::Continuation;
 use shared::Shared;
 
 /// A request as its room of arrival understood it.
@@ -39,6 +41,14 @@ pub struct Call {
     pub deadline: Option<Instant>,
     /// Headers that go to the engine as they came.
     pub headers: HeaderMap,
+}
+
+/// An answer that has begun, and who gives it.
+pub struct Begun {
+    pub route: Route,
+    pub opened: Opened,
+    /// For a stream that may be gone on with where it breaks off.
+    pub continuation: Option<Box<Continuation>>,
 }
 
 /// Why a request got no answer from a worker.
@@ -70,14 +80,18 @@ impl Pipeline {
     ///
     /// # Errors
     /// Nothing has been said to the client yet, and nothing is held any more. The last model's where several were asked.
-    pub async fn open(&self, entry: &mut Entry, call: Call) -> Result<(Route, Opened), Error> {
+    pub async fn open(&self, entry: &mut Entry, call: Call) -> Result<Begun, Error> {
         let mut route = self.routing.route(&call.asked.model().name)?;
         let Call { asked, body, api, class, deadline, headers } = call;
         let asked = Arc::new(asked);
         let call = Given { asked: &asked, body, api, class, deadline, headers };
         loop {
             let error = match self.at(entry, &call, &route.model).await {
-                Ok(opened) => return Ok((route, opened)),
+                Ok(opened) => {
+                    let rooms = (&self.dispatch, &self.prepare);
+                    let continuation = Continuation::new(rooms, &call, (&route.model, &opened.worker), entry);
+                    return Ok(Begun { route, opened, continuation });
+                }
                 Err(error) => error,
             };
             let Some((reason, next)) =
@@ -123,6 +137,7 @@ impl Pipeline {
             asked,
             body: body.clone(),
             api: *api,
+            goes_on: false,
             headers: headers.clone(),
         };
         let opened = self.dispatch.open_or_join(job, |step| match step {
@@ -169,6 +184,7 @@ impl Error {
                 | Refusal::QueueFull
                 | Refusal::TimedOut
                 | Refusal::NoWorker
+                | Refusal::AdapterUnavailable
                 | Refusal::Busy { .. }
                 | Refusal::PoolUnknown => Trouble::Unavailable,
             },

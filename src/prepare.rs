@@ -24,7 +24,7 @@ use http::StatusCode;
 
 use crate::routing::{Counting, EngineTokenizer, Model};
 use count::Counted;
-pub use count::Tokenized;
+pub use count::{SaidIds, Tokenized};
 use cpu::CpuPool;
 
 /// Prompts whose text is no longer than this are counted where they are: some 40 tokens, less than 50 µs.
@@ -288,6 +288,23 @@ impl Prepare {
         }
         let (tokenizer, asked, body) = (Arc::clone(tokenizer), Arc::clone(asked), body.clone());
         self.pool.run(move || count::written(&tokenizer, &asked, &body, form)).await.ok_or(Error::Busy)?
+    }
+
+    /// The token ids to go on from when an answer to `asked` has said `said`. None where that cannot be written in ids: the
+    /// tokenizer is not at hand, or reads the text otherwise by itself than behind the prompt.
+    ///
+    /// # Errors
+    /// As [`Prepare::written`].
+    pub async fn said(
+        &self,
+        model: &Model,
+        asked: &Arc<Asked>,
+        body: &Bytes,
+        said: String,
+    ) -> Result<Option<SaidIds>, Error> {
+        let Counting::Tokenizer(tokenizer) = &model.counting else { return Ok(None) };
+        let (tokenizer, asked, body) = (Arc::clone(tokenizer), Arc::clone(asked), body.clone());
+        self.pool.run(move || count::said(&tokenizer, &asked, &body, &said)).await.ok_or(Error::Busy)?
     }
 
     /// Token ids of what `/tokenize` was asked.

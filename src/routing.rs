@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use forebay_backends::transport::Channel;
-use forebay_scheduler::PoolId;
+use forebay_scheduler::{AdapterId, PoolId};
 use forebay_tokens::Tokenizer;
 
 use crate::config::{Fallback, MicroBatch, Trouble};
@@ -38,7 +38,30 @@ pub struct EngineTokenizer {
     pub model: String,
 }
 
-/// One configured model with its pool of workers.
+/// A LoRA adapter of a model, which is asked for as a model of its own.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Adapter {
+    pub id: AdapterId,
+    /// Also its name at the workers.
+    pub name: Arc<str>,
+    /// The configured name of the model that it adapts.
+    pub base: Arc<str>,
+    /// Where workers find its files.
+    pub path: Option<Arc<str>>,
+    /// What it takes of each GPU of a worker.
+    pub memory_bytes: u64,
+}
+
+impl Adapter {
+    /// What the scheduler goes by.
+    #[must_use]
+    pub fn facts(&self) -> forebay_scheduler::Adapter {
+        let loadable = self.path.is_some();
+        forebay_scheduler::Adapter { id: self.id, loadable, memory_bytes: self.memory_bytes }
+    }
+}
+
+/// One configured model, or an adapter of one, with its pool of workers.
 pub struct Model {
     pub name: Arc<str>,
     /// Other names; a `*` in one stands for any text.
@@ -46,6 +69,8 @@ pub struct Model {
     /// Whether requests that name no model are for this one.
     pub is_default: bool,
     pub pool: PoolId,
+    /// Of an adapter, which has the pool of the model that it adapts.
+    pub adapter: Option<Adapter>,
     pub counting: Counting,
     /// Prompt and output tokens together; `None` while no configuration or worker has said.
     pub max_model_len: Option<u32>,
@@ -59,6 +84,8 @@ pub struct Model {
     pub micro_batch: Option<MicroBatch>,
     /// Whether equal requests in flight share an answer.
     pub coalesce: bool,
+    /// Whether a stream that breaks off is gone on with at another worker.
+    pub continue_streams: bool,
     pub metrics: Arc<ModelMetrics>,
     /// Unix seconds at which this gateway began to serve the model.
     pub created: u64,
@@ -82,6 +109,29 @@ impl Route {
 }
 
 impl Model {
+    /// An adapter of it: all is as with the model itself but what only the configuration of a model says, its other names
+    /// and who answers in its place.
+    #[must_use]
+    pub fn adapted(&self, adapter: &Adapter) -> Self {
+        Self {
+            name: Arc::clone(&adapter.name),
+            aliases: Vec::new(),
+            is_default: false,
+            pool: self.pool,
+            adapter: Some(adapter.clone()),
+            counting: self.counting.clone(),
+            max_model_len: self.max_model_len,
+            block_tokens: self.block_tokens,
+            hedge_after: self.hedge_after,
+            fallbacks: Vec::new(),
+            micro_batch: self.micro_batch,
+            coalesce: self.coalesce,
+            continue_streams: self.continue_streams,
+            metrics: Arc::clone(&self.metrics),
+            created: self.created,
+        }
+    }
+
     /// Its name, and the aliases that are whole names.
     pub fn listed(&self) -> impl Iterator<Item = &Arc<str>> {
         std::iter::once(&self.name).chain(self.aliases.iter().filter(|alias| !alias.contains('*')))
@@ -144,13 +194,15 @@ impl Routing {
     /// # Errors
     /// [`UnknownModel`] when there is none or a choice.
     pub fn only(&self) -> Result<Route, UnknownModel> {
-        match self.table.load().models.as_slice() {
-            [model] => Ok(Route::new(model)),
+        let table = self.table.load();
+        let mut models = table.models.iter().filter(|model| model.adapter.is_none());
+        match (models.next(), models.next()) {
+            (Some(model), None) => Ok(Route::new(model)),
             _ => Err(UnknownModel { name: String::new() }),
         }
     }
 
-    /// All models in the order of the configuration.
+    /// All models in the order of the configuration, each with its adapters behind it.
     #[must_use]
     pub fn models(&self) -> Vec<Arc<Model>> {
         self.table.load().models.clone()

@@ -14,6 +14,7 @@ mod chunks;
 mod fields;
 mod kv_sources;
 mod llamacpp;
+mod lora;
 mod members;
 mod models;
 mod ollama;
@@ -38,6 +39,7 @@ use serde_json::Value;
 use self::members::Members;
 pub use self::{
     answer::{Answer, Translation},
+    lora::{AdapterError, AdapterPaths, listed, load_adapter, unload_adapter},
     models::ServedModel,
     sleep::{Dormant, is_asleep, set_asleep},
     triton::Tensors,
@@ -65,7 +67,7 @@ const METRICS_BYTES_MAX: usize = 8 << 20;
 /// Answers of which a few values are read. SGLang's `/model_info` is the longest.
 const SMALL_BYTES_MAX: usize = 256 << 10;
 
-/// An API that a client may ask for, in OpenAI's shape or, for the last four, in vLLM's.
+/// An API that a client may ask for, in OpenAI's shape or, for those after embeddings, in vLLM's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Api {
     ChatCompletions,
@@ -73,12 +75,15 @@ pub enum Api {
     Embeddings,
     Rerank,
     Score,
+    /// What a model's pooler gives for each input, whatever that is.
+    Pooling,
+    Classify,
     Tokenize,
     Detokenize,
 }
 
 impl Api {
-    /// Where OpenAI, or vLLM for the last four, has it.
+    /// Where clients ask for it.
     #[must_use]
     pub fn path(self) -> &'static str {
         match self {
@@ -87,6 +92,8 @@ impl Api {
             Self::Embeddings => "/v1/embeddings",
             Self::Rerank => "/v1/rerank",
             Self::Score => "/v1/score",
+            Self::Pooling => "/pooling",
+            Self::Classify => "/v1/classify",
             Self::Tokenize => "/tokenize",
             Self::Detokenize => "/detokenize",
         }
@@ -267,6 +274,17 @@ pub trait Engine: Send + Sync {
         None
     }
 
+    /// Where it takes LoRA adapters while it runs, if it does.
+    fn adapter_paths(&self) -> Option<AdapterPaths> {
+        None
+    }
+
+    /// What a request calls an adapter of this model.
+    fn adapter_name(&self, model: &str, adapter: &str) -> String {
+        let _ = model;
+        adapter.to_owned()
+    }
+
     /// Whether the engine speaks this API. A model may still refuse: embeddings of a chat model.
     fn serves(&self, api: Api) -> bool;
 
@@ -340,6 +358,8 @@ pub struct Load {
     pub kv_tokens: Option<u64>,
     /// The model is off the GPU. The health path answers all the same.
     pub sleeping: bool,
+    /// LoRA adapters that one batch may have.
+    pub adapters_max: Option<u32>,
     pub totals: Totals,
 }
 

@@ -27,7 +27,7 @@ const FIELDS_WITHIN: usize = 160;
 
 /// Serves whoever connects, for as long as it is polled.
 pub(crate) async fn run(listener: TcpListener) -> io::Result<()> {
-    let answers = Arc::new(Answers::new());
+    let answers = Arc::new(MODELS.map(Answers::of));
     let mut connections = JoinSet::new();
     loop {
         let (stream, _) = listener.accept().await?;
@@ -38,12 +38,15 @@ pub(crate) async fn run(listener: TcpListener) -> io::Result<()> {
     }
 }
 
-async fn serve(mut stream: TcpStream, answers: Arc<Answers>) -> io::Result<()> {
+async fn serve(mut stream: TcpStream, answers: Arc<[Answers; 2]>) -> io::Result<()> {
     let mut buffer = Vec::with_capacity(64 << 10);
     loop {
         let Some(head) = request(&mut stream, &mut buffer).await? else { return Ok(()) };
         let (head, body) = buffer.split_at(head);
         let body = body.get(..FIELDS_WITHIN).unwrap_or(body);
+        // Whoever answers as another model than was asked is no worker.
+        let [counted, guessed] = &*answers;
+        let answers = if contains(body, br#""model":"counted""#) { counted } else { guessed };
         if !head.starts_with(b"POST ") {
             stream.write_all(answers.about(head)).await?;
         } else if !contains(body, br#""stream":true"#) {
@@ -105,7 +108,7 @@ struct Answers {
 }
 
 impl Answers {
-    fn new() -> Self {
+    fn of(model: &str) -> Self {
         let models = MODELS
             .map(|name| format!(r#"{{"id":"{name}","object":"model","owned_by":"vllm","max_model_len":131072}}"#));
         let mut metrics = String::new();
@@ -115,22 +118,24 @@ impl Answers {
             let _ = writeln!(metrics, r#"vllm:{name}{{engine="0"}} {value}"#);
         }
         let _ = writeln!(metrics, r#"vllm:cache_config_info{{block_size="16",engine="0",num_gpu_blocks="62500"}} 1.0"#);
-        let mut events: Vec<_> = (0..EVENTS).map(|index| chunk(&event(index))).collect();
+        let mut events: Vec<_> = (0..EVENTS).map(|index| chunk(&event(model, index))).collect();
         if let Some(first) = events.first_mut() {
             let head = "HTTP/1.1 200 OK\r\ndate: Mon, 01 Jan 2024 00:00:00 GMT\r\nserver: uvicorn\r\n\
                         content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n";
             first.splice(0..0, head.bytes());
         }
-        let usage = r#"data: {"id":"chatcmpl-6b0e","object":"chat.completion.chunk","created":1700000000,"model":"bench","choices":[],"usage":{"prompt_tokens":32,"total_tokens":96,"completion_tokens":64}}"#;
+        // Written as engines write it; the model's name is put in.
+        let named = |text: &str| text.replace(r#""model":"""#, &format!(r#""model":"{model}""#));
+        let usage = r#"data: {"id":"chatcmpl-6b0e","object":"chat.completion.chunk","created":1700000000,"model":"","choices":[],"usage":{"prompt_tokens":32,"total_tokens":96,"completion_tokens":64}}"#;
         Self {
             models: json(&format!(r#"{{"object":"list","data":[{}]}}"#, models.join(","))),
             metrics: document("text/plain; version=0.0.4; charset=utf-8", &metrics),
             health: document("text/plain", ""),
-            whole: json(
-                r#"{"id":"chatcmpl-6b0e","object":"chat.completion","created":1700000000,"model":"bench","choices":[{"index":0,"message":{"role":"assistant","content":"It is the pool of water right before the turbines.","refusal":null,"annotations":null,"audio":null,"function_call":null,"tool_calls":[],"reasoning":null},"logprobs":null,"finish_reason":"stop","stop_reason":null,"token_ids":null}],"service_tier":null,"system_fingerprint":null,"usage":{"prompt_tokens":32,"total_tokens":43,"completion_tokens":11,"prompt_tokens_details":null},"prompt_logprobs":null,"prompt_token_ids":null,"kv_transfer_params":null}"#,
-            ),
+            whole: json(&named(
+                r#"{"id":"chatcmpl-6b0e","object":"chat.completion","created":1700000000,"model":"","choices":[{"index":0,"message":{"role":"assistant","content":"It is the pool of water right before the turbines.","refusal":null,"annotations":null,"audio":null,"function_call":null,"tool_calls":[],"reasoning":null},"logprobs":null,"finish_reason":"stop","stop_reason":null,"token_ids":null}],"service_tier":null,"system_fingerprint":null,"usage":{"prompt_tokens":32,"total_tokens":43,"completion_tokens":11,"prompt_tokens_details":null},"prompt_logprobs":null,"prompt_token_ids":null,"kv_transfer_params":null}"#,
+            )),
             events,
-            usage: chunk(&format!("{usage}\n\n")),
+            usage: chunk(&named(&format!("{usage}\n\n"))),
             done: [chunk("data: [DONE]\n\n"), b"0\r\n\r\n".to_vec()].concat(),
         }
     }
@@ -145,10 +150,10 @@ impl Answers {
     }
 }
 
-fn event(index: u32) -> String {
+fn event(model: &str, index: u32) -> String {
     let finish = if index + 1 == EVENTS { r#""stop""# } else { "null" };
     format!(
-        r#"data: {{"id":"chatcmpl-6b0e","object":"chat.completion.chunk","created":1700000000,"model":"bench","choices":[{{"index":0,"delta":{{"content":" water"}},"logprobs":null,"finish_reason":{finish},"token_ids":null}}]}}"#
+        r#"data: {{"id":"chatcmpl-6b0e","object":"chat.completion.chunk","created":1700000000,"model":"{model}","choices":[{{"index":0,"delta":{{"content":" water"}},"logprobs":null,"finish_reason":{finish},"token_ids":null}}]}}"#
     ) + "\n\n"
 }
 

@@ -2,6 +2,7 @@
 //!
 //! * [`peek`] reads the fields of a request body that Forebay acts on; [`splice`] changes them in place;
 //! * [`merge`] makes one request of several, and several answers of one;
+//! * [`continuation`] asks for the rest of a streamed answer that broke off, and makes one answer of both parts;
 //! * [`sse`] cuts a byte stream into server-sent events, [`stream`] reads one event of an OpenAI stream, [`tap`] finds
 //!   the usage of a whole answer without keeping it;
 //! * [`error`] turns any engine's error body into OpenAI's; [`metrics_text`] reads Prometheus text;
@@ -11,6 +12,7 @@
 //! Invariants: no I/O, no clock and no async runtime; nothing panics, recurses without bound or allocates without bound
 //! on any input; bytes that nobody acts on are neither copied nor re-written.
 
+pub mod continuation;
 pub mod error;
 pub mod kv_events;
 pub mod merge;

@@ -1,7 +1,7 @@
 //! OpenTelemetry's trace export (OTLP 1.x, `opentelemetry/proto/collector/trace/v1/trace_service.proto`): as much of its
-//! messages as is sent, and gRPC's frame around one (gRPC over HTTP/2, "Length-Prefixed-Message").
+//! messages as is sent, and of the answer.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use prost::{Message, Oneof};
 
 /// Where a collector takes an [`ExportTraces`].
@@ -11,6 +11,23 @@ pub const EXPORT_PATH: &str = "/opentelemetry.proto.collector.trace.v1.TraceServ
 pub struct ExportTraces {
     #[prost(message, repeated, tag = "1")]
     pub resource_spans: Vec<ResourceSpans>,
+}
+
+/// The collector's word on them.
+#[derive(Clone, PartialEq, Message)]
+pub struct Exported {
+    /// Where it did not take all.
+    #[prost(message, optional, tag = "1")]
+    pub partial_success: Option<PartialSuccess>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct PartialSuccess {
+    #[prost(int64, tag = "1")]
+    pub rejected_spans: i64,
+    /// Also alone, as a warning.
+    #[prost(string, tag = "2")]
+    pub error_message: String,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -124,17 +141,4 @@ pub enum Value {
 #[must_use]
 pub fn attribute(key: &str, value: Value) -> KeyValue {
     KeyValue { key: key.to_owned(), value: Some(AnyValue { value: Some(value) }) }
-}
-
-impl ExportTraces {
-    /// The body of the call: one message, not compressed.
-    #[must_use]
-    pub fn framed(&self) -> Bytes {
-        let length = self.encoded_len();
-        let mut body = BytesMut::with_capacity(5 + length);
-        body.put_u8(0);
-        body.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
-        body.extend_from_slice(&self.encode_to_vec());
-        body.freeze()
-    }
 }

@@ -160,7 +160,8 @@ pub enum Source<T> {
     Messages(Span),
 }
 
-/// `POST /v1/embeddings`. Messages in place of an input are vLLM's extension.
+/// `POST /v1/embeddings`, and vLLM's `/pooling` and `/classify`, which are asked alike. Messages in place of an input are
+/// vLLM's extension.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Embedding {
     pub model: Model,

@@ -11,7 +11,11 @@ mod tests;
 mod usage;
 mod wire;
 
+use std::fmt;
+
 pub use completeness::Completeness;
+use serde::Deserializer;
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 use smallvec::SmallVec;
 pub use usage::Usage;
 
@@ -56,14 +60,58 @@ pub struct Choice {
     pub finished: bool,
 }
 
-/// The model that an answer, or an event of one, says it comes from.
+/// The model that an answer, or an event of one, says it comes from. Nothing is read behind it, and engines name it before
+/// what is long.
 #[must_use]
 pub fn model(json: &[u8]) -> Option<String> {
-    #[derive(serde::Deserialize)]
-    struct Named {
-        model: Option<String>,
+    /// Where the name goes, since the rest of the object makes an error of a reader that stops.
+    struct Name<'n>(&'n mut Option<String>);
+
+    impl<'de> Visitor<'de> for Name<'_> {
+        type Value = ();
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a JSON object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+            while let Some(is_model) = map.next_key_seed(IsModel)? {
+                if is_model {
+                    *self.0 = map.next_value()?;
+                    break;
+                }
+                map.next_value::<IgnoredAny>()?;
+            }
+            Ok(())
+        }
     }
-    serde_json::from_slice::<Named>(json).ok()?.model
+
+    /// Whether a key is the one, without a copy of it.
+    struct IsModel;
+
+    impl<'de> DeserializeSeed<'de> for IsModel {
+        type Value = bool;
+
+        fn deserialize<D: Deserializer<'de>>(self, key: D) -> Result<bool, D::Error> {
+            key.deserialize_str(self)
+        }
+    }
+
+    impl Visitor<'_> for IsModel {
+        type Value = bool;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a key")
+        }
+
+        fn visit_str<E>(self, key: &str) -> Result<bool, E> {
+            Ok(key == "model")
+        }
+    }
+
+    let mut name = None;
+    let _ = serde_json::Deserializer::from_slice(json).deserialize_map(Name(&mut name));
+    name
 }
 
 /// Reads the data of one event.

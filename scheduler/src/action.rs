@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::{Failure, HealthState, RequestId, WorkerId};
+use crate::{AdapterId, Failure, HealthState, RequestId, WorkerId};
 
 /// One thing to do, in the order given.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,6 +44,20 @@ pub enum Action {
         /// Whose.
         worker: WorkerId,
     },
+    /// Give it this adapter, and answer with [`crate::Event::AdapterTurned`].
+    LoadAdapter {
+        /// Whom.
+        worker: WorkerId,
+        /// Which.
+        adapter: AdapterId,
+    },
+    /// Take this adapter from it; nothing is asked of it there. Answer with [`crate::Event::AdapterTurned`].
+    UnloadAdapter {
+        /// Whose.
+        worker: WorkerId,
+        /// Which.
+        adapter: AdapterId,
+    },
     /// Nothing to do: its health changed, for logs and gauges.
     Health {
         /// Whose.
@@ -76,6 +90,9 @@ pub enum Refusal {
     /// No worker of the pool is there to take it.
     #[error("no worker is available")]
     NoWorker,
+    /// No worker has the adapter that it is for, or can be given it.
+    #[error("no worker can have the adapter")]
+    AdapterUnavailable,
     /// It was sent as often as allowed, or to every worker there is.
     #[error("every attempt failed")]
     AttemptsExhausted {

@@ -58,14 +58,20 @@ pub struct Config {
     pub wake_assumed: Duration,
     /// The same to fall asleep (2 s).
     pub sleep_assumed: Duration,
-    /// How long a worker that could not be woken, or put to sleep, is left alone (5 s); doubles with each failure.
+    /// How long a worker that could not be woken, put to sleep, or given an adapter is left alone with it (5 s); doubles with each failure.
     pub wake_retry: Duration,
     /// The longest of that (60 s).
     pub wake_retry_max: Duration,
-    /// Longest wait for a worker that was told to wake or sleep (10 minutes: a cold start).
+    /// Longest wait for a worker that was told to wake, to sleep or to load (10 minutes: a cold start).
     pub wake_max: Duration,
     /// How long after such a change what its engine says of it may still be from before (5 s: two polls).
     pub sleep_settles: Duration,
+    /// Time that a worker takes to load an adapter until that was measured (1 s: some 100 MB from a disk, and into memory).
+    pub adapter_load_assumed: Duration,
+    /// How long a worker that refused an adapter is not asked for it again (60 s: its files may have come by then).
+    pub adapter_refused: Duration,
+    /// How long an adapter that is in use keeps its place while another waits for one (2 s).
+    pub adapter_turn: Duration,
     /// How long it is believed to take until memory is free that is not ours (10 s).
     pub memory_lease: Duration,
     /// How long an overloaded worker is left alone when it names no time (1 s); twice as long each time it says so again
@@ -141,6 +147,9 @@ impl Default for Config {
             wake_retry_max: Duration::from_secs(60),
             wake_max: Duration::from_secs(600),
             sleep_settles: Duration::from_secs(5),
+            adapter_load_assumed: Duration::from_secs(1),
+            adapter_refused: Duration::from_secs(60),
+            adapter_turn: Duration::from_secs(2),
             memory_lease: Duration::from_secs(10),
             busy_lease: Duration::from_secs(1),
             busy_lease_max: Duration::from_secs(4),

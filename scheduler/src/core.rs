@@ -3,6 +3,7 @@
 //! Invariants (see `check`): a request is in one place; reservations are those of what was sent; queues keep their
 //! bounds; every timer has an owner. A request is announced, then refused or sent, and each send is answered once.
 
+mod adapters;
 mod admission;
 mod attempt;
 pub(crate) mod check;
@@ -153,6 +154,8 @@ impl Core {
             Event::Load { worker, report } => self.load(worker, report),
             Event::SleepSeen { worker, asleep } => self.sleep_seen(worker, asleep),
             Event::SleepDone { worker, worked } => self.sleep_done(worker, worked),
+            Event::AdaptersSeen { worker, adapters } => self.adapters_seen(worker, &adapters, out),
+            Event::AdapterTurned { worker, adapter, end } => self.adapter_turned(worker, adapter, end, out),
             Event::LoadLost { worker } => self.load_lost(worker, out),
             Event::Probed { worker, healthy } => self.probed(worker, healthy, out),
             Event::Gpu { gpu, report } => self.gpu(gpu, &report, out),

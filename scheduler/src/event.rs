@@ -1,14 +1,14 @@
 //! Everything the core can be told. The shell around it turns sockets, polls and clients into these.
 //!
 //! The life of a request as events: `Arrived`, then either the core refuses it, or it is sent; for each send the shell
-//! answers with exactly one of `AttemptFailed` (nothing has reached the client yet; the core places it again or
-//! refuses it) and `Ended`. `Cancelled` may come at any time before, and is then the last word. Events that name an
+//! answers with exactly one of `AttemptFailed` (nothing has reached the client yet, or the rest may come from another
+//! worker; the core places it again or refuses it) and `Ended`. `Cancelled` may come at any time before, and is then the last word. Events that name an
 //! unknown request or worker are late and are ignored.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::{GpuId, PoolId, RequestId, RouteId, TenantId, WorkerId};
+use crate::{Adapter, AdapterEnd, AdapterId, GpuId, PoolId, RequestId, RouteId, TenantId, WorkerId};
 
 /// Priority class of a request; the order of the variants is the order of service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -60,6 +60,8 @@ pub struct Request {
     /// Whether the answer is streamed, so that `FirstToken` marks the end of the prefill. For an answer that comes
     /// whole the first byte is also the last, and says nothing about the prefill.
     pub streamed: bool,
+    /// The LoRA adapter that it is for; it is sent to workers only that have it.
+    pub adapter: Option<Adapter>,
     /// The worker that works on the same already, and the attempts made by now: this is a second try beside it, made
     /// elsewhere and at once, where there is room and nobody waits, or not at all.
     pub beside: Option<(WorkerId, u32)>,
@@ -148,6 +150,8 @@ pub struct WorkerSpec {
     pub gpu_bytes: Option<u64>,
     /// It may be put to sleep, so that others have the memory of its GPUs.
     pub sleep: Option<SleepSpec>,
+    /// LoRA adapters that it may be given, one beside the other; 0: it can be given none.
+    pub adapters_max: u32,
     /// Workers with the same number are models of one server, which computes them together: they do not take the GPU
     /// from one another.
     pub server: Option<u64>,
@@ -166,6 +170,7 @@ impl Default for WorkerSpec {
             memory_bytes: None,
             gpu_bytes: None,
             sleep: None,
+            adapters_max: 0,
             server: None,
         }
     }
@@ -250,6 +255,9 @@ pub enum Failure {
     /// The answer names another model than the worker was taken to serve.
     #[error("the worker answered as another model")]
     OtherModel,
+    /// The engine does not have the LoRA adapter that the request is for, though it had; nothing is wrong with the worker.
+    #[error("the worker does not have the adapter")]
+    NoAdapter,
     /// The engine cannot do what is asked; nothing is wrong with the worker, and it counts as no attempt.
     #[error("the worker's engine cannot do what is asked")]
     Unsupported,
@@ -268,6 +276,7 @@ impl Failure {
             | Self::Malformed
             | Self::Denied
             | Self::OtherModel
+            | Self::NoAdapter
             | Self::Unsupported => None,
         }
     }
@@ -366,6 +375,22 @@ pub enum Event {
         /// Whether it did.
         worked: bool,
     },
+    /// Its engine said, unasked, which adapters it has, of those that may be asked for.
+    AdaptersSeen {
+        /// Whose.
+        worker: WorkerId,
+        /// All of them.
+        adapters: Vec<Adapter>,
+    },
+    /// It did what [`crate::Action::LoadAdapter`] or [`crate::Action::UnloadAdapter`] told it, or did not.
+    AdapterTurned {
+        /// Who.
+        worker: WorkerId,
+        /// Which.
+        adapter: AdapterId,
+        /// Whether it did.
+        end: AdapterEnd,
+    },
     /// Its metrics could not be read.
     LoadLost {
         /// Whose.
@@ -418,7 +443,7 @@ pub enum Event {
         /// Output tokens until now, over all sequences.
         output_tokens: u32,
     },
-    /// An attempt failed and nothing has reached the client.
+    /// An attempt failed, and another one can still bring what the client lacks.
     AttemptFailed {
         /// Which.
         request: RequestId,

@@ -32,6 +32,11 @@ id!(
     "gpu-"
 );
 id!(
+    /// One LoRA adapter of a pool's model.
+    AdapterId(u32),
+    "adapter-"
+);
+id!(
     /// The workers that serve one model.
     PoolId(u32),
     "pool-"

@@ -7,15 +7,19 @@
 //! waited` delays the longest in proportion to their length; with the saturating form, which delays a prompt of ten
 //! seconds little more than one of five, the longest waits stay within 5 % of those of first come, first served.
 //!
+//! Beside the order stand those that wait for more than room: gathered, until the worker has their adapter.
+//!
 //! Invariants: a request stands in it once; the sums are those of what stands in it.
 //! Not here: whether the worker has room, and who may be in it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 use crate::fairness::Fairness;
 use crate::shares::Shares;
-use crate::{Class, RequestId, TenantId, Tick};
+use crate::{AdapterId, Class, RequestId, TenantId, Tick};
 
 /// Where a request stands in a lane; needed to find it again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +29,8 @@ pub(crate) struct Standing {
     /// Prompt tokens to compute here.
     pub(crate) uncached: u32,
     pub(crate) sequences: u32,
+    /// That the request is for.
+    pub(crate) adapter: Option<AdapterId>,
     key: u64,
 }
 
@@ -32,20 +38,24 @@ impl Standing {
     /// `service_seconds`: how long the prompt takes the worker. `patience_seconds`: how long it gives way at most;
     /// half of that for a prompt of `half`.
     pub(crate) fn new(
-        (class, tenant): (Class, TenantId),
+        (class, tenant, adapter): (Class, TenantId, Option<AdapterId>),
         (uncached, sequences): (u32, u32),
         (service_seconds, patience_seconds): (f64, f64),
         expires: Tick,
         half: Duration,
     ) -> Self {
         let gives_way = patience_seconds * service_seconds / (service_seconds + half.as_secs_f64().max(1e-6));
-        Self { class, tenant, uncached, sequences, key: expires.0.saturating_add((gives_way * 1e6) as u64) }
+        Self { class, tenant, uncached, sequences, adapter, key: expires.0.saturating_add((gives_way * 1e6) as u64) }
     }
 }
 
 #[derive(Debug, Default)]
 pub(crate) struct Lane {
     classes: [Share; Class::COUNT],
+    /// Of these, so many for each adapter.
+    adapters: BTreeMap<AdapterId, u32>,
+    /// Those that wait for an adapter, not among the others.
+    gathered: BTreeMap<AdapterId, BTreeMap<RequestId, Standing>>,
 }
 
 #[derive(Debug, Default)]
@@ -106,10 +116,57 @@ impl Lane {
             share.requests += 1;
             queue.work.add(Work::of(at));
             share.work.add(Work::of(at));
+            if let Some(adapter) = at.adapter {
+                *self.adapters.entry(adapter).or_default() += 1;
+            }
         }
     }
 
+    /// Puts one beside the others until its adapter is there; one that is for none among them.
+    pub(crate) fn gather(&mut self, id: RequestId, at: Standing) {
+        match at.adapter {
+            Some(adapter) => drop(self.gathered.entry(adapter).or_default().insert(id, at)),
+            None => self.insert(id, at),
+        }
+    }
+
+    /// The adapter is there: whoever waited for it stands among the others.
+    pub(crate) fn open(&mut self, adapter: AdapterId) {
+        for (id, at) in self.gathered.remove(&adapter).unwrap_or_default() {
+            self.insert(id, at);
+        }
+    }
+
+    /// What waits for adapters: each with whoever came first for it, the longest waiting first.
+    pub(crate) fn wanted(&self) -> SmallVec<[(RequestId, AdapterId); 4]> {
+        let first = |(adapter, requests): (&AdapterId, &BTreeMap<RequestId, Standing>)| {
+            Some((*requests.first_key_value()?.0, *adapter))
+        };
+        let mut wanted: SmallVec<[_; 4]> = self.gathered.iter().filter_map(first).collect();
+        wanted.sort_unstable();
+        wanted
+    }
+
+    /// Whoever waits for the adapter.
+    pub(crate) fn gathered(&self, adapter: AdapterId) -> impl Iterator<Item = RequestId> {
+        self.gathered.get(&adapter).into_iter().flat_map(|requests| requests.keys().copied())
+    }
+
+    /// How many for the adapter could be sent if there were room.
+    pub(crate) fn asks_for(&self, adapter: AdapterId) -> u32 {
+        self.adapters.get(&adapter).copied().unwrap_or_default()
+    }
+
     pub(crate) fn remove(&mut self, id: RequestId, at: Standing) {
+        if let Some(adapter) = at.adapter
+            && let Some(requests) = self.gathered.get_mut(&adapter)
+            && requests.remove(&id).is_some()
+        {
+            if requests.is_empty() {
+                self.gathered.remove(&adapter);
+            }
+            return;
+        }
         let Some(share) = self.classes.get_mut(at.class as usize) else { return };
         let Some(queue) = share.tenants.get_mut(&at.tenant) else { return };
         if queue.order.remove(&(at.key, id)) {
@@ -119,6 +176,14 @@ impl Lane {
             }
             share.requests -= 1;
             share.work.take(Work::of(at));
+            if let Some(adapter) = at.adapter
+                && let Some(count) = self.adapters.get_mut(&adapter)
+            {
+                *count -= 1;
+                if *count == 0 {
+                    self.adapters.remove(&adapter);
+                }
+            }
         }
     }
 
@@ -136,21 +201,29 @@ impl Lane {
 
     /// Everyone, in an order that depends on nothing but who they are.
     pub(crate) fn ids(&self) -> impl Iterator<Item = RequestId> {
-        self.classes.iter().flat_map(|share| share.tenants.values()).flat_map(|queue| &queue.order).map(|(_, id)| *id)
+        let order = self.classes.iter().flat_map(|share| share.tenants.values()).flat_map(|queue| &queue.order);
+        order.map(|(_, id)| *id).chain(self.gathered.values().flat_map(|requests| requests.keys().copied()))
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.requests() == 0
+        self.is_clear() && self.gathered.is_empty()
+    }
+
+    /// Whether nobody waits for nothing but room.
+    pub(crate) fn is_clear(&self) -> bool {
+        self.classes.iter().all(|share| share.requests == 0)
     }
 
     pub(crate) fn requests(&self) -> u32 {
-        self.classes.iter().map(|share| share.requests).sum()
+        let gathered: usize = self.gathered.values().map(BTreeMap::len).sum();
+        self.classes.iter().map(|share| share.requests).sum::<u32>() + u32::try_from(gathered).unwrap_or(u32::MAX)
     }
 
     /// All that stands in it.
     pub(crate) fn work(&self) -> Work {
         let mut all = Work::default();
         self.classes.iter().for_each(|share| all.add(share.work));
+        self.gathered.values().flat_map(BTreeMap::values).for_each(|at| all.add(Work::of(*at)));
         all
     }
 
@@ -177,7 +250,7 @@ mod tests {
 
     fn standing(class: Class, tenant: u32, uncached: u32, expires: u64) -> Standing {
         Standing::new(
-            (class, TenantId(tenant)),
+            (class, TenantId(tenant), None),
             (uncached, 1),
             (f64::from(uncached) / 1000.0, 60.0),
             Tick(expires),

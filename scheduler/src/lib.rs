@@ -14,9 +14,10 @@
 //!              ├ fleet       workers come, go, fall ill; caches and loads change
 //!              ├ gpus        what is beneath them slows, fails, or is shared
 //!              ├ sleep       models take turns in the memory of GPUs
+//!              ├ adapters    workers are given the LoRA adapters that are asked for
 //!              └ settle      fill windows, steal, re-score, timers
 //!         pool ─ lane, shares, fairness, prefix, outputs      placement ─ candidates, terms, policy
-//!         worker ─ backlog, rate, step, kv, load, health, latency, beneath, sleep
+//!         worker ─ backlog, rate, step, kv, load, health, latency, beneath, sleep, adapters
 //! ```
 //!
 //! Beside it, [`BatchFormer`] says which requests leave together as one call, before the core sees that call.
@@ -52,9 +53,10 @@ pub use core::check::Broken;
 pub use event::{Class, End, Event, Failure, GpuReport, KvEvent, LoadReport, Policy, PoolLimits, Request};
 pub use event::{SleepSpec, WorkerSpec};
 pub use explain::{Candidate, Cause, Decision, LeftOut, Unfit};
-pub use ids::{GpuId, PoolId, RequestId, RouteId, TenantId, WorkerId};
+pub use ids::{AdapterId, GpuId, PoolId, RequestId, RouteId, TenantId, WorkerId};
 pub use placement::term_names;
 pub use time::Tick;
 pub use view::{PoolView, ScaleView, WorkerView};
+pub use worker::adapters::{Adapter, AdapterEnd, AdapterState};
 pub use worker::health::HealthState;
 pub use worker::sleep::SleepState;

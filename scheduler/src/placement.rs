@@ -54,6 +54,7 @@ pub(crate) struct Asked<'a> {
     /// Prefill speed in tokens/s of a worker whose own is not known.
     fleet_rate: f64,
     overlap_gain: f64,
+    adapter_load_seconds: f64,
     /// Seconds that each sequence adds to a token of every other, at the fleet's speed.
     slowdown_seconds: f64,
 }
@@ -84,6 +85,8 @@ pub(crate) struct Prospect<'a> {
     /// What its engine said of its KV cache, see [`Said`].
     pub(crate) reported_kv: Option<(f64, f64)>,
     pub(crate) overlap_gain: f64,
+    /// Seconds that a worker takes to load an adapter.
+    pub(crate) adapter_load_seconds: f64,
     /// Seconds that each sequence there adds to a token of every other.
     pub(crate) slowdown_seconds: f64,
 }
@@ -207,7 +210,10 @@ impl<'a> Scene<'a> {
     /// Whether the worker is there for the request: eligible, large enough, and has not failed it.
     pub(crate) fn may_take(&self, request: &Request, failed_on: &[WorkerId], slot: Slot) -> bool {
         self.workers.get(slot).is_some_and(|worker| {
-            worker.is_eligible() && worker.holds(request.prompt_tokens) && !failed_on.contains(&worker.id)
+            worker.is_eligible()
+                && worker.holds(request.prompt_tokens)
+                && !failed_on.contains(&worker.id)
+                && worker.may_have(self.now, request.adapter)
         })
     }
 
@@ -220,6 +226,7 @@ impl<'a> Scene<'a> {
             in_turn: self.pool.in_turn((request.class, request.tenant)),
             fleet_rate,
             overlap_gain: self.pool.overlap_gain(self.config),
+            adapter_load_seconds: self.pool.adapter_seconds(self.config),
             slowdown_seconds: self.pool.pace.slowdown_seconds(),
         }
     }
@@ -291,6 +298,7 @@ impl<'a> Scene<'a> {
             gpu_share,
             reported_kv: said.kv,
             overlap_gain: asked.overlap_gain,
+            adapter_load_seconds: asked.adapter_load_seconds,
             slowdown_seconds: asked.slowdown_seconds * asked.fleet_rate / speed,
         })
     }

@@ -14,10 +14,12 @@ use crate::prefix::PrefixIndex;
 use crate::shares::Shares;
 use crate::worker::step::Pace;
 use crate::worker::{Slot, Workers};
-use crate::{Class, PoolLimits, Request, RequestId, TenantId, Tick, WorkerSpec};
+use crate::{AdapterId, Class, PoolLimits, Request, RequestId, TenantId, Tick, WorkerSpec};
 
 /// Weight of one decision in the running means of a pool.
 const MEAN_WEIGHT: f64 = 0.02;
+/// Weight of one load of an adapter in the mean time that they take.
+const LOAD_WEIGHT: f64 = 0.2;
 /// Prompt tokens of a foreign request before any of ours was seen.
 const PROMPT_TOKENS_ASSUMED: f64 = 1024.0;
 /// How often the fleet's median rate is computed again.
@@ -33,6 +35,10 @@ pub(crate) struct Pool {
     pub(crate) unfit: BTreeSet<Slot>,
     /// Workers whose lane is not empty.
     pub(crate) laden: BTreeSet<Slot>,
+    /// Workers that have an adapter, or are about to.
+    pub(crate) adapters: BTreeSet<(AdapterId, Slot)>,
+    /// Mean seconds that it takes to load an adapter, once one was.
+    adapter_seconds: Option<f64>,
     /// Requests that no worker can be bound to.
     pub(crate) unbound: Lane,
     pub(crate) queue: Queue,
@@ -117,6 +123,8 @@ impl Pool {
             workers: BTreeSet::new(),
             by_ready: BTreeSet::new(),
             unfit: BTreeSet::new(),
+            adapters: BTreeSet::new(),
+            adapter_seconds: None,
             laden: BTreeSet::new(),
             unbound: Lane::default(),
             queue: Queue::default(),
@@ -159,6 +167,18 @@ impl Pool {
     /// Prefill speed in tokens/s for a worker whose own is not known: the median of those measured.
     pub(crate) fn fleet_rate(&self) -> f64 {
         self.median.map_or(self.rate_cold, |(_, rate)| rate)
+    }
+
+    /// Seconds that a worker takes to load an adapter: of all workers together, so that whoever was never asked looks no
+    /// slower than others.
+    pub(crate) fn adapter_seconds(&self, config: &Config) -> f64 {
+        self.adapter_seconds.unwrap_or(config.adapter_load_assumed.as_secs_f64())
+    }
+
+    /// A worker took so long to load an adapter.
+    pub(crate) fn adapter_loaded(&mut self, seconds: f64) {
+        let mean = self.adapter_seconds.get_or_insert(seconds);
+        *mean += (seconds - *mean) * LOAD_WEIGHT;
     }
 
     /// A worker measured its rate; computes the median again, if that was not done just now.

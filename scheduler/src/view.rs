@@ -8,7 +8,8 @@ use crate::placement::Scene;
 use crate::worker::Worker;
 use crate::worker::kv::Held;
 use crate::{
-    Class, Decision, HealthState, LoadReport, PoolId, Request, RequestId, SleepState, TenantId, Tick, WorkerId,
+    AdapterId, AdapterState, Class, Decision, HealthState, LoadReport, PoolId, Request, RequestId, SleepState,
+    TenantId, Tick, WorkerId,
 };
 
 /// How long a pool that none serves wants a worker after its last request: until then whoever scrapes that every half
@@ -61,6 +62,8 @@ pub struct WorkerView {
     pub wake: Duration,
     /// Times that it was woken.
     pub wakes: u64,
+    /// LoRA adapters that it has, or was told to load.
+    pub adapters: Vec<(AdapterId, AdapterState)>,
     /// What its engine said last, and how long ago; none when too old to use.
     pub reported: Option<(Duration, LoadReport)>,
 }
@@ -232,6 +235,7 @@ impl Core {
             sleep: worker.spec.sleep.map(|_| worker.sleep.state()),
             wake: crate::time::duration(worker.wake_seconds(now, &self.config)),
             wakes: worker.sleep.wakes,
+            adapters: worker.adapters.states().collect(),
             reported: worker.reported.fresh(now, self.config.report_ttl).map(|(at, load)| (now.since(at), load)),
         })
     }

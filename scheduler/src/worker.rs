@@ -4,6 +4,7 @@
 //! [`Worker::release`].
 //! Not here: which request gets which worker (`placement`), and the order of the lane (`lane`).
 
+pub(crate) mod adapters;
 pub(crate) mod backlog;
 pub(crate) mod beneath;
 pub(crate) mod health;
@@ -22,7 +23,8 @@ use crate::config::Config;
 use crate::lane::Lane;
 use crate::outputs::Plan;
 use crate::pool::Pool;
-use crate::{HealthState, LoadReport, PoolId, Request, RequestId, Tick, WorkerId, WorkerSpec};
+use crate::{Adapter, AdapterId, HealthState, LoadReport, PoolId, Request, RequestId, Tick, WorkerId, WorkerSpec};
+use adapters::Adapters;
 use backlog::{Backlog, SendNumber};
 use beneath::{Beneath, Reports};
 use health::Health;
@@ -42,6 +44,8 @@ const STAY_WEIGHT: f64 = 0.05;
 const ALIKE: f64 = 0.2;
 /// Share of the time that a busy worker is left alone that is random, so that gateways do not come back together.
 const BUSY_JITTER: f64 = 0.25;
+/// What others at a worker lose while it loads an adapter, as a share of the time that takes.
+const LOAD_BURDEN: f64 = 0.25;
 /// Part of a window below which it counts as empty, so that the next prompt is sent whatever its size.
 const EMPTY: f64 = 0.1;
 
@@ -85,6 +89,7 @@ pub(crate) struct Worker {
     pub(crate) pace: Pace,
     pub(crate) beneath: Beneath,
     pub(crate) sleep: Sleep,
+    pub(crate) adapters: Adapters,
     /// Mean seconds that a request stays.
     stay_seconds: Option<f64>,
     /// When its window was empty last and began to be filled.
@@ -123,6 +128,7 @@ impl Worker {
             pace: Pace::default(),
             beneath: Beneath::default(),
             sleep: Sleep::new(now, config),
+            adapters: Adapters::default(),
             stay_seconds: None,
             filling: now,
             rescored: now,
@@ -146,6 +152,29 @@ impl Worker {
     /// Seconds until it is awake.
     pub(crate) fn wake_seconds(&self, now: Tick, config: &Config) -> f64 {
         if self.spec.sleep.is_some() { self.sleep.wait_seconds(now, config) } else { 0.0 }
+    }
+
+    /// Whether it has the adapter, or may be given it.
+    pub(crate) fn may_have(&self, now: Tick, adapter: Option<Adapter>) -> bool {
+        adapter.is_none_or(|adapter| self.adapters.may_have(now, adapter, self.spec.adapters_max))
+    }
+
+    /// Seconds until it has the adapter, where a load takes so long; and what others lose by a load that has not begun, so
+    /// that who comes together is gathered at one worker.
+    pub(crate) fn adapter_seconds(&self, now: Tick, adapter: Option<Adapter>, load: f64, config: &Config) -> f64 {
+        let Some(adapter) = adapter else { return 0.0 };
+        let seconds = self.adapters.wait_seconds(now, adapter.id, load);
+        if self.adapters.is_coming(adapter.id) {
+            return seconds;
+        }
+        let is_full = self.adapters.places_taken() >= self.spec.adapters_max && self.spare_adapter(now).is_none();
+        let turn = || self.stay_seconds.unwrap_or(config.adapter_turn.as_secs_f64());
+        seconds + load * LOAD_BURDEN + if is_full { turn() } else { 0.0 }
+    }
+
+    /// The adapter that was used longest ago, of those that nothing is asked of here.
+    pub(crate) fn spare_adapter(&self, now: Tick) -> Option<AdapterId> {
+        self.adapters.spare(now, |adapter| self.lane.asks_for(adapter) == 0)
     }
 
     /// Whether requests may be sent to it, now or once it is awake, as far as its health goes.
@@ -197,7 +226,7 @@ impl Worker {
         pool: &Pool,
         config: &Config,
     ) -> bool {
-        if !self.may_send() || self.busy_until > now {
+        if !self.may_send() || self.busy_until > now || !self.adapters.has(request.adapter) {
             return false;
         }
         if self.sent.is_empty() {
@@ -328,6 +357,7 @@ impl Worker {
         self.held = self.held.plus(need);
         self.sent.insert(request.id);
         self.sleep.used = now;
+        self.adapters.sent(now, request.adapter);
         self.sent_tokens = self.sent_tokens.wrapping_add(u64::from(uncached));
         if self.health.state() == HealthState::HalfOpen {
             self.trial = Some(request.id);
@@ -375,6 +405,7 @@ impl Worker {
         }
         self.held = self.held.minus(held);
         self.sleep.used = now;
+        self.adapters.ended(now, request.adapter);
         if self.trial == Some(request.id) {
             self.trial = None;
         }

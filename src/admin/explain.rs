@@ -57,6 +57,7 @@ fn refusal(reason: forebay_scheduler::Refusal, retry_after: Option<Duration>) ->
         Reason::DeadlinePassed => "deadline_passed",
         Reason::TimedOut => "timed_out",
         Reason::NoWorker => "no_worker",
+        Reason::AdapterUnavailable => "adapter_unavailable",
         Reason::AttemptsExhausted { .. } => "attempts_exhausted",
         Reason::Busy { .. } => "busy",
         Reason::PoolUnknown => "pool_unknown",

@@ -3,6 +3,8 @@
 //! Stable: members are added, never renamed. What is not known is null. Times are seconds unless the name says
 //! otherwise; shares and scores run from 0 to 1.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -75,6 +77,9 @@ pub struct Worker {
     pub wake_seconds: f64,
     /// Times that it was woken.
     pub wakes: u64,
+    /// LoRA adapters by name: `loaded`, `loading`, `leaving` (another needs the place) or `unloading`.
+    #[serde(default)]
+    pub adapters: BTreeMap<String, String>,
     /// Those it runs on, as far as that is known.
     pub gpus: Vec<Gpu>,
 }
@@ -136,7 +141,7 @@ pub struct Explained {
 /// Why a request was not served.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Refusal {
-    /// `queue_full`, `deadline_infeasible`, `timed_out`, `no_worker`, `attempts_exhausted`, `pool_unknown` or
+    /// `queue_full`, `deadline_infeasible`, `timed_out`, `no_worker`, `adapter_unavailable`, `attempts_exhausted`, `pool_unknown` or
     /// `too_large`.
     pub reason: String,
     pub message: String,

@@ -8,7 +8,7 @@ use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
 use forebay_backends::signals::gpu::slowdown;
-use forebay_scheduler::SleepState;
+use forebay_scheduler::{AdapterState, SleepState};
 use http::StatusCode;
 
 use super::order::{Change, Refused, bring};
@@ -103,6 +103,7 @@ fn worker(status: WorkerStatus) -> Worker {
         sleep: view.sleep.map(|state| sleep(state).to_owned()),
         wake_seconds: rounded(view.wake.as_secs_f64()),
         wakes: view.wakes,
+        adapters: status.adapters.iter().map(|(name, state)| (name.to_string(), adapter(*state).to_owned())).collect(),
         gpus: status.gpus.into_iter().map(gpu).collect(),
     }
 }
@@ -114,6 +115,15 @@ fn sleep(state: SleepState) -> &'static str {
         SleepState::FallingAsleep => "falling_asleep",
         SleepState::Asleep => "asleep",
         SleepState::Waking => "waking",
+    }
+}
+
+fn adapter(state: AdapterState) -> &'static str {
+    match state {
+        AdapterState::Loading => "loading",
+        AdapterState::Loaded => "loaded",
+        AdapterState::Leaving => "leaving",
+        AdapterState::Unloading => "unloading",
     }
 }
 

@@ -298,6 +298,11 @@ fn shown_refusal(reason: &Refusal, retry_after: Option<Duration>) -> Shown {
         Refusal::NoWorker | Refusal::PoolUnknown => {
             unavailable("no_worker", retry_after, "No worker serves this model at the moment. Please retry later.")
         }
+        Refusal::AdapterUnavailable => unavailable(
+            "adapter_unavailable",
+            retry_after,
+            "No worker has the adapter that is asked for, and none can load it at the moment.",
+        ),
         Refusal::Busy { .. } => unavailable("server_is_overloaded", retry_after, BUSY),
         Refusal::TimedOut => late(retry_after, "The request waited too long for a worker. Please retry later."),
         Refusal::DeadlinePassed => late(retry_after, DEADLINE_PASSED),

@@ -1,4 +1,5 @@
-//! `GET /v1/models` and `GET /v1/models/{id}`: configured models and their aliases, those with a `*` left out.
+//! `GET /v1/models` and `GET /v1/models/{id}`: configured models, their aliases, those with a `*` left out, and their
+//! adapters.
 
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ use crate::ids::RequestName;
 use crate::pipeline;
 use crate::routing::Model;
 
-/// One entry, in OpenAI's shape with the two fields that vLLM adds and clients read.
+/// One entry, in OpenAI's shape with the three fields that vLLM adds and clients read.
 #[derive(Serialize)]
 struct Entry {
     id: Arc<str>,
@@ -24,6 +25,8 @@ struct Entry {
     owned_by: &'static str,
     /// The model's own name where `id` is an alias.
     root: Arc<str>,
+    /// The model that an adapter adapts.
+    parent: Option<Arc<str>>,
     max_model_len: Option<u32>,
 }
 
@@ -40,6 +43,7 @@ fn entry(id: &Arc<str>, model: &Model) -> Entry {
         created: model.created,
         owned_by: "forebay",
         root: Arc::clone(&model.name),
+        parent: model.adapter.as_ref().map(|adapter| Arc::clone(&adapter.base)),
         max_model_len: model.max_model_len,
     }
 }

@@ -1,4 +1,5 @@
-//! OpenAI's inference calls: chat, completions, embeddings; and vLLM's rerank and score, which go the same way.
+//! OpenAI's inference calls: chat, completions, embeddings; and vLLM's rerank, score, pooling and classify, which go the
+//! same way.
 
 use std::sync::Arc;
 
@@ -14,12 +15,12 @@ use tracing::Instrument;
 
 use super::errors::Error;
 use super::{Api, body, headers};
-use crate::dispatch::Reply;
+use crate::dispatch::{Opened, Reply};
 use crate::ids::RequestName;
 use crate::ledger::Entry;
 use crate::pipeline::relay::{StreamRelay, WholeRelay};
 use crate::pipeline::shared::{Head, Joined};
-use crate::pipeline::{self, Call};
+use crate::pipeline::{self, Begun, Call};
 use crate::prepare::Asked;
 use crate::telemetry::metrics::Api as ApiName;
 
@@ -53,6 +54,16 @@ pub(super) async fn rerank(State(api): State<Arc<Api>>, request: Request) -> Res
 pub(super) async fn score(State(api): State<Arc<Api>>, request: Request) -> Response {
     let peek = |body: &[u8]| peek::Ranking::score(body).map(Asked::Ranking);
     serve(&api, request, Kind { name: ApiName::Score, api: engines::Api::Score, peek }).await
+}
+
+pub(super) async fn pooling(State(api): State<Arc<Api>>, request: Request) -> Response {
+    let peek = |body: &[u8]| peek::Embedding::peek(body).map(Asked::Embedding);
+    serve(&api, request, Kind { name: ApiName::Pooling, api: engines::Api::Pooling, peek }).await
+}
+
+pub(super) async fn classify(State(api): State<Arc<Api>>, request: Request) -> Response {
+    let peek = |body: &[u8]| peek::Embedding::peek(body).map(Asked::Embedding);
+    serve(&api, request, Kind { name: ApiName::Classify, api: engines::Api::Classify, peek }).await
 }
 
 async fn serve(api: &Api, request: Request, kind: Kind) -> Response {
@@ -91,8 +102,7 @@ enum Open {
 
 /// One of its own.
 struct Own {
-    route: crate::routing::Route,
-    opened: crate::dispatch::Opened,
+    begun: Begun,
     choices: u32,
     hide_usage: bool,
 }
@@ -109,8 +119,8 @@ async fn answer(api: &Api, entry: &mut Entry, request: Request, kind: &Kind) -> 
         Ok(sharing) => return Ok(Open::Shared(Box::new(sharing.begin(entry).await?))),
         Err(call) => *call,
     };
-    let (route, opened) = api.pipeline.open(entry, call).await?;
-    Ok(Open::Own(Box::new(Own { route, opened, choices, hide_usage })))
+    let begun = api.pipeline.open(entry, call).await?;
+    Ok(Open::Own(Box::new(Own { begun, choices, hide_usage })))
 }
 
 impl Open {
@@ -136,14 +146,15 @@ impl Open {
 
 impl Own {
     fn respond(self, mut response: Response, api: &Api, entry: Entry) -> Response {
-        let crate::dispatch::Opened { place, worker, queued, predicted_wait, reply, .. } = self.opened;
-        headers::describe(&mut response, &self.route, &worker, (queued, predicted_wait));
+        let Begun { route, opened, continuation } = self.begun;
+        let Opened { place, worker, queued, predicted_wait, reply, .. } = opened;
+        headers::describe(&mut response, &route, &worker, (queued, predicted_wait));
         let closing = api.closing.clone();
         match reply {
             Reply::Stream(streamed) => {
                 content(&mut response, None);
-                *response.body_mut() =
-                    Body::new(StreamRelay::new(entry, place, streamed, self.choices, self.hide_usage, closing));
+                let relay = StreamRelay::new(entry, place, streamed, self.choices, self.hide_usage, closing);
+                *response.body_mut() = Body::new(relay.going_on(continuation));
             }
             Reply::Whole(whole) => {
                 content(&mut response, Some(whole.content_type.clone()));

@@ -12,7 +12,7 @@ use anyhow::Context;
 use forebay_backends::engines;
 use forebay_backends::signals::gpu::{Readings, Source};
 use forebay_backends::transport::Endpoint;
-use forebay_scheduler::{PoolId, PoolLimits, SleepSpec};
+use forebay_scheduler::{AdapterId, PoolId, PoolLimits, SleepSpec};
 use forebay_tokens::Tokenizer;
 use tokio::sync::{Mutex, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -24,7 +24,7 @@ use crate::admin::order::{Change, Order, Refused};
 use crate::admin::wire::Join;
 use crate::config::{self, Config, GpuName};
 use crate::dispatch::{Dispatch, Fact, Learned, NodeSpec, PoolSpec, WorkerSpec};
-use crate::routing::{Counting, EngineTokenizer, Model, Routing};
+use crate::routing::{Adapter, Counting, EngineTokenizer, Model, Routing};
 use crate::telemetry::ModelMetrics;
 
 /// Tokens in a prefix block until an engine says how large its KV blocks are (vLLM's default).
@@ -53,6 +53,7 @@ struct State {
     tokenizers: Tokenizers,
     next_pool: u32,
     models: HashMap<Arc<str>, Known>,
+    next_adapter: u32,
 }
 
 /// What stays with a model's name for the life of the process.
@@ -63,6 +64,7 @@ struct Known {
     /// By the worker's name.
     said: BTreeMap<Arc<str>, Said>,
     block_tokens: u32,
+    adapters: Arc<[Adapter]>,
     /// The tokenizer found at the worker's word, where the configuration names none.
     found: Option<Arc<Tokenizer>>,
 }
@@ -102,6 +104,7 @@ impl Catalog {
             tokenizers: Tokenizers::default(),
             next_pool: 0,
             models: HashMap::new(),
+            next_adapter: 0,
         };
         Self { routing, dispatch, here, state: Mutex::new(state) }
     }
@@ -208,7 +211,7 @@ impl Catalog {
 impl State {
     /// Gives each model its pool and metrics, and forgets the models that are gone.
     fn name_models(&mut self, old: &Config) {
-        let Self { config, next_pool, models, .. } = self;
+        let Self { config, next_pool, next_adapter, models, .. } = self;
         models.retain(|name, known| {
             let Some(model) = config.models.iter().find(|model| model.name.as_str() == &**name) else { return false };
             let before = old.models.iter().find(|old| old.name == model.name);
@@ -225,7 +228,7 @@ impl State {
             true
         });
         for model in &config.models {
-            models.entry(model.name.as_str().into()).or_insert_with(|| {
+            let known = models.entry(model.name.as_str().into()).or_insert_with(|| {
                 let pool = PoolId(*next_pool);
                 *next_pool += 1;
                 let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
@@ -235,9 +238,31 @@ impl State {
                     created: now.map_or(0, |now| now.as_secs()),
                     said: BTreeMap::new(),
                     block_tokens: BLOCK_TOKENS,
+                    adapters: Arc::default(),
                     found: None,
                 }
             });
+            let adapter = |adapter: &config::Adapter| {
+                let before = known.adapters.iter().find(|before| *before.name == *adapter.name);
+                let id = before.map_or_else(
+                    || {
+                        *next_adapter += 1;
+                        AdapterId(*next_adapter)
+                    },
+                    |before| before.id,
+                );
+                Adapter {
+                    id,
+                    name: adapter.name.as_str().into(),
+                    base: model.name.as_str().into(),
+                    path: adapter.path.as_deref().map(Into::into),
+                    memory_bytes: adapter.memory_mib.map_or(0, |mib| u64::from(mib.get()) << 20),
+                }
+            };
+            let adapters: Vec<Adapter> = model.adapters.iter().map(adapter).collect();
+            if adapters != *known.adapters {
+                known.adapters = adapters.into();
+            }
         }
     }
 
@@ -259,7 +284,13 @@ impl State {
 
     fn table(&self) -> Vec<Arc<Model>> {
         let models = self.config.models.iter();
-        models.filter_map(|model| Some(Arc::new(self.model(model, self.models.get(model.name.as_str())?)))).collect()
+        let known = models.filter_map(|model| Some((model, self.models.get(model.name.as_str())?)));
+        let both = known.flat_map(|(model, known)| {
+            let base = self.model(model, known);
+            let adapters: Vec<_> = known.adapters.iter().map(|adapter| base.adapted(adapter)).collect();
+            std::iter::once(base).chain(adapters)
+        });
+        both.map(Arc::new).collect()
     }
 
     fn model(&self, model: &config::Model, known: &Known) -> Model {
@@ -274,6 +305,7 @@ impl State {
             aliases: model.aliases.iter().map(|alias| alias.as_str().into()).collect(),
             is_default: model.is_default,
             pool: known.pool,
+            adapter: None,
             counting,
             max_model_len: model.max_model_len.map(Into::into).or_else(|| known.max_model_len()),
             block_tokens: known.block_tokens,
@@ -281,6 +313,7 @@ impl State {
             fallbacks: model.fallbacks.clone(),
             micro_batch: model.micro_batch,
             coalesce: model.coalesce,
+            continue_streams: model.continue_streams,
             metrics: Arc::clone(&known.metrics),
             created: known.created,
         }
@@ -486,6 +519,8 @@ fn pool(
         model: model.name.as_str().into(),
         limits,
         metrics: Arc::clone(&known.metrics),
+        adapters: Arc::clone(&known.adapters),
+        adapters_max: model.adapters_max.map(Into::into),
         draining: workers
             .iter()
             .map(|worker| &worker.name)

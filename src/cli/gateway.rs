@@ -6,12 +6,15 @@ use std::time::Duration;
 
 use anyhow::Context;
 use forebay_backends::engines::ENGINES;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::app::Gateway;
 use crate::config::{Config, Environment, Flag, Reader, Watch};
 
+/// Connections that the kernel makes while none is accepted: thousands of clients that come back at once, after a balancer
+/// moved them, say, are not refused. The kernel takes no more than its `somaxconn`, usually as many.
+const BACKLOG: u32 = 4096;
 /// How often the configuration file is looked at.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -24,20 +27,28 @@ pub(super) fn reader(flags: Vec<Flag>) -> Reader {
 }
 
 /// Opens a listener at `address`; with `or_next` at the next free port when that one is taken, which is said.
-pub(super) async fn listen(address: SocketAddr, or_next: bool) -> anyhow::Result<TcpListener> {
-    let busy = match TcpListener::bind(address).await {
+pub(super) fn listen(address: SocketAddr, or_next: bool) -> anyhow::Result<TcpListener> {
+    let busy = match bind(address) {
         Ok(listener) => return Ok(listener),
         Err(error) => error,
     };
     if or_next && busy.kind() == std::io::ErrorKind::AddrInUse {
         for port in (1..=64).filter_map(|step| address.port().checked_add(step)) {
-            if let Ok(listener) = TcpListener::bind(SocketAddr::new(address.ip(), port)).await {
+            if let Ok(listener) = bind(SocketAddr::new(address.ip(), port)) {
                 say!("port {} is taken, using {port}", address.port());
                 return Ok(listener);
             }
         }
     }
     Err(busy).with_context(|| format!("cannot listen on {address}"))
+}
+
+fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // A port whose last connections have not faded yet is free for a process that starts again.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// Where a configuration comes from, for reading it again.

@@ -60,8 +60,8 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
         None => (reader.without_file().map_err(wrong)?, None),
     };
     let probing = source.is_none();
-    let client = gateway::listen(config.server.listen, probing).await?;
-    let ops = gateway::listen(config.server.ops_listen, probing).await?;
+    let client = gateway::listen(config.server.listen, probing)?;
+    let ops = gateway::listen(config.server.ops_listen, probing)?;
     let own = [client.local_addr()?.port(), ops.local_addr()?.port()];
     let config = if probing { probe(config, &own).await? } else { config };
     let registry = Registry::install().context("cannot install the metrics recorder")?;
@@ -75,7 +75,9 @@ pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
         say!("owner key, shown this once and kept in {}: {}", file.display(), key.expose_secret());
     }
     for model in &config.models {
-        let workers: Vec<_> = model.workers.iter().map(|worker| worker.name.as_str()).collect();
+        let named = model.workers.iter().map(|worker| worker.name.as_str());
+        let workers: Vec<_> =
+            named.chain((!model.discover.is_empty()).then_some("those that its lists name")).collect();
         say!("model {} on {}", model.name.as_str(), workers.join(", "));
     }
     gateway::run(gateway, config, signals, source).await

@@ -41,6 +41,9 @@ pub(super) struct Arguments {
     /// Seed of what it says.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Say one text to everybody, and go on with it where a prompt ends within it.
+    #[arg(long)]
+    recite: bool,
     /// How many times faster than its timing model it runs.
     #[arg(long, default_value_t = 1.0)]
     speed: f64,
@@ -98,6 +101,18 @@ pub(super) struct Arguments {
     /// Seconds to fall asleep.
     #[arg(long)]
     sleep_seconds: Option<f64>,
+    /// Begin with this LoRA adapter, as in sql=/adapters/sql; may be repeated.
+    #[arg(long, value_parser = adapter)]
+    lora_module: Vec<(String, String)>,
+    /// Load and unload LoRA adapters when asked.
+    #[arg(long)]
+    allow_lora_updating: bool,
+    /// Seconds to load one.
+    #[arg(long)]
+    lora_load_seconds: Option<f64>,
+    /// LoRA adapters that one batch may have.
+    #[arg(long, default_value_t = 1)]
+    max_loras: u32,
     /// Go wrong this way; may be repeated.
     #[arg(long)]
     fault: Vec<Fault>,
@@ -173,6 +188,7 @@ fn options(arguments: Arguments) -> anyhow::Result<Options> {
             step_token_budget: arguments.step_token_budget,
         },
         seed: arguments.seed,
+        recite: arguments.recite,
         speed: arguments.speed,
         call_ms: arguments.call_ms,
         api_keys: arguments.api_key,
@@ -189,7 +205,18 @@ fn options(arguments: Arguments) -> anyhow::Result<Options> {
         asleep: arguments.asleep,
         wake_time: seconds(arguments.wake_seconds, "--wake-seconds")?.unwrap_or_default(),
         sleep_time: seconds(arguments.sleep_seconds, "--sleep-seconds")?.unwrap_or_default(),
+        adapters: arguments.lora_module,
+        adapter_updates: arguments.allow_lora_updating,
+        adapter_load_time: seconds(arguments.lora_load_seconds, "--lora-load-seconds")?.unwrap_or_default(),
+        adapters_max: arguments.max_loras,
         refuse_at_start: seconds(arguments.refuse_seconds, "--refuse-seconds")?,
         ..Options::default()
     })
+}
+
+/// A name and a path.
+fn adapter(text: &str) -> Result<(String, String), String> {
+    let (name, path) =
+        text.split_once('=').filter(|(name, path)| !name.is_empty() && !path.is_empty()).ok_or("must be name=path")?;
+    Ok((name.to_owned(), path.to_owned()))
 }

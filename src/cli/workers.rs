@@ -258,9 +258,14 @@ fn explained(answer: &Explained) -> String {
     text
 }
 
+/// Terms that are nothing for every candidate are left out.
 fn candidates(decision: &Decision) -> Table {
     let mut table = Table::new().text("  WORKER").text("HEALTH\nNOW").number("MATCHED\nTOKENS");
-    let names: Vec<&String> = decision.candidates.first().map(|first| first.terms.keys().collect()).unwrap_or_default();
+    let mut names: Vec<&String> =
+        decision.candidates.first().map(|first| first.terms.keys().collect()).unwrap_or_default();
+    let counts =
+        |name: &str| decision.candidates.iter().any(|candidate| candidate.terms.get(name) != Some(&0.0.into()));
+    names.retain(|name| counts(name));
     for name in &names {
         table = table.number(&name.replacen('_', "\n", 1));
     }

@@ -58,6 +58,12 @@ pub(super) const DATA_PARALLEL_LIMIT: u32 = 256;
 /// Far more than any GPU has.
 pub(super) const MEMORY_GIB_LIMIT: u32 = 1 << 20;
 
+/// `model.adapters_max` at most.
+pub(super) const ADAPTERS_LIMIT: u32 = 1024;
+
+/// `model.adapter.memory_mib` at most.
+pub(super) const ADAPTER_MIB_LIMIT: u32 = 1 << 20;
+
 /// A proxy that restarts or a connection that drops goes unnoticed; a dead fleet is reported soon.
 pub(super) const WORKER_GRACE: Duration = Duration::from_secs(2);
 

@@ -15,8 +15,8 @@ use super::log::{At, Log};
 use super::mistake::quoted;
 use super::tree::{Found, Raw, Refusal, Section};
 use super::{
-    Fallback, GpuName, MicroBatch, Model, Name, Node, Reader, Trouble, Worker, defaults, discover, node, secret,
-    tokenizer,
+    Fallback, GpuName, MicroBatch, Model, Name, Node, Reader, Trouble, Worker, adapter, defaults, discover, node,
+    secret, tokenizer,
 };
 
 /// The engine that is spoken to in gRPC.
@@ -50,7 +50,7 @@ impl Owned {
 
 impl Taken {
     /// Whether the name was free. `rule` is what a second owner of it breaks.
-    fn take(&mut self, log: &Log<'_>, name: &str, at: &At, rule: &str) -> bool {
+    pub(super) fn take(&mut self, log: &Log<'_>, name: &str, at: &At, rule: &str) -> bool {
         match self.0.entry(name.to_owned()) {
             Entry::Occupied(first) => {
                 let remedy = format!("{rule}: {} has it already", log.mention(first.get()));
@@ -125,7 +125,11 @@ fn read(
     let own_names: Vec<&Name> = own_name.iter().chain(&aliases).map(|found| &found.value).collect();
     let fallbacks = fallbacks(&mut section, &own_names, targets);
     let coalesce = section.boolean("coalesce", false);
+    let continue_streams = section.boolean("continue_streams", false);
     let micro_batch = micro_batch(&mut section);
+    let adapters = adapter::read_all(&mut section, &mut owned.names);
+    let adapters_max =
+        section.optional_count("adapters_max", defaults::ADAPTERS_LIMIT, "to take what the workers' engines say");
     let discover = discover::read_all(&mut section, reader);
     let workers = workers(&mut section, (reader, nodes), worker_names);
     section.finish(&["overflow"]);
@@ -150,6 +154,9 @@ fn read(
         fallbacks,
         micro_batch,
         coalesce,
+        adapters,
+        adapters_max,
+        continue_streams,
         workers,
         discover,
     })
@@ -356,7 +363,7 @@ pub(super) fn name(raw: &Raw<'_>) -> Result<Name, Refusal> {
     Name::new(raw.text()?).map_err(|bad| Refusal::new(bad.to_string()))
 }
 
-fn model_name(raw: &Raw<'_>) -> Result<Name, Refusal> {
+pub(super) fn model_name(raw: &Raw<'_>) -> Result<Name, Refusal> {
     match name(raw)? {
         name if name.contains('*') => Err(Refusal::new("must be a whole name: write what holds a `*` among `aliases`")),
         name if name

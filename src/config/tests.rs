@@ -75,6 +75,7 @@ attempts_max = 2
 first_byte_seconds = 8
 idle_seconds = 9
 coalesce = true
+continue_streams = true
 
 [model.classes]
 batch = 0.25
@@ -146,7 +147,7 @@ agent = "http://gpu-a:7072"
     assert_eq!(kv_events.replay.as_ref().unwrap().to_string(), "tcp://[fd00::1]:5558");
     assert_eq!((&b.model, &b.api_key, &b.kv_events), (&None, &None, &None));
     let batch = MicroBatch { max_tokens: NonZeroU32::new(100).unwrap(), max_delay: Duration::ZERO };
-    assert_eq!((first.micro_batch, first.coalesce), (Some(batch), true));
+    assert_eq!((first.micro_batch, first.coalesce, first.continue_streams), (Some(batch), true, true));
     assert_eq!(*second, Model::new(name("other"), second.workers.clone(), &config.server));
     assert_eq!(&*second.workers[0].name, "[::1]:8000");
     let [node] = &config.nodes[..] else { panic!("{config:?}") };
@@ -207,6 +208,31 @@ fn models_that_take_turns_in_a_gpu() {
     refuse(&format!("[[node]]\nname = 'a'\n{model}"), "node[0].agent is missing");
     let kept = reader([]).text("f.toml", &format!("[[node]]\nname = 'a'\nagent = 'http://a:80'\n{model}")).unwrap();
     assert_eq!(kept.nodes[0].agent.as_ref().and_then(Url::port_or_known_default), Some(80), "as it was written");
+}
+
+#[test]
+fn adapters_of_a_model() {
+    let worker = "[[model.worker]]\nurl = 'http://a:1'\n";
+    let text = format!(
+        "[[model]]\nname = 'm'\nadapters_max = 3\n{worker}[[model.adapter]]\nname = 'sql'\npath = '/a/sql'\nmemory_mib = 64\n\
+         [[model.adapter]]\nname = 'law'\n[[model]]\nname = 'n'\n[[model.fallback]]\nto = 'sql'\n[[model.worker]]\nurl = 'http://a:2'"
+    );
+    let config = reader([]).text("f.toml", &text).unwrap_or_else(|mistakes| panic!("{mistakes}"));
+    let model = &config.models[0];
+    let [sql, law] = &model.adapters[..] else { panic!("{config:?}") };
+    assert_eq!((&*sql.name, sql.path.as_deref(), sql.memory_mib), ("sql", Some("/a/sql"), NonZeroU32::new(64)));
+    assert_eq!((&*law.name, law.path.as_deref(), model.adapters_max), ("law", None, NonZeroU32::new(3)));
+    let refuse = |adapter: &str, expect: &str| {
+        let text = format!("[[model]]\nname = 'm'\naliases = ['b']\n{worker}[[model.adapter]]\n{adapter}");
+        let said = reader([]).text("f.toml", &text).unwrap_err().to_string();
+        assert!(said.contains(expect), "{said}");
+    };
+    refuse("path = '/a'", "adapter[0].name is missing");
+    refuse("name = 'b'", "must be unique among names and aliases");
+    refuse("name = 'x*'", "must be a whole name");
+    refuse("name = 'x'\npath = ''", "must say where workers find the adapter");
+    refuse("name = 'x'\nmemory_mib = 1", "memory_mib is without effect: needs `path` beside it");
+    refuse("name = 'x'\nrank = 1", "adapter[0].rank");
 }
 
 #[test]

@@ -66,6 +66,18 @@ impl Failed {
     }
 }
 
+impl Failed {
+    /// Of a request for an adapter: an engine that knows no such model has lost it, which is no fault of the request's.
+    fn of_adapter(self) -> Self {
+        match self {
+            Self::Final(error) if matches!(*error, Error::Engine { status: StatusCode::NOT_FOUND, .. }) => {
+                Self::Elsewhere { failure: Failure::NoAdapter, shown: Some(error) }
+            }
+            failed => failed,
+        }
+    }
+}
+
 impl From<forebay_backends::Error> for Failed {
     fn from(error: forebay_backends::Error) -> Self {
         Self::elsewhere(error.failure())
@@ -86,6 +98,7 @@ pub(super) fn reason(failure: Failure) -> &'static str {
         Failure::Malformed => "malformed",
         Failure::Denied => "denied",
         Failure::OtherModel => "other_model",
+        Failure::NoAdapter => "no_adapter",
         Failure::Unsupported => "unsupported",
     }
 }
@@ -114,7 +127,8 @@ async fn open(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Fail
         sent => sent?,
     };
     if !response.status.is_success() {
-        return Err(Box::pin(refused(response)).await);
+        let refused = Box::pin(refused(response)).await;
+        return Err(if job.model.adapter.is_some() { refused.of_adapter() } else { refused });
     }
     let Response { status, headers, body } = response;
     // Translated answers name the model that was asked for.
@@ -126,13 +140,13 @@ async fn open(worker: &Worker, job: &Job<'_>, number: u32) -> Result<Reply, Fail
         whole(status, &headers, answer).await?
     };
     if is_own {
-        whose(worker, &reply)?;
+        whose(worker, job, &reply)?;
     }
     Ok(reply)
 }
 
 /// That the beginning of an answer does not name a model that the worker does not have. Long documents are not read.
-fn whose(worker: &Worker, reply: &Reply) -> Result<(), Failed> {
+fn whose(worker: &Worker, job: &Job<'_>, reply: &Reply) -> Result<(), Failed> {
     let document = match reply {
         Reply::Stream(streamed) => streamed.first.front().and_then(|event| event.data.clone()),
         Reply::Whole(Whole { head, rest: None, length: Some(length), .. }) if *length <= NAMED_BYTES_MAX => {
@@ -144,7 +158,8 @@ fn whose(worker: &Worker, reply: &Reply) -> Result<(), Failed> {
         Reply::Whole(_) => None,
     };
     let (Some(document), Some(identity)) = (document, worker.identity.load_full()) else { return Ok(()) };
-    match stream::model(&document).filter(|model| identity.is_stranger(model)) {
+    let is_strange = |model: &str| *model != *identity.name_of(job.model) && identity.is_stranger(model);
+    match stream::model(&document).filter(|model| is_strange(model)) {
         Some(model) => {
             tracing::warn!(worker = &*worker.name, model, expected = identity.model, "answered as another model");
             Err(Failed::elsewhere(Failure::OtherModel))
@@ -157,8 +172,11 @@ fn whose(worker: &Worker, reply: &Reply) -> Result<(), Failed> {
 async fn prepared(worker: &Worker, job: &Job<'_>) -> Result<Prepared, Failed> {
     let mut edits = Edits::new();
     let identity = worker.identity.load_full();
+    if job.goes_on && !identity.as_ref().is_some_and(|identity| identity.engine.takes_ids(job.api)) {
+        return Err(unsupported("The engine cannot go on with an answer of another.".to_owned(), None));
+    }
     if let Some(identity) = &identity {
-        edits.model(job.asked.model(), &identity.model);
+        edits.model(job.asked.model(), &identity.name_of(job.model));
     }
     if let Some(streaming) = job.asked.streaming()
         && streaming.stream

@@ -226,8 +226,9 @@ pub struct Place {
 }
 
 impl Place {
-    /// A place that holds nothing any more, for those whose one call this was.
-    pub(super) fn given_back(&self) -> Self {
+    /// A place that holds nothing any more, for those whose one call this was, or where the place went on.
+    #[must_use]
+    pub fn given_back(&self) -> Self {
         Self { driver: Arc::clone(&self.driver), id: self.id, end: None, over: true }
     }
 

@@ -7,7 +7,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use forebay_scheduler::{Cause, Class, Core, Decision, HealthState, Refusal, Tick, Unfit, WorkerId, WorkerView};
+use forebay_scheduler::{
+    AdapterState, Cause, Class, Core, Decision, HealthState, Refusal, Tick, Unfit, WorkerId, WorkerView,
+};
 
 use super::Dispatch;
 use super::driver::takes_requests;
@@ -27,6 +29,8 @@ pub struct WorkerStatus {
     /// What it calls the model; `None` until it has been asked.
     pub engine_model: Option<String>,
     pub takes_requests: bool,
+    /// LoRA adapters that it has, or is about to.
+    pub adapters: Vec<(Arc<str>, AdapterState)>,
     /// Those it runs on, as far as that is known.
     pub gpus: Vec<GpuStatus>,
     pub view: WorkerView,
@@ -132,6 +136,10 @@ impl Dispatch {
         let identity = worker.identity.load();
         let on = worker.spec.lock().gpus.clone();
         let gpus = self.gpu_statuses(&on);
+        let known = self.intake.adapters(worker.pool);
+        let named = |(id, state)| {
+            known.iter().find(|adapter| adapter.id == id).map(|adapter| (Arc::clone(&adapter.name), state))
+        };
         Some(WorkerStatus {
             name: Arc::clone(&worker.name),
             model: Arc::clone(&worker.pool_model),
@@ -139,6 +147,7 @@ impl Dispatch {
             engine: identity.as_ref().map(|identity| identity.engine.name()),
             engine_model: identity.as_ref().map(|identity| identity.model.clone()),
             takes_requests: takes_requests(&view),
+            adapters: view.adapters.iter().copied().filter_map(named).collect(),
             gpus,
             view,
         })

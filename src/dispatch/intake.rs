@@ -22,6 +22,7 @@ use tokio_util::task::TaskTracker;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::Dispatch;
+use super::adapters::{Change, LIST_EVERY, Places};
 use super::budget::Budget;
 use super::driver::Driver;
 use super::gpus::{Nodes, Tenant};
@@ -30,7 +31,7 @@ use super::micro_batch::MicroBatches;
 use super::recent::Recent;
 use super::workers::{Identity, Worker, Workers};
 use crate::config::GpuName;
-use crate::routing::EngineTokenizer;
+use crate::routing::{Adapter, EngineTokenizer};
 use crate::telemetry::{ModelMetrics, Registry, WorkerMetrics};
 
 /// Probes and notices that may wait for the task that carries them out. The core asks again for what is lost.
@@ -46,6 +47,10 @@ pub struct PoolSpec {
     pub model: Arc<str>,
     pub limits: PoolLimits,
     pub metrics: Arc<ModelMetrics>,
+    /// That its workers serve beside the model.
+    pub adapters: Arc<[Adapter]>,
+    /// How many of them one worker is given.
+    pub adapters_max: Option<u32>,
     pub workers: Vec<WorkerSpec>,
     /// The names of those that get nothing new.
     pub draining: HashSet<Arc<str>>,
@@ -125,6 +130,8 @@ struct Member {
 struct Pool {
     model: Arc<str>,
     block_tokens: u32,
+    adapters: Arc<[Adapter]>,
+    adapters_max: Option<u32>,
 }
 
 /// Puts configured pools and workers into the core and keeps their tasks.
@@ -234,10 +241,17 @@ impl Intake {
             members.pools.remove(&pool);
             self.driver.tell(Event::PoolLeft { pool });
         }
-        let mut joined = Vec::new();
+        let (mut joined, mut adapted) = (Vec::new(), Vec::new());
         for pool in pools {
-            let known = Pool { model: Arc::clone(&pool.model), block_tokens: pool.limits.block_tokens };
-            members.pools.insert(pool.pool, known);
+            let known = Pool {
+                model: Arc::clone(&pool.model),
+                block_tokens: pool.limits.block_tokens,
+                adapters: Arc::clone(&pool.adapters),
+                adapters_max: pool.adapters_max,
+            };
+            let before = members.pools.insert(pool.pool, known);
+            let other = |old: &Pool| (&old.adapters, old.adapters_max) != (&pool.adapters, pool.adapters_max);
+            adapted.extend(before.filter(other).map(|before| (pool.pool, before.adapters)));
             self.driver.tell(Event::PoolJoined { pool: pool.pool, limits: pool.limits.clone() });
             for spec in &pool.workers {
                 if !members.workers.values().any(|member| member.pool == pool.pool && member.spec == *spec) {
@@ -270,6 +284,10 @@ impl Intake {
         for (worker, draining) in turned {
             self.driver.tell(Event::WorkerDraining { worker, draining });
         }
+        drop(members);
+        for (pool, before) in adapted {
+            self.adapters_configured(pool, &before);
+        }
     }
 
     fn member(&self, id: WorkerId, pool: &PoolSpec, spec: &WorkerSpec) -> Member {
@@ -294,6 +312,7 @@ impl Intake {
                 server: Some(xxh3_64(spec.endpoint.to_string().as_bytes())),
                 ..forebay_scheduler::WorkerSpec::default()
             }),
+            places: Places::default(),
             returned: Notify::new(),
             traffic: Traffic::default(),
             metrics: WorkerMetrics::default(),
@@ -313,6 +332,8 @@ impl Intake {
             }
             Action::Wake { worker } => self.turn(*worker, Turn::Wake),
             Action::Sleep { worker } => self.turn(*worker, Turn::Sleep),
+            Action::LoadAdapter { worker, adapter } => self.change_adapter(*worker, *adapter, Change::Load),
+            Action::UnloadAdapter { worker, adapter } => self.change_adapter(*worker, *adapter, Change::Unload),
             Action::Send { .. } | Action::Refuse { .. } => {}
         }
     }
@@ -350,9 +371,10 @@ impl Intake {
         let healthy = match asked {
             None => return,
             Some(None) => false,
-            Some(Some(detected)) => {
+            Some(Some((detected, load))) => {
                 let first = worker.identity.load().is_none();
                 self.identified(&worker, &spec, &model, &detected).await;
+                self.adapters_listed(&worker, &detected.models, load);
                 self.look_asleep(&worker, &spec).await;
                 if first {
                     self.watch(&worker, &gone, detected.engine);
@@ -436,6 +458,7 @@ impl Intake {
             let Some(mut signals) = Signals::new(channel, engine, traffic, Pace::default()) else { return };
             signals = signals.of_rank(worker.rank);
             let mut cache = (None, None);
+            let (mut places, mut listed) = (None, Instant::now());
             let sleeps = worker.spec.lock().sleep.is_some();
             loop {
                 match signals.next().await {
@@ -450,6 +473,14 @@ impl Intake {
                         if says != (None, None) && says != cache {
                             cache = says;
                             intake.cache_size(&worker, &load).await;
+                        }
+                        if load.adapters_max != places {
+                            places = load.adapters_max;
+                            intake.places_said(&worker, places);
+                        }
+                        if listed.elapsed() >= LIST_EVERY {
+                            listed = Instant::now();
+                            intake.list_adapters(&worker).await;
                         }
                         let gauges = &worker.metrics;
                         gauges.running.set(f64::from(load.running));
@@ -502,14 +533,37 @@ impl Intake {
         self.members.lock().pools.get(&pool).map(|pool| Arc::clone(&pool.model))
     }
 
+    /// The adapters of a pool's model.
+    pub(super) fn adapters(&self, pool: PoolId) -> Arc<[Adapter]> {
+        self.members.lock().pools.get(&pool).map(|pool| Arc::clone(&pool.adapters)).unwrap_or_default()
+    }
+
+    /// How many of them one worker is given, where that is configured.
+    pub(super) fn places(&self, pool: PoolId) -> Option<u32> {
+        self.members.lock().pools.get(&pool)?.adapters_max
+    }
+
+    /// What ends the tasks of a worker.
+    pub(super) fn gone(&self, worker: WorkerId) -> Option<CancellationToken> {
+        Some(self.members.lock().workers.get(&worker)?.gone.clone())
+    }
+
+    pub(super) fn worker(&self, id: WorkerId) -> Option<Arc<Worker>> {
+        self.workers.get(id)
+    }
+
+    pub(super) fn workers_of(&self, pool: PoolId) -> Vec<Arc<Worker>> {
+        self.workers.of(pool)
+    }
+
     /// Tokens in one block of the hashes of a pool's prompts.
     pub(super) fn block_tokens(&self, pool: PoolId) -> Option<u32> {
         self.members.lock().pools.get(&pool).map(|pool| pool.block_tokens)
     }
 }
 
-/// Asks a worker who it is and whether it can serve; `None` when it cannot.
-async fn identify(channel: &Channel, spec: &WorkerSpec) -> Option<Detected> {
+/// Asks a worker who it is and whether it can serve, `None` when it cannot; and what it has to do, where that may be asked.
+async fn identify(channel: &Channel, spec: &WorkerSpec) -> Option<(Detected, Option<Load>)> {
     let asked = async {
         // A server whose engine is configured need not list its models.
         let detected = engines::detect(channel, spec.engine.and_then(engines::by_name)).await?;
@@ -520,7 +574,7 @@ async fn identify(channel: &Channel, spec: &WorkerSpec) -> Option<Detected> {
         let unasked = engine.load_drains() || spec.sleep.is_some();
         let load = if unasked { None } else { engines::load(channel, engine, None).await.ok().flatten() };
         let asleep = load.is_some_and(|load| load.sleeping);
-        Ok::<_, forebay_backends::Error>((!asleep).then_some(detected))
+        Ok::<_, forebay_backends::Error>((!asleep).then_some((detected, load)))
     };
     match asked.await {
         Ok(detected) => detected,

@@ -97,7 +97,7 @@ impl Intake {
                 KvSignal::Events(events) => {
                     let identity = worker.identity.load();
                     let adapter = identity.as_ref().and_then(|identity| identity.adapter.as_deref());
-                    let changes = view.rehash.apply(&events, adapter);
+                    let changes = view.rehash.apply(&events, (adapter, &self.adapters(worker.pool)));
                     self.changed(worker, &mut view, changes).await;
                     worker.metrics.kv_events.increment(events.len() as u64);
                 }

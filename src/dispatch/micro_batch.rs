@@ -358,6 +358,7 @@ async fn ask(dispatch: &Dispatch, seats: &[Seat], class: Class) -> Result<Vec<Op
         asked: &Arc::new(asked),
         body,
         api: first.api,
+        goes_on: false,
         headers: first.headers.clone(),
     };
     let tell = |step: Step| seats.iter().for_each(|seat| seat.tell(Word::Step(step.clone())));
@@ -395,6 +396,8 @@ fn named(api: Api) -> metrics::Api {
     match api {
         Api::Rerank => metrics::Api::Rerank,
         Api::Score => metrics::Api::Score,
+        Api::Pooling => metrics::Api::Pooling,
+        Api::Classify => metrics::Api::Classify,
         _ => metrics::Api::Embeddings,
     }
 }

@@ -69,6 +69,11 @@ impl Recent {
         kept.push_back(known);
     }
 
+    /// What is remembered of a request.
+    pub(super) fn find_request(&self, request: RequestId) -> Option<Arc<Known>> {
+        self.0.lock().iter().rev().find(|known| known.request == request).map(Arc::clone)
+    }
+
     /// The latest request of this name: clients may use theirs again.
     pub(super) fn find(&self, name: &str) -> Option<Arc<Known>> {
         self.0.lock().iter().rev().find(|known| known.names.iter().any(|known| known.as_str() == name)).map(Arc::clone)

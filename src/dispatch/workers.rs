@@ -1,5 +1,6 @@
 //! The workers as the shell knows them: name, connection, engine, and what it calls the model.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -12,7 +13,9 @@ use http::HeaderValue;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
+use super::adapters::Places;
 use super::driver::{Driver, takes_requests};
+use crate::routing::Model;
 use crate::telemetry::metrics::CLASSES;
 use crate::telemetry::{ModelMetrics, WorkerMetrics};
 
@@ -35,6 +38,7 @@ pub struct Worker {
     pub(super) identity: ArcSwapOption<Identity>,
     /// What the core knows of it; held while the core is told.
     pub(super) spec: Mutex<WorkerSpec>,
+    pub(super) places: Places,
     /// It answered a probe.
     pub(super) returned: Notify,
     /// Tells the polls of its load that requests go there.
@@ -57,13 +61,21 @@ pub(super) struct Identity {
     pub(super) server: Ways,
     /// What it calls the model.
     pub(super) model: String,
-    /// The same name, where that is a LoRA adapter's.
+    /// The same name, where that is a LoRA adapter's, so that the pool's only model is one.
     pub(super) adapter: Option<String>,
     /// All names that it lists of its models, of files and adapters, too; none where any name may stand in its answers.
     pub(super) names: Vec<String>,
 }
 
 impl Identity {
+    /// What a request for this model calls it.
+    pub(super) fn name_of(&self, model: &Model) -> Cow<'_, str> {
+        match &model.adapter {
+            Some(adapter) => self.engine.adapter_name(&self.model, &adapter.name).into(),
+            None => self.model.as_str().into(),
+        }
+    }
+
     /// Whether an answer that names this model is none of the worker's as it is known: then another engine stands where
     /// it stood.
     ///
@@ -105,6 +117,10 @@ impl Workers {
             count += 1;
         }
         (count > 0).then_some(count)
+    }
+
+    pub(super) fn of(&self, pool: PoolId) -> Vec<Arc<Worker>> {
+        self.table.load().values().filter(|worker| worker.pool == pool).cloned().collect()
     }
 
     pub(super) fn apply(&self, workers: &[Arc<Worker>], pools: Vec<(PoolId, Arc<ModelMetrics>)>) {

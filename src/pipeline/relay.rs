@@ -6,7 +6,8 @@
 //! for each; none waits for one that has still to come.
 //!
 //! Rules of a stream: it is a success when every choice has a finish reason and no error event came; then a missing
-//! `[DONE]` is added. Whatever else ends it, the client gets one error event and nothing after it.
+//! `[DONE]` is added. Whatever else ends it, the client gets one error event and nothing after it, unless another worker
+//! goes on with it (`continuation`).
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -18,7 +19,7 @@ use forebay_backends::engines::Answer;
 use forebay_proto::error::{ApiError, openai_event};
 use forebay_proto::peek::Span;
 use forebay_proto::splice::Edits;
-use forebay_proto::sse::{self, Event, Splitter};
+use forebay_proto::sse::{self, Event, Splitter, TooLong};
 use forebay_proto::stream::{self, Chunk, Completeness};
 use forebay_proto::tap::{self, Tap};
 use forebay_scheduler::{End, Failure};
@@ -26,6 +27,7 @@ use http_body::{Frame, SizeHint};
 use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
+use super::continuation::{Continuation, Rest};
 use crate::dispatch::{Place, Streamed, Whole};
 use crate::ledger::{Cost, Entry, Outcome};
 
@@ -38,6 +40,7 @@ const GLUED_BYTES_MAX: usize = 8 << 10;
 /// hyper's server asks a body twice in one turn of its task (1.12); the connection to the worker has its own turn only
 /// then.
 const ASKS_FOR_MORE: u8 = 2;
+const SHUTTING_DOWN: &str = "the gateway is shutting down";
 const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
 
 /// A streamed answer.
@@ -57,12 +60,15 @@ pub struct StreamRelay {
     glued: Glued,
     /// How often more was asked for since something came; see [`ASKS_FOR_MORE`].
     asked: u8,
+    continuation: Option<Box<Continuation>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     /// Events pass.
     Flowing,
+    /// It broke off, and the rest is looked for.
+    Seeking,
     /// The client has everything; the engine's end of the body is still awaited, so that its connection can be used
     /// again.
     Ending,
@@ -96,7 +102,14 @@ impl StreamRelay {
             closing: Closing::new(closing),
             glued: Glued::default(),
             asked: 0,
+            continuation: None,
         }
+    }
+
+    /// The same, to be gone on with where it breaks off.
+    #[must_use]
+    pub fn going_on(self, continuation: Option<Box<Continuation>>) -> Self {
+        Self { continuation, ..self }
     }
 
     #[must_use]
@@ -107,26 +120,33 @@ impl StreamRelay {
     /// What the client gets of one event.
     fn pass(&mut self, event: &Event) -> Option<Bytes> {
         if !event.well_formed {
-            return Some(self.cut("the worker sent garbage", Failure::Malformed));
+            return self.cut("the worker sent garbage", Failure::Malformed);
         }
+        let told = self.continuation.as_mut().and_then(|continuation| continuation.hear(event));
+        let event = told.as_ref().unwrap_or(event);
         let Some(data) = &event.data else { return Some(event.raw.clone()) };
         match stream::read(data) {
             Chunk::Done if self.completeness.complete() => {
                 self.succeed(State::Ending);
                 Some(event.raw.clone())
             }
-            Chunk::Done => {
-                Some(self.cut("the worker ended the stream before the answer was finished", Failure::Malformed))
-            }
-            Chunk::Error { error, .. } => {
+            Chunk::Done => self.cut("the worker ended the stream before the answer was finished", Failure::Malformed),
+            Chunk::Error { error, status } => {
                 let code = error.code.or_else(|| Some("upstream_error".to_owned()));
-                Some(self.fail(&ApiError { code, ..error }, Failure::Status5xx))
+                let error = ApiError { code, ..error };
+                // The request itself may be at fault.
+                let is_refusal = status.is_some_and(|status| (400..500).contains(&status));
+                if is_refusal {
+                    Some(self.fail(&error, Failure::Status5xx))
+                } else {
+                    self.broke(&error, Failure::Status5xx)
+                }
             }
             Chunk::Malformed => {
                 self.malformed += 1;
                 tracing::warn!(request = self.entry.name().as_str(), "skipped a stream event that is not JSON");
-                (self.malformed >= MALFORMED_IN_A_ROW_MAX)
-                    .then(|| self.cut("the worker sent garbage", Failure::Malformed))
+                let is_garbage = self.malformed >= MALFORMED_IN_A_ROW_MAX;
+                if is_garbage { self.cut("the worker sent garbage", Failure::Malformed) } else { None }
             }
             Chunk::Delta(delta) => {
                 self.malformed = 0;
@@ -145,11 +165,11 @@ impl StreamRelay {
     }
 
     /// The next whole event that has come, if any.
-    fn event(&mut self) -> Result<Option<Event>, Bytes> {
-        if let Some(event) = self.first.pop_front() {
-            return Ok(Some(event));
+    fn event(&mut self) -> Result<Option<Event>, TooLong> {
+        match self.first.pop_front() {
+            Some(event) => Ok(Some(event)),
+            None => self.splitter.next(),
         }
-        self.splitter.next().map_err(|_| self.cut("the worker sent an event without end", Failure::Malformed))
     }
 
     /// The upstream has ended; says what the client still has to get.
@@ -171,28 +191,72 @@ impl StreamRelay {
                 self.succeed(State::Over);
                 DONE
             } else {
-                self.cut("the worker broke off before the answer was finished", Failure::Reset)
+                let broke_off = "the worker broke off before the answer was finished";
+                self.cut(broke_off, Failure::Reset).unwrap_or_default()
             };
             bytes = if bytes.is_empty() { end } else { [bytes, end].concat().into() };
         }
-        self.over();
+        if self.state != State::Seeking {
+            self.over();
+        }
         bytes
     }
 
     fn succeed(&mut self, next: State) {
         self.entry.end(Outcome::Completed, 200);
-        self.place.ended(finished(&self.entry));
+        let before = self.continuation.as_ref().map_or(0, |continuation| continuation.tokens_before());
+        self.place.ended(finished(&self.entry, before));
         self.state = next;
     }
 
-    fn cut(&mut self, message: &str, failure: Failure) -> Bytes {
-        let error = ApiError {
-            message: message.to_owned(),
-            kind: "server_error".to_owned(),
-            param: None,
-            code: Some("upstream_error".to_owned()),
+    fn cut(&mut self, message: &str, failure: Failure) -> Option<Bytes> {
+        self.broke(&broken_off(message), failure)
+    }
+
+    /// The stream cannot go on as it is: what the client is told, unless the rest may be had elsewhere.
+    fn broke(&mut self, error: &ApiError, failure: Failure) -> Option<Bytes> {
+        let Some(continuation) = self.continuation.as_mut().filter(|_| !self.completeness.complete()) else {
+            return Some(self.fail(error, failure));
         };
-        self.fail(&error, failure)
+        let nothing = self.place.given_back();
+        let place = std::mem::replace(&mut self.place, nothing);
+        match continuation.seek(place, (error.clone(), failure), self.entry.row().attempts) {
+            Ok(()) => {
+                self.over();
+                self.state = State::Seeking;
+                None
+            }
+            Err(place) => {
+                self.place = place;
+                Some(self.fail(error, failure))
+            }
+        }
+    }
+
+    /// Goes on where the rest of the answer is, once that is known; or says what the client is told instead.
+    fn poll_rest(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        let found = match &mut self.continuation {
+            Some(continuation) => continuation.poll(context, &mut self.entry),
+            None => Poll::Ready(None),
+        };
+        match found {
+            Poll::Pending if self.closing.poll(context).is_ready() => {
+                Poll::Ready(Some(self.fail(&broken_off(SHUTTING_DOWN), Failure::Reset)))
+            }
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Some(Rest::Streamed(place, streamed))) => {
+                let Streamed { first, splitter, body } = *streamed;
+                (self.place, self.first, self.splitter, self.upstream) = (place, first, splitter, Some(body));
+                (self.state, self.malformed) = (State::Flowing, 0);
+                Poll::Ready(None)
+            }
+            Poll::Ready(Some(Rest::Ended(events))) => {
+                (self.first, self.state, self.continuation) = (events, State::Flowing, None);
+                Poll::Ready(None)
+            }
+            Poll::Ready(Some(Rest::None(error, failure))) => Poll::Ready(Some(self.fail(&error, failure))),
+            Poll::Ready(None) => Poll::Ready(Some(self.fail(&broken_off("the answer broke off"), Failure::Reset))),
+        }
     }
 
     fn fail(&mut self, error: &ApiError, failure: Failure) -> Bytes {
@@ -239,14 +303,22 @@ impl StreamRelay {
 
     fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
         loop {
+            if self.state == State::Seeking {
+                match std::task::ready!(self.poll_rest(context)) {
+                    Some(last) => return Poll::Ready(Some(last)),
+                    None => continue,
+                }
+            }
             if self.state == State::Flowing {
-                match self.event() {
-                    Ok(Some(event)) => match self.pass(&event) {
-                        Some(bytes) => return Poll::Ready(Some(bytes)),
-                        None => continue,
-                    },
-                    Ok(None) => {}
-                    Err(last) => return Poll::Ready(Some(last)),
+                let passed = match self.event() {
+                    Ok(Some(event)) => Some(self.pass(&event)),
+                    Ok(None) => None,
+                    Err(_) => Some(self.cut("the worker sent an event without end", Failure::Malformed)),
+                };
+                match passed {
+                    Some(Some(bytes)) => return Poll::Ready(Some(bytes)),
+                    Some(None) => continue,
+                    None => {}
                 }
             }
             let Some(upstream) = &mut self.upstream else { return Poll::Ready(None) };
@@ -254,8 +326,17 @@ impl StreamRelay {
                 (Poll::Pending, _) => return self.poll_limits(context),
                 (Poll::Ready(Some(Ok(bytes))), State::Flowing) => self.splitter.push(bytes),
                 (Poll::Ready(Some(Ok(_))), _) => {}
-                (Poll::Ready(None), State::Flowing) => return Poll::Ready(Some(self.finish())),
-                (Poll::Ready(Some(Err(error))), State::Flowing) => return Poll::Ready(Some(self.broken(&error))),
+                (Poll::Ready(None), State::Flowing) => {
+                    let last = self.finish();
+                    if !last.is_empty() {
+                        return Poll::Ready(Some(last));
+                    }
+                }
+                (Poll::Ready(Some(Err(error))), State::Flowing) => {
+                    if let Some(last) = self.broken(&error) {
+                        return Poll::Ready(Some(last));
+                    }
+                }
                 (Poll::Ready(_), _) => self.over(),
             }
         }
@@ -264,7 +345,7 @@ impl StreamRelay {
     /// Nothing is there to send: the clocks that end a stream all the same.
     fn poll_limits(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
         if self.state == State::Flowing && self.closing.poll(context).is_ready() {
-            return Poll::Ready(Some(self.cut("the gateway is shutting down", Failure::Reset)));
+            return Poll::Ready(Some(self.fail(&broken_off(SHUTTING_DOWN), Failure::Reset)));
         }
         if self.completeness.complete() {
             let sleep = self.after_finish.get_or_insert_with(|| Box::pin(tokio::time::sleep(AFTER_FINISH_MAX)));
@@ -279,9 +360,9 @@ impl StreamRelay {
         Poll::Pending
     }
 
-    fn broken(&mut self, error: &forebay_backends::Error) -> Bytes {
+    fn broken(&mut self, error: &forebay_backends::Error) -> Option<Bytes> {
         if self.completeness.complete() {
-            return self.finish();
+            return Some(self.finish());
         }
         let message = match error {
             forebay_backends::Error::Timeout { .. } => "the worker went silent before the answer was finished",
@@ -367,13 +448,22 @@ fn without(event: &Event, data: &Bytes, member: Span) -> Bytes {
     raw.freeze()
 }
 
-/// The end of an answer that is complete, with the tokens that its row says.
-fn finished(entry: &Entry) -> End {
+fn broken_off(message: &str) -> ApiError {
+    ApiError {
+        message: message.to_owned(),
+        kind: "server_error".to_owned(),
+        param: None,
+        code: Some("upstream_error".to_owned()),
+    }
+}
+
+/// The end of an answer that is complete, with the tokens that its row says but for those of workers before.
+fn finished(entry: &Entry, before: u32) -> End {
     let row = entry.row();
     End::Finished {
         prompt_tokens: row.prompt_tokens,
         cached_tokens: row.cached_tokens,
-        output_tokens: row.output_tokens,
+        output_tokens: row.output_tokens.saturating_sub(before),
     }
 }
 
@@ -442,7 +532,7 @@ impl WholeRelay {
     fn complete(&mut self) {
         self.entry.used(self.tap.take().and_then(Tap::finish));
         self.entry.end(Outcome::Completed, 200);
-        self.place.ended(finished(&self.entry));
+        self.place.ended(finished(&self.entry, 0));
     }
 
     /// The status line is out: only a cut connection tells the client that this is not the whole answer.

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::relay::{StreamRelay, WholeRelay};
-use super::{Call, Error, Pipeline};
+use super::{Begun, Call, Error, Pipeline};
 use crate::cache::{self, Coalescing, Key, Left, Next, Seat};
 use crate::dispatch::{self, Opened, Reply, Worker};
 use crate::ledger::{Cost, Entry, Outcome};
@@ -182,8 +182,8 @@ async fn carry(
         }
     };
     drop(opening);
-    let (route, opened) = match opened {
-        Ok(opened) => opened,
+    let Begun { route, opened, continuation } = match opened {
+        Ok(begun) => begun,
         Err(error) => return pilot.head(Err(error), Some(entry.cost())),
     };
     let Opened { place, worker, queued, predicted_wait, matched_tokens, reply } = opened;
@@ -196,7 +196,7 @@ async fn carry(
     let closing = pipeline.shared.closing.clone();
     match reply {
         Reply::Stream(streamed) => {
-            let relay = StreamRelay::new(entry, place, streamed, choices, hide_usage, closing);
+            let relay = StreamRelay::new(entry, place, streamed, choices, hide_usage, closing).going_on(continuation);
             hand_on(relay, StreamRelay::cost, pilot).await;
         }
         Reply::Whole(whole) => hand_on(WholeRelay::new(entry, place, whole, closing), WholeRelay::cost, pilot).await,

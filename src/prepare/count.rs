@@ -10,6 +10,9 @@ use forebay_tokens::{Chat, Prompt as Rendered, Special, Tokenizer};
 use super::{Asked, BYTES_PER_TOKEN, Error, hashes};
 use crate::routing::Model;
 
+/// Tokens of a prompt's end that show how what follows is read: more than a character or a word has.
+const SEAM_TOKENS: usize = 32;
+
 /// What a request costs before it is generated.
 pub(super) struct Counted {
     /// All prompts together.
@@ -153,6 +156,31 @@ pub(super) fn written(tokenizer: &Arc<Tokenizer>, asked: &Asked, body: &[u8], fo
         _ => {}
     }
     Ok(written)
+}
+
+/// The ids of a prompt and of the beginning of its answer.
+#[derive(Debug)]
+pub struct SaidIds {
+    pub ids: Vec<u32>,
+    /// How many of them are the prompt's.
+    pub prompt_tokens: usize,
+}
+
+/// The ids of a prompt and of what was said after it.
+pub(super) fn said(
+    tokenizer: &Arc<Tokenizer>,
+    asked: &Asked,
+    body: &[u8],
+    said: &str,
+) -> Result<Option<SaidIds>, Error> {
+    let Some(mut ids) = written(tokenizer, asked, body, Form::Ids)?.ids else { return Ok(None) };
+    let prompt_tokens = ids.len();
+    ids.extend(tokenizer.encode(said, Special::Omit)?);
+    // Some tokenizers put a space before a text.
+    let end = ids.get(prompt_tokens.saturating_sub(SEAM_TOKENS)..).unwrap_or_default();
+    let before = ids.get(prompt_tokens.saturating_sub(SEAM_TOKENS)..prompt_tokens).unwrap_or_default();
+    let (before, both) = (tokenizer.decode(before, Special::Add)?, tokenizer.decode(end, Special::Add)?);
+    Ok((both.strip_prefix(&*before) == Some(said)).then_some(SaidIds { ids, prompt_tokens }))
 }
 
 /// A conversation as its engine will render and count it.

@@ -39,7 +39,7 @@ const TASKS: &str = "forebay_tasks";
 /// Status codes that answers can have; 499 is "the client left" (nginx's number). Others count as `other`.
 const CODES: [u16; 16] = [200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 499, 500, 501, 502, 503, 504];
 /// Reasons for a retry, as `forebay_retries_total{reason}` names them.
-pub const RETRY_REASONS: [&str; 10] = [
+pub const RETRY_REASONS: [&str; 11] = [
     "connect",
     "reset",
     "timeout",
@@ -48,6 +48,7 @@ pub const RETRY_REASONS: [&str; 10] = [
     "malformed",
     "denied",
     "other_model",
+    "no_adapter",
     "unsupported",
     "hedge",
 ];
@@ -57,7 +58,7 @@ pub const FAILOVER_REASONS: [&str; 5] = ["context_length", "unavailable", "error
 pub const CLASSES: [&str; 3] = ["interactive", "default", "batch"];
 
 /// What can leave together, as `forebay_micro_batch_size{kind}` names it.
-const MICRO_BATCH_KINDS: [Api; 3] = [Api::Embeddings, Api::Rerank, Api::Score];
+const MICRO_BATCH_KINDS: [Api; 5] = [Api::Embeddings, Api::Rerank, Api::Score, Api::Pooling, Api::Classify];
 
 /// Where a request came in, as metrics and the ledger name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -67,13 +68,24 @@ pub enum Api {
     Embeddings,
     Rerank,
     Score,
+    Pooling,
+    Classify,
     Tokenize,
     Detokenize,
 }
 
 impl Api {
-    pub const ALL: [Self; 7] =
-        [Self::Chat, Self::Completions, Self::Embeddings, Self::Rerank, Self::Score, Self::Tokenize, Self::Detokenize];
+    pub const ALL: [Self; 9] = [
+        Self::Chat,
+        Self::Completions,
+        Self::Embeddings,
+        Self::Rerank,
+        Self::Score,
+        Self::Pooling,
+        Self::Classify,
+        Self::Tokenize,
+        Self::Detokenize,
+    ];
 
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -83,6 +95,8 @@ impl Api {
             Self::Embeddings => "embeddings",
             Self::Rerank => "rerank",
             Self::Score => "score",
+            Self::Pooling => "pooling",
+            Self::Classify => "classify",
             Self::Tokenize => "tokenize",
             Self::Detokenize => "detokenize",
         }

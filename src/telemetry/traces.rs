@@ -11,17 +11,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use forebay_backends::transport::{Channel, Outgoing};
+use forebay_backends::transport::Channel;
 use forebay_proto::otlp::{
-    self, ExportTraces, KeyValue, Kind, Resource, ResourceSpans, Scope, ScopeSpans, Span, Value,
+    self, ExportTraces, Exported, KeyValue, Kind, Resource, ResourceSpans, Scope, ScopeSpans, Span, Value,
 };
 use forebay_proto::trace_context::TraceParent;
-use http::header::{CONTENT_TYPE, HeaderName};
-use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use metrics::Counter;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
 use super::metrics::Api;
 
@@ -33,8 +30,8 @@ const BATCH_MAX: usize = 256;
 const GATHER: Duration = Duration::from_secs(1);
 /// How long a collector may take.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
-const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
-const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+/// A collector's answer says how many spans it did not take, and why.
+const ANSWER_BYTES_MAX: usize = 64 << 10;
 /// Spans beside attempts are numbered from here on.
 const OTHERS_FROM: u64 = 256;
 
@@ -181,6 +178,8 @@ impl Trace {
             Api::Embeddings => ("embeddings", "/v1/embeddings"),
             Api::Rerank => ("rerank", "/v1/rerank"),
             Api::Score => ("score", "/v1/score"),
+            Api::Pooling => ("pooling", "/pooling"),
+            Api::Classify => ("classify", "/v1/classify"),
             Api::Chat | Api::Tokenize | Api::Detokenize => ("chat", "/v1/chat/completions"),
         };
         let mut attributes = vec![
@@ -283,21 +282,20 @@ async fn send(channel: Channel, mut waiting: mpsc::Receiver<Box<Trace>>, dropped
         {}
         let mut spans = Vec::new();
         batch.drain(..).for_each(|trace| trace.spans(&mut spans));
-        let count = spans.len() as u64;
-        let refused =
-            timeout(EXPORT_TIMEOUT, export(&channel, spans)).await.unwrap_or(Some("it takes too long".into()));
-        if let Some(reason) = &refused {
-            dropped.increment(count);
+        let refused = export(&channel, spans).await;
+        if let Some((count, reason)) = &refused {
+            dropped.increment(*count);
             if is_well {
-                tracing::warn!(reason, "the collector takes no traces, they are dropped until it does");
+                tracing::warn!(reason, count, "the collector does not take all traces, what it refuses is dropped");
             }
         }
         is_well = refused.is_none();
     }
 }
 
-/// Why the collector did not take the spans, if so.
-async fn export(channel: &Channel, spans: Vec<Span>) -> Option<String> {
+/// How many of the spans the collector did not take, and why.
+async fn export(channel: &Channel, spans: Vec<Span>) -> Option<(u64, String)> {
+    let count = spans.len() as u64;
     let resource = Resource {
         attributes: vec![text("service.name", "forebay"), text("service.version", env!("CARGO_PKG_VERSION"))],
     };
@@ -305,19 +303,12 @@ async fn export(channel: &Channel, spans: Vec<Span>) -> Option<String> {
     let spans = ScopeSpans { scope: Some(scope), spans };
     let message =
         ExportTraces { resource_spans: vec![ResourceSpans { resource: Some(resource), scope_spans: vec![spans] }] };
-    let call = Outgoing {
-        method: Method::POST,
-        path: PathAndQuery::from_static(otlp::EXPORT_PATH),
-        headers: HeaderMap::from_iter([(CONTENT_TYPE, GRPC)]),
-        body: message.framed(),
-    };
-    match channel.send(call).await {
-        Err(error) => Some(error.to_string()),
-        Ok(answer) if answer.status != StatusCode::OK => Some(answer.status.to_string()),
-        // A call that failed before it had an answer says so in its head.
-        Ok(answer) => match answer.headers.get(GRPC_STATUS).filter(|status| *status != "0") {
-            Some(status) => Some(format!("gRPC status {}", status.to_str().unwrap_or_default())),
-            None => answer.body.collect(64 << 10).await.err().map(|error| error.to_string()),
-        },
+    match channel.call::<Exported>(otlp::EXPORT_PATH, &message, EXPORT_TIMEOUT, ANSWER_BYTES_MAX).await {
+        Ok(Exported { partial_success: None }) => None,
+        Ok(Exported { partial_success: Some(partial) }) => {
+            let rejected = u64::try_from(partial.rejected_spans).unwrap_or(0);
+            (rejected > 0).then_some((rejected, partial.error_message))
+        }
+        Err(error) => Some((count, error.to_string())),
     }
 }

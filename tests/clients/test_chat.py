@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from clients import joined, sdk
+from processes import Gateway, Worker, model
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a forebay? 水と 🌊"}]
 
@@ -231,3 +232,24 @@ def test_twenty_streams_at_once(gateway, direct, workers, run):
     for messages, (text, reasons) in zip(questions, answers):
         assert reasons == ["stop"]
         assert text == ask(direct, messages=messages).choices[0].message.content
+
+
+def test_stream_that_goes_on_elsewhere(start):
+    workers = [start(Worker("--recite")) for _ in range(2)]
+    gateway = start(Gateway(model(workers, continue_streams=True)))
+    client = start(sdk(gateway.url))
+    expected = ask(client, max_tokens=20)
+    for worker in workers:
+        # Chats break off; what is left is no chat.
+        worker.faults({"kind": {"cut": {"after": 6}}, "path": "/v1/chat/completions"})
+    with ask(client, max_tokens=20, stream=True, stream_options={"include_usage": True}) as stream:
+        chunks = list(stream)
+    assert joined(chunks) == (expected.choices[0].message.content, ["length"])
+    assert len({chunk.id for chunk in chunks}) == len({chunk.created for chunk in chunks}) == 1
+    assert [chunk.choices[0].delta.role for chunk in chunks if chunk.choices and chunk.choices[0].delta.role] == ["assistant"]
+    marks = [(chunk.model_extra or {}).get("forebay") for chunk in chunks]
+    assert marks[0] is None and marks[-1]["continued"] == 1 and marks[-1]["worker"] in ("w0", "w1")
+    usage = chunks[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (expected.usage.prompt_tokens, 20)
+    row = gateway.row(stream.response.headers["x-request-id"])
+    assert (row["outcome"], row["attempts"], row["output_tokens"]) == ("completed", 2, 20)

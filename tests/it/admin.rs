@@ -196,9 +196,10 @@ fn a_decision_is_explained_by_the_name_the_client_saw() {
     assert!(said.starts_with("my-own.id:7\n"), "{said}");
     assert!(said.contains(&format!("sent to {worker}, 0.0")), "{said}");
     assert_eq!(said.lines().filter(|line| line.starts_with(&format!("* {worker} "))).count(), 1, "{said}");
-    for word in ["decision 1: arrival", "drain", "overlap", "SCORE"] {
+    for word in ["decision 1: arrival", "prefill", "overlap", "SCORE"] {
         assert!(said.contains(word), "no {word} in\n{said}");
     }
+    assert!(!said.contains("adapter"), "what is nothing everywhere is left out: {said}");
     assert!(said.lines().all(|line| line.len() <= 120), "{said}");
 
     // A name that is used again means the latest request.

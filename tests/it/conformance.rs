@@ -34,7 +34,7 @@ const ENGINES: [(&str, Option<&str>); 10] = [
 
 type Check = fn(&Setting) -> Cell;
 
-const COLUMNS: [(&str, Check); 17] = [
+const COLUMNS: [(&str, Check); 19] = [
     ("chat", chat),
     ("completions", completions),
     ("stream", stream),
@@ -47,6 +47,8 @@ const COLUMNS: [(&str, Check); 17] = [
     ("embeddings", embeddings),
     ("rerank", rerank),
     ("score", score),
+    ("pooling", pooling),
+    ("classify", classify),
     ("errors", errors),
     ("abort", abort),
     ("usage", usage),
@@ -283,6 +285,27 @@ fn score(on: &Setting) -> Cell {
     let body = json!({"model": "m", "text_1": "river", "text_2": ["a stone", "a river"]});
     cell(on.ask("/v1/score", &body).map(|answer| {
         assert_eq!(answer["data"].as_array().map(Vec::len), Some(2), "{answer}");
+    }))
+}
+
+fn pooling(on: &Setting) -> Cell {
+    cell(on.ask("/pooling", &json!({"model": "m", "input": ["a stone", "a river"]})).map(|answer| {
+        let data = answer["data"].as_array().expect("a list");
+        assert!(data.len() == 2 && data.iter().all(|item| item["data"].is_array()), "{answer}");
+        assert!(answer["usage"]["prompt_tokens"].as_u64() > Some(0), "{answer}");
+    }))
+}
+
+fn classify(on: &Setting) -> Cell {
+    let body = json!({"model": "m", "input": ["a stone", "a river"]});
+    let asked = ["/v1/classify", "/classify"].map(|path| on.ask(path, &body));
+    cell(asked.into_iter().try_for_each(|answer| {
+        let answer = answer?;
+        let data = answer["data"].as_array().expect("a list");
+        let is_class = |item: &Value| item["label"].is_string() && item["probs"].is_array();
+        assert!(data.len() == 2 && data.iter().all(is_class), "{answer}");
+        assert!(answer["usage"]["prompt_tokens"].as_u64() > Some(0), "{answer}");
+        Ok(())
     }))
 }
 

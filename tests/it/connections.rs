@@ -11,7 +11,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio_util::task::TaskTracker;
 
 use super::support::body::{ANSWER, chat};
-use super::support::process::{Gateway, model, tokenizer};
+use super::support::eventually;
+use super::support::process::{Gateway, Worker, model, tokenizer};
 use super::support::recorder::{Recorder, Step, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -48,6 +49,33 @@ fn a_connection_that_the_worker_just_closed_goes_unnoticed() {
 }
 
 /// Who hangs up on a new connection did not close an idle one.
+#[test]
+fn a_name_that_leads_elsewhere_is_followed() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let hosts = directory.path().join("hosts");
+    let leads_to = |address: &str| std::fs::write(&hosts, format!("{address} worker.example\n")).expect("written");
+    leads_to("127.0.0.1");
+    let first = Worker::start(&["--model", "m"]);
+    let port = first.address.port();
+    let models =
+        format!("[[model]]\nname = \"m\"\n[[model.worker]]\nname = \"w\"\nurl = \"http://worker.example:{port}\"\n");
+    let Some(gateway) = Gateway::start_with_hosts(&hosts, &models) else {
+        println!("skipped: a mount namespace is needed");
+        return;
+    };
+    assert_eq!(gateway.post(CHAT, &chat("first", "")).status, 200);
+    assert_eq!(first.finished(), 1);
+
+    // The server goes, and comes back elsewhere under its name.
+    let second = Recorder::start_at(([127, 0, 0, 2], port).into(), "m", vec![json("200 OK", ANSWER)]);
+    leads_to("127.0.0.2");
+    drop(first);
+    eventually("an answer from where the name leads now", || {
+        (gateway.post(CHAT, &chat("second", "")).status == 200).then_some(())
+    });
+    assert_eq!(second.posts().iter().filter(|post| post.path() == CHAT).count(), 1);
+}
+
 #[test]
 fn a_new_connection_that_closes_is_a_failure() {
     let recorder = Recorder::start("m", vec![vec![Step::Reset]]);

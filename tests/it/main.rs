@@ -8,6 +8,7 @@
     reason = "a test that finds something else than it expects fails"
 )]
 
+mod adapters;
 mod admin;
 mod agent;
 mod architecture;
@@ -17,6 +18,7 @@ mod cli;
 mod coalesce;
 mod conformance;
 mod connections;
+mod continuation;
 mod discovery;
 mod drain;
 mod engine_errors;

@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
-use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
+use opentelemetry_proto::tonic::collector::trace::v1::{
+    ExportTracePartialSuccess, ExportTraceServiceRequest, ExportTraceServiceResponse,
+};
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use opentelemetry_proto::tonic::trace::v1::Span;
 use tokio_util::task::TaskTracker;
@@ -25,6 +27,8 @@ const PARENT: &str = "00f067aa0ba902b7";
 #[derive(Clone, Default)]
 struct Collector {
     exports: Arc<Mutex<Vec<ExportTraceServiceRequest>>>,
+    /// Of each export.
+    rejects: i64,
 }
 
 #[tonic::async_trait]
@@ -34,13 +38,19 @@ impl TraceService for Collector {
         request: Request<ExportTraceServiceRequest>,
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
         self.exports.lock().unwrap().push(request.into_inner());
-        Ok(Response::new(ExportTraceServiceResponse::default()))
+        let partial = ExportTracePartialSuccess { rejected_spans: self.rejects, error_message: "too many".to_owned() };
+        let partial_success = (self.rejects > 0).then_some(partial);
+        Ok(Response::new(ExportTraceServiceResponse { partial_success }))
     }
 }
 
 impl Collector {
     async fn start() -> (Self, SocketAddr) {
-        let collector = Self::default();
+        Self::that_rejects(0).await
+    }
+
+    async fn that_rejects(rejects: i64) -> (Self, SocketAddr) {
+        let collector = Self { rejects, ..Self::default() };
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let service = TraceServiceServer::new(collector.clone());
@@ -172,7 +182,18 @@ fn without_a_collector_requests_are_served_and_spans_counted() {
         Some(gateway.metric("forebay_spans_dropped_total")).filter(|dropped| *dropped >= 50.0)
     });
     assert_eq!(dropped, 50.0, "five of each request");
-    assert!(gateway.process.err().contains("the collector takes no traces"), "{}", gateway.process.err());
+    assert!(gateway.process.err().contains("the collector does not take all traces"), "{}", gateway.process.err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_that_a_collector_does_not_take_are_counted() {
+    let (collector, address) = Collector::that_rejects(2).await;
+    let recorder = Recorder::start("m", vec![json("200 OK", ANSWER)]);
+    let gateway = start(&recorder, address, "");
+    let answer = gateway.post(CHAT, &chat("a", ""));
+    collector.spans(answer.header("x-request-id").expect("every answer is named"));
+    eventually("two of them to be dropped", || (gateway.metric("forebay_spans_dropped_total") == 2.0).then_some(()));
+    assert!(gateway.process.err().contains("too many"), "{}", gateway.process.err());
 }
 
 #[test]

@@ -116,6 +116,7 @@ fn log(service: &Service) -> Value {
     json!({
         "connections": read(&log.connections),
         "sleep": service.sleep.describe(),
+        "adapters": service.adapters.describe(),
         "bytes_received": read(&log.bytes_received),
         "requests": {"begun": read(&log.begun), "finished": read(&log.finished), "aborted": read(&log.aborted)},
         "sequences": {

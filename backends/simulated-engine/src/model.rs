@@ -52,6 +52,7 @@ pub(crate) struct Model {
     end: u32,
     vocabulary: u32,
     sentences: Vec<Sentence>,
+    recites: bool,
 }
 
 /// Something to say, in tokens.
@@ -94,11 +95,30 @@ impl Model {
         let end = end_token(&config).and_then(|token| tokenizer.id(&token)).ok_or(ModelError::NoEnd)?;
         let vocabulary = u32::try_from(tokenizer.vocabulary_size()).unwrap_or(u32::MAX).max(1);
         let tokenizer = Arc::new(tokenizer.with_cache(Arc::new(Cache::new(CACHE_BYTES))));
-        let mut model = Self { tokenizer, end, vocabulary, sentences: Vec::new() };
+        let mut model = Self { tokenizer, end, vocabulary, sentences: Vec::new(), recites: false };
         let sentence =
             |line: &str| Sentence { first: model.encode(line, false), next: model.encode(&format!(" {line}"), false) };
         model.sentences = PROSE.lines().map(sentence).collect();
         Ok(model)
+    }
+
+    /// The same, saying one text to everybody.
+    pub(crate) fn reciting(self, recites: bool) -> Self {
+        Self { recites, ..self }
+    }
+
+    /// What a model that recites says next: all of its text, or the rest where the prompt ends within it.
+    pub(crate) fn recited(&self, prompt: &[u32]) -> Option<String> {
+        if !self.recites {
+            return None;
+        }
+        let text = PROSE.replace('\n', " ");
+        let prompt = self.decode(prompt);
+        let said = text.char_indices().rev().map(|(at, _)| at).find(|at| {
+            let (said, _) = text.split_at_checked(*at).unwrap_or_default();
+            prompt.ends_with(said)
+        });
+        text.get(said?..).map(str::to_owned)
     }
 
     /// The ids of a text. A text that the tokenizer cannot write has none.

@@ -43,6 +43,8 @@ pub struct Options {
     pub timing: EngineConfig,
     /// Equal seeds give equal texts for equal prompts.
     pub seed: u64,
+    /// Says one text to everybody, and goes on with it where a prompt ends within it.
+    pub recite: bool,
     /// How many times faster than the timing model says the server runs; more than zero.
     pub speed: f64,
     /// How long an answer is that nothing else bounds, end token included.
@@ -72,6 +74,14 @@ pub struct Options {
     pub wake_time: Duration,
     /// Time to fall asleep.
     pub sleep_time: Duration,
+    /// vLLM's `--lora-modules`: names and paths of the LoRA adapters that it begins with.
+    pub adapters: Vec<(String, String)>,
+    /// vLLM's `VLLM_ALLOW_RUNTIME_LORA_UPDATING`: whether it loads and unloads others when asked.
+    pub adapter_updates: bool,
+    /// Time to load one.
+    pub adapter_load_time: Duration,
+    /// vLLM's `--max-loras`: adapters that one batch may have.
+    pub adapters_max: u32,
     pub faults: Vec<Fault>,
     /// Refuses connections for this long after the start.
     pub refuse_at_start: Option<Duration>,
@@ -86,6 +96,7 @@ impl Default for Options {
             max_model_len: 32_768,
             timing: EngineConfig::default(),
             seed: 0,
+            recite: false,
             speed: 1.0,
             output_tokens: 20..=120,
             embedding_dimensions: 32,
@@ -100,6 +111,10 @@ impl Default for Options {
             asleep: false,
             wake_time: Duration::ZERO,
             sleep_time: Duration::ZERO,
+            adapters: Vec::new(),
+            adapter_updates: false,
+            adapter_load_time: Duration::ZERO,
+            adapters_max: 1,
             faults: Vec::new(),
             refuse_at_start: None,
         }

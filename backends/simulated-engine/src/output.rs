@@ -65,6 +65,9 @@ pub(crate) fn prose(
     natural: &std::ops::RangeInclusive<u32>,
     limits: &Limits,
 ) -> Output {
+    if let Some(text) = model.recited(prompt) {
+        return fixed(model, "", &text, limits);
+    }
     let mut draw = Draw(hash(prompt, seed));
     let span = u64::from(natural.end().saturating_sub(*natural.start())) + 1;
     let length = natural.start().saturating_add(u32::try_from(draw.below(span)).unwrap_or(0)).max(1);
@@ -238,6 +241,18 @@ mod tests {
         let bound = say(&model, &Limits { stop: vec!["zzzz".to_owned()], ..limits(300) });
         assert_eq!((bound.text(), bound.ids(), bound.finish), (free.text(), free.ids(), free.finish));
         assert_ne!(bound.tokens, free.tokens);
+    }
+
+    #[test]
+    fn what_is_recited_is_gone_on_with_wherever_a_prompt_ends() {
+        let model = Model::load(None).unwrap().reciting(true);
+        let say = |prompt: &str, max| prose(&model, &model.encode(prompt, false), 5, &(1..=1), &limits(max)).text();
+        let begun = say("A question? ", 30);
+        assert_eq!(say("another", 30), begun);
+        for (at, _) in begun.char_indices() {
+            let rest = say(&format!("A question? {}", &begun[..at]), 60);
+            assert!(rest.starts_with(&begun[at..]), "after {:?}: {rest:?}", &begun[..at]);
+        }
     }
 
     #[test]

@@ -37,7 +37,7 @@ use crate::{
     faults::{Faults, MidKind, Plan},
     kv_events::{Publisher, Sockets},
     model::Model,
-    vllm::sleep::Sleep,
+    vllm::{lora::Adapters, sleep::Sleep},
     wire::{self, Wire},
 };
 
@@ -57,6 +57,7 @@ pub(crate) struct Service {
     pub(crate) calls: tokio::sync::Mutex<()>,
     pub(crate) faults: Faults,
     pub(crate) sleep: Sleep,
+    pub(crate) adapters: Adapters,
     pub(crate) log: Log,
     /// The outage that was last asked for.
     pub(crate) outage: watch::Sender<Option<Duration>>,
@@ -181,12 +182,14 @@ impl Service {
         // An engine refuses to start with a context that its memory cannot hold; this one takes the smaller.
         options.max_model_len = options.max_model_len.min(memory).max(1);
         let model = Model::load(options.tokenizer.as_deref())
+            .map(|model| model.reciting(options.recite))
             .map_err(|source| io::Error::new(io::ErrorKind::InvalidInput, source))?;
         let driver = Arc::new(Driver::new(timing, options.speed, options.max_queued_requests, publisher));
         let faults = Faults::new(options.seed, options.faults.clone());
         let outage = watch::Sender::new(None);
         let (sleep, calls) = (Sleep::new(options.asleep), tokio::sync::Mutex::default());
-        Ok(Self { sleep, options, model, driver, calls, faults, log: Log::default(), outage })
+        let adapters = Adapters::new(&options);
+        Ok(Self { sleep, adapters, options, model, driver, calls, faults, log: Log::default(), outage })
     }
 
     /// The server's own work for one call, see [`Options::call_ms`].

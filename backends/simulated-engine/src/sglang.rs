@@ -59,22 +59,23 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
     let model = &service.options.model;
     match (&parts.method, parts.uri.path()) {
         (&Method::GET, "/health" | "/health_generate" | "/ready") => Ok(vllm::empty(StatusCode::OK, Vec::new())),
-        (&Method::GET, "/v1/models") => Ok(ok(&json!({"object": "list", "data": [{
-            "id": model, "object": "model", "created": now_seconds(), "owned_by": "sglang", "root": model,
-            "parent": null, "max_model_len": service.options.max_model_len,
-        }]}))),
+        (&Method::GET, "/v1/models") => Ok(ok(&models(service))),
         (&Method::GET, "/model_info" | "/get_model_info") => Ok(ok(&json!({
             "model_path": model, "served_model_name": model, "tokenizer_path": model, "is_generation": true,
             "preferred_sampling_params": null, "weight_version": "default", "model_type": "llama",
         }))),
         (&Method::GET, "/v1/loads") => Ok(ok(&loads(service))),
         (&Method::GET, "/metrics") => Ok(metrics_page(metrics(service))),
+        (&Method::POST, path @ ("/load_lora_adapter" | "/unload_lora_adapter")) => {
+            Ok(change_adapters(service, path, &vllm::read(&parts.headers, body).await?).await)
+        }
         (&Method::POST, path) => {
             let task = match path {
                 "/v1/chat/completions" => Task::Chat,
                 "/v1/completions" => Task::Completion,
                 "/v1/embeddings" => Task::Embedding,
                 "/v1/rerank" => Task::Rerank,
+                "/v1/classify" => Task::Classify,
                 _ => return Err(Failure::not_found()),
             };
             let body = vllm::read(&parts.headers, body).await?;
@@ -84,8 +85,49 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
     }
 }
 
+/// The model, then its adapters.
+fn models(service: &Service) -> Value {
+    let model = service.options.model.as_str();
+    let entry = |id: &str, root: &str, parent: Option<&str>, max_model_len: Option<u32>| {
+        json!({"id": id, "object": "model", "created": now_seconds(), "owned_by": "sglang", "root": root,
+            "parent": parent, "max_model_len": max_model_len})
+    };
+    let mut data = vec![entry(model, model, None, Some(service.options.max_model_len))];
+    data.extend(service.adapters.list().iter().map(|(name, path)| entry(name, path, Some(model), None)));
+    json!({"object": "list", "data": data})
+}
+
+/// Loads an adapter or unloads one, in SGLang's words.
+async fn change_adapters(service: &Service, path: &str, body: &Map<String, Value>) -> Answer {
+    let changed = match path {
+        _ if !service.options.adapter_updates => {
+            Err(Failure::bad_request("LoRA is not enabled. Please set `--enable-lora` to enable LoRA.", None))
+        }
+        "/load_lora_adapter" => vllm::lora::load(service, body).await,
+        _ => vllm::lora::unload(service, body),
+    };
+    match changed {
+        Ok(_) => {
+            let loaded: Map<String, Value> =
+                service.adapters.list().into_iter().map(|(name, path)| (name, path.into())).collect();
+            ok(&json!({"success": true, "loaded_adapters": loaded}))
+        }
+        Err(failure) => {
+            let said = json!({"success": false, "error_message": failure.message(), "loaded_adapters": null});
+            json_answer(StatusCode::BAD_REQUEST, &said)
+        }
+    }
+}
+
 async fn infer(service: &Arc<Service>, task: Task, mut body: Map<String, Value>) -> Result<Answer, Failure> {
-    let asked = body.insert("model".to_owned(), service.options.model.as_str().into()).unwrap_or(Value::Null);
+    // `base:adapter` names an adapter; any other name is the model's.
+    let adapter =
+        body.get("model").and_then(Value::as_str).and_then(|model| model.split_once(':')).map(|(_, name)| name);
+    if let Some(name) = adapter.filter(|name| !service.adapters.has(name)) {
+        return Err(Failure::bad_request(&format!("Got LoRA adapter that has never been loaded: {name}"), None));
+    }
+    let model = adapter.unwrap_or(&service.options.model).to_owned();
+    let asked = body.insert("model".to_owned(), model.into()).unwrap_or(Value::Null);
     body.retain(|name, _| !UNKNOWN.contains(&name.as_str()));
     if let Some(keep) = body.remove("no_stop_trim") {
         body.insert("include_stop_str_in_output".to_owned(), keep);

@@ -9,6 +9,7 @@ mod embeddings;
 pub(crate) mod error;
 pub(crate) mod fields;
 mod logprobs;
+pub(crate) mod lora;
 mod metrics;
 mod ranking;
 pub(crate) mod request;
@@ -48,7 +49,7 @@ const FINGERPRINT: &str = "vllm-0.32.0-simulated";
 const BODY_BYTES_MAX: usize = 64 << 20;
 
 /// Routes and the one method of each, but `/ping`, which has two.
-const ROUTES: [(&str, Method); 16] = [
+const ROUTES: [(&str, Method); 18] = [
     ("/v1/chat/completions", Method::POST),
     ("/v1/completions", Method::POST),
     ("/v1/embeddings", Method::POST),
@@ -56,6 +57,8 @@ const ROUTES: [(&str, Method); 16] = [
     ("/rerank", Method::POST),
     ("/v1/score", Method::POST),
     ("/score", Method::POST),
+    ("/pooling", Method::POST),
+    ("/classify", Method::POST),
     ("/tokenize", Method::POST),
     ("/detokenize", Method::POST),
     ("/v1/models", Method::GET),
@@ -70,6 +73,10 @@ const ROUTES: [(&str, Method); 16] = [
 /// The same of a server with sleep mode.
 const SLEEP_ROUTES: [(&str, Method); 3] =
     [("/sleep", Method::POST), ("/wake_up", Method::POST), ("/is_sleeping", Method::GET)];
+
+/// The same of a server that loads adapters when asked.
+const ADAPTER_ROUTES: [(&str, Method); 2] =
+    [("/v1/load_lora_adapter", Method::POST), ("/v1/unload_lora_adapter", Method::POST)];
 
 /// The wire, see the module.
 pub(crate) struct Vllm;
@@ -102,6 +109,8 @@ pub(crate) enum Task {
     Embedding,
     Rerank,
     Score,
+    Pooling,
+    Classify,
 }
 
 /// Runs the model as vLLM would.
@@ -115,6 +124,8 @@ pub(crate) async fn run(
         Task::Chat => chat::answer(service, body, caller).await,
         Task::Completion => completions::answer(service, body, caller).await,
         Task::Embedding => embeddings::answer(service, body, caller).await,
+        Task::Pooling => embeddings::pool(service, body, caller).await,
+        Task::Classify => embeddings::classify(service, body, caller).await,
         Task::Rerank => ranking::rerank(service, body, caller).await,
         Task::Score => ranking::score(service, body, caller).await,
     }
@@ -125,7 +136,8 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
     let path = parts.uri.path();
     authorize(service, path, &parts.headers)?;
     let sleeps = SLEEP_ROUTES.iter().filter(|_| service.options.sleep_mode);
-    let Some((_, method)) = ROUTES.iter().chain(sleeps).find(|(route, _)| *route == path) else {
+    let adapters = ADAPTER_ROUTES.iter().filter(|_| service.options.adapter_updates);
+    let Some((_, method)) = ROUTES.iter().chain(sleeps).chain(adapters).find(|(route, _)| *route == path) else {
         return Err(unknown(path, &parts.headers));
     };
     if parts.method != method && !(path == "/ping" && parts.method == Method::POST) {
@@ -159,6 +171,10 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
         "/v1/rerank" | "/rerank" => run(service, Task::Rerank, &body, &caller).await,
         "/v1/score" | "/score" => run(service, Task::Score, &body, &caller).await,
         "/v1/embeddings" => run(service, Task::Embedding, &body, &caller).await,
+        "/v1/load_lora_adapter" => lora::load(service, &body).await,
+        "/v1/unload_lora_adapter" => lora::unload(service, &body),
+        "/pooling" => run(service, Task::Pooling, &body, &caller).await,
+        "/classify" => run(service, Task::Classify, &body, &caller).await,
         "/tokenize" => tokenize::tokenize(service, &body),
         _ => tokenize::detokenize(service, &body),
     }
@@ -240,16 +256,24 @@ fn position(text: &str, error: &serde_json::Error) -> usize {
     before + error.column().saturating_sub(1)
 }
 
+/// The model, then its adapters.
 fn models(service: &Service) -> Value {
+    let model = &service.options.model;
+    let mut data = vec![entry(model, model, None, Some(service.options.max_model_len))];
+    data.extend(service.adapters.list().iter().map(|(name, path)| entry(name, path, Some(model), None)));
+    json!({"object": "list", "data": data})
+}
+
+fn entry(name: &str, root: &str, parent: Option<&str>, max_model_len: Option<u32>) -> Value {
     let created = now_seconds();
-    json!({"object": "list", "data": [{
-        "id": service.options.model,
+    json!({
+        "id": name,
         "object": "model",
         "created": created,
         "owned_by": "vllm",
-        "root": service.options.model,
-        "parent": null,
-        "max_model_len": service.options.max_model_len,
+        "root": root,
+        "parent": parent,
+        "max_model_len": max_model_len,
         "permission": [{
             "id": format!("modelperm-{}", new_id()),
             "object": "model_permission",
@@ -264,7 +288,7 @@ fn models(service: &Service) -> Value {
             "group": null,
             "is_blocking": false,
         }],
-    }]})
+    })
 }
 
 /// An object with its fields in this order.

@@ -69,12 +69,15 @@ impl EngineKind {
 }
 
 /// Paths that run the model, of all engines.
-const MODEL_PATHS: [&str; 11] = [
+const MODEL_PATHS: [&str; 14] = [
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/embeddings",
     "/v1/rerank",
     "/v1/score",
+    "/pooling",
+    "/classify",
+    "/v1/classify",
     "/generate",
     "/generate_stream",
     "/api/chat",

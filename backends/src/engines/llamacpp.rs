@@ -49,6 +49,7 @@ impl Engine for LlamaCpp {
             block_tokens: None,
             kv_tokens: None,
             sleeping: false,
+            adapters_max: None,
             totals: Totals {
                 prompt_tokens: asked,
                 generation_tokens: generated.total(),

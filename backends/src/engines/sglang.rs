@@ -5,7 +5,7 @@ use forebay_proto::metrics_text::{Sample, samples};
 use serde_json::{Value, json};
 
 use super::{
-    Api, Asked, Engine, Load, Mark, Members, Prepared, ServedModel, Totals, Translation, Unsupported,
+    AdapterPaths, Api, Asked, Engine, Load, Mark, Members, Prepared, ServedModel, Totals, Translation, Unsupported,
     answer::Translator,
     chunks::new_id,
     fields::refuse_unheeded,
@@ -92,9 +92,18 @@ impl Engine for SgLang {
         api == Api::Completions
     }
 
+    /// Refused where the server was started without `--enable-lora`.
+    fn adapter_paths(&self) -> Option<AdapterPaths> {
+        Some(AdapterPaths { load: "/load_lora_adapter", unload: "/unload_lora_adapter" })
+    }
+
+    fn adapter_name(&self, model: &str, adapter: &str) -> String {
+        format!("{model}:{adapter}")
+    }
+
     fn serves(&self, api: Api) -> bool {
         // Its `/v1/score` asks for the probability of labels; its `/tokenize` refuses a chat.
-        matches!(api, Api::ChatCompletions | Api::Completions | Api::Embeddings | Api::Rerank)
+        matches!(api, Api::ChatCompletions | Api::Completions | Api::Embeddings | Api::Rerank | Api::Classify)
     }
 
     fn merges(&self, api: Api) -> bool {
@@ -164,6 +173,7 @@ fn from_loads(answer: &[u8]) -> Option<Load> {
         block_tokens: None,
         kv_tokens: capacity.total(),
         sleeping: false,
+        adapters_max: None,
         totals: Totals::default(),
     })
 }
@@ -171,7 +181,7 @@ fn from_loads(answer: &[u8]) -> Option<Load> {
 fn from_metrics(text: &[u8]) -> Option<Load> {
     let [mut running, mut waiting, mut usage, mut capacity] = [Tally::default(); 4];
     let [mut prompt, mut generated, mut cached] = [Tally::default(); 3];
-    let mut block_tokens = None;
+    let (mut block_tokens, mut adapters_max) = (None, None);
     for sample in samples(text).filter(is_whole) {
         match sample.name {
             "sglang:num_running_reqs" => running.add(sample.value),
@@ -183,6 +193,8 @@ fn from_metrics(text: &[u8]) -> Option<Load> {
             "sglang:cached_tokens_total" => cached.add(sample.value),
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "such casts saturate")]
             "sglang:page_size" => block_tokens = Some(sample.value as u32).filter(|&page| page >= BLOCK_TOKENS_MIN),
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "such casts saturate")]
+            "sglang:lora_pool_slots_total" => adapters_max = Some(sample.value as u32).filter(|&slots| slots > 0),
             _ => {}
         }
     }
@@ -193,6 +205,7 @@ fn from_metrics(text: &[u8]) -> Option<Load> {
         block_tokens,
         kv_tokens: capacity.total(),
         sleeping: false,
+        adapters_max,
         totals: Totals {
             prompt_tokens: prompt.total(),
             generation_tokens: generated.total(),

@@ -78,6 +78,7 @@ impl Engine for Tgi {
             block_tokens: None,
             kv_tokens: budget,
             sleeping: false,
+            adapters_max: None,
             totals: Totals { prompt_tokens: prompt.total(), generation_tokens: generated.total(), ..Totals::default() },
         })
     }

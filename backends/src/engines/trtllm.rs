@@ -57,6 +57,7 @@ impl Engine for TrtLlm {
             block_tokens,
             kv_tokens: blocks.zip(block_tokens).map(|(blocks, tokens)| blocks.saturating_mul(tokens.into())),
             sleeping: false,
+            adapters_max: None,
             totals: Totals::default(),
         })
     }

@@ -5,7 +5,7 @@ use forebay_proto::metrics_text::{Sample, samples};
 use bytes::Bytes;
 use http::HeaderName;
 
-use super::{Api, Dormant, Engine, Load, Mark, Totals, tally::Tally};
+use super::{AdapterPaths, Api, Asked, Dormant, Engine, Load, Mark, Prepared, Totals, Unsupported, tally::Tally};
 
 pub(super) struct Vllm;
 
@@ -63,12 +63,23 @@ impl Engine for Vllm {
         })
     }
 
+    /// Both are there only where the server was started with `VLLM_ALLOW_RUNTIME_LORA_UPDATING`.
+    fn adapter_paths(&self) -> Option<AdapterPaths> {
+        Some(AdapterPaths { load: "/v1/load_lora_adapter", unload: "/v1/unload_lora_adapter" })
+    }
+
     fn serves(&self, _: Api) -> bool {
         true
     }
 
     fn merges(&self, api: Api) -> bool {
-        matches!(api, Api::Embeddings | Api::Rerank | Api::Score)
+        matches!(api, Api::Embeddings | Api::Rerank | Api::Score | Api::Pooling | Api::Classify)
+    }
+
+    /// It has no `/v1/classify`.
+    fn adapt(&self, asked: Asked) -> Result<Prepared, Unsupported> {
+        let path = if asked.api == Api::Classify { "/classify" } else { asked.api.path() };
+        Ok(Prepared { path, ..Prepared::untouched(asked) })
     }
 }
 
@@ -90,6 +101,7 @@ struct Reading {
     block_tokens: Option<u32>,
     kv_tokens: Tally,
     sleeping: bool,
+    adapters_max: Option<u32>,
     prompt_tokens: Tally,
     generation_tokens: Tally,
     preemptions: Tally,
@@ -117,6 +129,11 @@ impl Reading {
             "vllm:engine_sleep_state" => {
                 let awake = sample.labels.get("sleep_state").is_none_or(|state| state == "awake");
                 self.sleeping |= !awake && sample.value > 0.0;
+                return;
+            }
+            "vllm:lora_requests_info" => {
+                let most = sample.labels.get("max_lora").and_then(|most| most.parse().ok());
+                self.adapters_max = self.adapters_max.max(most);
                 return;
             }
             "vllm:cache_config_info" => return self.take_cache(sample),
@@ -148,6 +165,7 @@ impl Reading {
             block_tokens: self.block_tokens,
             kv_tokens: self.kv_tokens.total(),
             sleeping: self.sleeping,
+            adapters_max: self.adapters_max.filter(|&most| most > 0),
             totals: Totals {
                 prompt_tokens: self.prompt_tokens.total(),
                 generation_tokens: self.generation_tokens.total(),
@@ -216,6 +234,16 @@ vllm:cache_config_info{block_size="16",engine="1",kv_cache_size_tokens="1500",nu
                     vllm:engine_sleep_state{sleep_state=\"awake\"} 0.0\n\
                     vllm:engine_sleep_state{sleep_state=\"discard_all\"} 1.0\n";
         assert!(load(text).expect("a load").sleeping);
+    }
+
+    #[test]
+    fn places_for_adapters() {
+        let text = "vllm:num_requests_running 0\nvllm:num_requests_waiting 0\n\
+                    vllm:lora_requests_info{max_lora=\"4\",running_lora_adapters=\"\",waiting_lora_adapters=\"\"} 1.7e9\n\
+                    vllm:lora_requests_info{max_lora=\"4\",running_lora_adapters=\"a\",waiting_lora_adapters=\"\"} 1.8e9\n";
+        assert_eq!(load(text).expect("a load").adapters_max, Some(4));
+        let none = text.replace("\"4\"", "\"0\"");
+        assert_eq!(load(&none).expect("a load").adapters_max, None);
     }
 
     #[test]

@@ -122,7 +122,7 @@ impl Channel {
     ///
     /// # Errors
     /// As [`Channel::get`]; [`Error::Status`] when the call ends with another status than "ok".
-    pub(crate) async fn call<A: Message + Default>(
+    pub async fn call<A: Message + Default>(
         &self,
         path: &'static str,
         question: &impl Message,

@@ -54,6 +54,7 @@ fn a_busy_vllm() {
         block_tokens: Some(128),
         kv_tokens: Some(46_592),
         sleeping: false,
+        adapters_max: None,
         totals: Totals {
             prompt_tokens: Some(2391),
             generation_tokens: Some(1000),

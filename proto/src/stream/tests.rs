@@ -207,3 +207,19 @@ proptest! {
         prop_assert_eq!(serde_json::from_str::<Value>(&data).unwrap(), value);
     }
 }
+
+#[test]
+fn the_model_that_answers() {
+    for (json, named) in [
+        (&br#"{"id":"1","model":"a/b","choices":[]}"#[..], Some("a/b")),
+        (br#"{"choices":[{"model":"inner"}],"mod\u0065l":"\u00e9"}"#, Some("\u{e9}")),
+        (br#"{"model":"known","choices":[{"brok"#, Some("known")),
+        (br#"{"model":null}"#, None),
+        (br#"{"model":7}"#, None),
+        (br#"{"id":"{\"model\":\"quoted\"}"}"#, None),
+        (br#"["model","a"]"#, None),
+        (b"", None),
+    ] {
+        assert_eq!(model(json).as_deref(), named, "{}", String::from_utf8_lossy(json));
+    }
+}

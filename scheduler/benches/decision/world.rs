@@ -69,6 +69,7 @@ pub(crate) fn request(id: u64, blocks: Arc<[u64]>) -> Request {
         max_output: Some(400),
         sequences: 1,
         body_bytes: 8000,
+        adapter: None,
         beside: None,
         streamed: true,
     }
@@ -347,7 +348,11 @@ impl World {
                 self.costs.refused += 1;
             }
             Action::Probe { worker } => self.schedule(Duration::from_millis(1), Due::Probed(worker)),
-            Action::Health { .. } | Action::Wake { .. } | Action::Sleep { .. } => {}
+            Action::Health { .. }
+            | Action::Wake { .. }
+            | Action::Sleep { .. }
+            | Action::LoadAdapter { .. }
+            | Action::UnloadAdapter { .. } => {}
         }
     }
 

@@ -261,7 +261,11 @@ impl<'a> Run<'a> {
                     let healthy = self.nodes.get(worker.0 as usize).is_some_and(Node::is_up);
                     self.tell(Event::Probed { worker, healthy });
                 }
-                Action::Health { .. } | Action::Wake { .. } | Action::Sleep { .. } => {}
+                Action::Health { .. }
+                | Action::Wake { .. }
+                | Action::Sleep { .. }
+                | Action::LoadAdapter { .. }
+                | Action::UnloadAdapter { .. } => {}
             }
         }
     }
@@ -420,8 +424,10 @@ fn refusal(reason: Refusal) -> What {
             What::TimedOut
         }
         Refusal::TooLarge => What::Refused,
-        Refusal::NoWorker | Refusal::Busy { .. } | Refusal::AttemptsExhausted { .. } | Refusal::PoolUnknown => {
-            What::Failed
-        }
+        Refusal::NoWorker
+        | Refusal::AdapterUnavailable
+        | Refusal::Busy { .. }
+        | Refusal::AttemptsExhausted { .. }
+        | Refusal::PoolUnknown => What::Failed,
     }
 }

@@ -253,7 +253,11 @@ impl<'a> Run<'a> {
                 Action::Send { request, worker, .. } => self.send(at(request), worker.0 as usize),
                 Action::Wake { worker } => self.wake(worker.0 as usize),
                 Action::Sleep { worker } => self.sleep(worker.0 as usize),
-                Action::Refuse { .. } | Action::Probe { .. } | Action::Health { .. } => {}
+                Action::Refuse { .. }
+                | Action::Probe { .. }
+                | Action::Health { .. }
+                | Action::LoadAdapter { .. }
+                | Action::UnloadAdapter { .. } => {}
             }
         }
     }
@@ -396,6 +400,7 @@ fn request(number: usize, row: &Row) -> Request {
         sequences: 1,
         body_bytes: 0,
         streamed: true,
+        adapter: None,
         beside: None,
     }
 }

@@ -160,9 +160,10 @@ impl Core {
         let (Some(entry), Some(worker)) = (self.requests.get_mut(&id), self.workers.get_mut(to.slot)) else { return };
         let Some(pool) = self.pools.get(&entry.request.pool) else { return };
         let fleet_rate = pool.fleet_rate();
-        let at_once = pool.limits.policy != Policy::Forebay && worker.may_send();
+        let has_adapter = worker.adapters.has(entry.request.adapter);
+        let at_once = pool.limits.policy != Policy::Forebay && worker.may_send() && has_adapter;
         if at_once
-            || worker.lane.is_empty()
+            || worker.lane.is_clear()
                 && worker.has_room(self.now, (&entry.request, &entry.plan), to.uncached_tokens, pool, &self.config)
         {
             return self.send(id, to.slot, to.matched_tokens, out);
@@ -172,7 +173,11 @@ impl Core {
         if worker.lane.is_empty() {
             worker.rescored = self.now;
         }
-        worker.lane.insert(id, standing);
+        if has_adapter {
+            worker.lane.insert(id, standing);
+        } else {
+            worker.lane.gather(id, standing);
+        }
         entry.place = Place::Lane(to.slot, standing);
         let until = entry.waits_until();
         self.enqueued(id, until);
@@ -189,6 +194,11 @@ impl Core {
             && !hopeful
         {
             return self.refuse(id, Refusal::AttemptsExhausted { last }, out);
+        }
+        let mut workers = pool.workers.iter().filter_map(|slot| self.workers.get(*slot)).peekable();
+        let someone = workers.peek().is_some() && !hopeful;
+        if someone && !workers.any(|worker| worker.may_have(self.now, entry.request.adapter)) {
+            return self.refuse(id, Refusal::AdapterUnavailable, out);
         }
         let standing = entry.standing(
             entry.request.prompt_tokens,
@@ -296,6 +306,7 @@ impl Core {
             | Refusal::DeadlinePassed
             | Refusal::TimedOut
             | Refusal::NoWorker
+            | Refusal::AdapterUnavailable
             | Refusal::AttemptsExhausted { .. } => Some(self.retry_after(request)),
         };
         out.push(Action::Refuse { request: id, reason, retry_after });
@@ -329,6 +340,13 @@ impl Entry {
         let request = &self.request;
         let service = f64::from(uncached) / speed;
         let size = (uncached, request.sequences.max(1));
-        Standing::new((request.class, request.tenant), size, (service, patience), self.expires, config.patience_half)
+        let adapter = request.adapter.map(|adapter| adapter.id);
+        Standing::new(
+            (request.class, request.tenant, adapter),
+            size,
+            (service, patience),
+            self.expires,
+            config.patience_half,
+        )
     }
 }

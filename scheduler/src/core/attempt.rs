@@ -94,8 +94,10 @@ impl Core {
         entry.at_workers += self.now.since(sent.at);
         match failure {
             Failure::Overloaded { .. } | Failure::Unavailable { .. } => entry.avoided.push(sent.worker),
-            // an engine's error may be of the moment
-            Failure::Status5xx if !entry.avoided.contains(&sent.worker) => entry.avoided.push(sent.worker),
+            // an engine's error may be of the moment, and an adapter may be loaded again
+            Failure::Status5xx | Failure::NoAdapter if !entry.avoided.contains(&sent.worker) => {
+                entry.avoided.push(sent.worker);
+            }
             Failure::Unsupported => {
                 entry.failed_on.push(sent.worker);
                 entry.attempts -= 1;
@@ -107,6 +109,9 @@ impl Core {
             pool.fairness.refunded(entry.request.tenant, sent.uncached);
             pool.limits.attempts_max
         });
+        if failure == Failure::NoAdapter {
+            self.adapter_lost(id, sent.slot);
+        }
         self.broke(sent, failure, out);
         if attempts >= attempts_max {
             self.refuse(id, Refusal::AttemptsExhausted { last: failure }, out);

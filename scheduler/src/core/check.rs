@@ -1,9 +1,9 @@
 //! The core's invariants, for debug builds and property tests.
 
 use super::{Core, Place};
-use crate::PoolId;
-use crate::WorkerId;
+use crate::worker::Worker;
 use crate::worker::kv::Held;
+use crate::{AdapterState, PoolId, RequestId, WorkerId};
 
 /// An invariant that does not hold: a fault of the core, never of its caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -20,6 +20,9 @@ pub enum Broken {
     /// A GPU does not know who runs or works on it.
     #[error("the GPUs of `{0}` do not know it")]
     Gpus(WorkerId),
+    /// Somebody waits for an adapter that is there, or does not wait for one that is not; or one that is in use is unloaded.
+    #[error("who waits for adapters of `{0}` is not who needs them")]
+    Adapters(WorkerId),
     /// More waits than may.
     #[error("the queue of `{0}` is over its bounds")]
     Bounds(PoolId),
@@ -45,6 +48,9 @@ impl Core {
             }
             if held != worker.held {
                 return Err(Broken::Reservations(worker.id));
+            }
+            if !self.adapters_agree(worker) {
+                return Err(Broken::Adapters(worker.id));
             }
             let mut gpus = worker.spec.gpus.iter().map(|id| self.gpus.get(id));
             if !gpus.all(|gpu| gpu.is_some_and(|gpu| gpu.knows(slot, !worker.sent.is_empty()))) {
@@ -74,6 +80,20 @@ impl Core {
             }
         }
         Ok(())
+    }
+
+    fn adapters_agree(&self, worker: &Worker) -> bool {
+        let waits = |state: Option<AdapterState>| state != Some(AdapterState::Loaded);
+        let mut gathered = worker.lane.wanted().into_iter().map(|(_, adapter)| adapter);
+        let adapter = |id: &RequestId| self.requests.get(id)?.request.adapter;
+        let mut unloading = worker.adapters.moving().filter(|(_, state, _)| *state == AdapterState::Unloading);
+        gathered.all(|adapter| waits(worker.adapters.state(adapter)))
+            && worker
+                .lane
+                .ids()
+                .filter_map(|id| adapter(&id))
+                .all(|adapter| worker.lane.asks_for(adapter.id) == 0 || worker.adapters.has(Some(adapter)))
+            && unloading.all(|(id, ..)| !worker.sent.iter().filter_map(adapter).any(|used| used.id == id))
     }
 
     /// [`Core::check`] at one call in many, so that debug builds stay usable with thousands of workers.

@@ -201,6 +201,7 @@ impl Core {
             pool.workers.remove(&slot);
             pool.laden.remove(&slot);
             pool.unfit.remove(&slot);
+            pool.adapters.retain(|(_, other)| *other != slot);
             pool.index.forget(slot);
             if let Some(key) = worker.ready_key {
                 pool.by_ready.remove(&(key, slot));

@@ -47,6 +47,7 @@ impl Core {
             }
             self.occupy(slot);
             self.doze(slot, out);
+            self.load_adapters(slot, out);
             if let Some(pool) = self.order(slot) {
                 self.rehome(pool, out);
             }
@@ -90,7 +91,7 @@ impl Core {
     fn spoils(&self, slot: Slot) -> Option<(RequestId, Scored, Scored)> {
         let worker = self.workers.get(slot)?;
         let pool = self.pools.get(&worker.pool)?;
-        let no_lane = pool.laden.is_empty() || !worker.lane.is_empty();
+        let no_lane = pool.laden.is_empty() || !worker.lane.is_clear();
         if no_lane || !worker.may_have_room(self.now, pool.fleet_rate(), &self.config) {
             return None;
         }
@@ -191,37 +192,47 @@ impl Core {
         let Some(worker) = self.workers.get_mut(slot) else { return };
         worker.rescored = self.now;
         let pool_id = worker.pool;
+        // of those that wait for an adapter, whoever came first for it
+        let gathered = worker.lane.wanted();
+        for (id, _) in gathered {
+            self.move_away(id, slot, out);
+        }
         for _ in 0..MOVES_MAX {
             let (Some(worker), Some(pool)) = (self.workers.get(slot), self.pools.get(&pool_id)) else { return };
             let Some(id) = worker.lane.head(&pool.shares, &pool.fairness) else { return };
-            let Some(entry) = self.requests.get(&id) else { return };
-            let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
-            let at_head = Some((slot, entry.matched_tokens()));
-            match scene.choose(
-                (&entry.request, &entry.plan),
-                &entry.failed_on,
-                at_head,
-                &mut self.rng,
-                &mut self.scored,
-            ) {
-                Choice::Winner(at) => {
-                    let Some(best) = self.scored.get(at).filter(|best| best.slot != slot).cloned() else { return };
-                    let here = self.scored.iter().find(|scored| scored.slot == slot);
-                    if !here.is_none_or(|here| pays(&self.config, here.seconds, best.seconds)) {
-                        return;
-                    }
-                    self.record(id, Cause::Rescore, Some(best.slot));
-                    self.unqueue(id);
-                    self.bind(id, &best, out);
-                    self.believe(id, best.first_token_seconds);
-                }
-                Choice::Infeasible => {
-                    self.record(id, Cause::Rescore, None);
-                    self.unqueue(id);
-                    self.refuse_infeasible(id, out);
-                }
-                Choice::Nobody => return,
+            if !self.move_away(id, slot, out) {
+                return;
             }
+        }
+    }
+
+    /// Moves a request out of a worker's lane if it would be better off elsewhere, or is refused. Whether it left.
+    fn move_away(&mut self, id: RequestId, slot: Slot, out: &mut Vec<Action>) -> bool {
+        let Some(entry) = self.requests.get(&id) else { return false };
+        let Some(pool) = self.pools.get(&entry.request.pool) else { return false };
+        let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
+        let at_head = Some((slot, entry.matched_tokens()));
+        let asked = (&entry.request, &entry.plan);
+        match scene.choose(asked, &entry.failed_on, at_head, &mut self.rng, &mut self.scored) {
+            Choice::Winner(at) => {
+                let Some(best) = self.scored.get(at).filter(|best| best.slot != slot).cloned() else { return false };
+                let here = self.scored.iter().find(|scored| scored.slot == slot);
+                if !here.is_none_or(|here| pays(&self.config, here.seconds, best.seconds)) {
+                    return false;
+                }
+                self.record(id, Cause::Rescore, Some(best.slot));
+                self.unqueue(id);
+                self.bind(id, &best, out);
+                self.believe(id, best.first_token_seconds);
+                true
+            }
+            Choice::Infeasible => {
+                self.record(id, Cause::Rescore, None);
+                self.unqueue(id);
+                self.refuse_infeasible(id, out);
+                true
+            }
+            Choice::Nobody => false,
         }
     }
 

@@ -1,3 +1,4 @@
+mod adapters;
 mod behaviour;
 mod gpus;
 mod scale;

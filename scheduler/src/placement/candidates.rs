@@ -1,6 +1,6 @@
 //! Which workers are weighed for a request.
 //!
-//! A small pool is weighed whole. In a large one: the best holders of the prompt's prefix, those that are ready first,
+//! A small pool is weighed whole. In a large one: the best holders of the prompt's prefix, some that have its adapter, those that are ready first,
 //! and a few at random (so that a wrong belief about a worker is found out). This is the one place that decides it.
 
 use smallvec::SmallVec;
@@ -41,6 +41,10 @@ pub(super) fn gather(
         let best = matches.iter().filter(|(_, other)| *other == held).map(|(slot, _)| *slot);
         slots.extend(best.filter(may).take(HOLDERS - slots.len()));
         most = matches.iter().map(|(_, other)| *other).filter(|other| *other < held).max();
+    }
+    if let Some(adapter) = request.adapter {
+        let range = (adapter.id, Slot(0))..=(adapter.id, Slot(u32::MAX));
+        slots.extend(pool.adapters.range(range).map(|(_, slot)| *slot).filter(may).take(HOLDERS));
     }
     slots.extend(pool.by_ready.iter().take(READY_SEEN).map(|(_, slot)| *slot).filter(may).take(READY));
     // slots are dense, so a random one is usually a worker, of some pool

@@ -107,7 +107,7 @@ impl Health {
     /// An attempt failed.
     pub(crate) fn failed(&mut self, now: Tick, failure: Failure, config: &Config) {
         match failure {
-            Failure::Overloaded { .. } | Failure::Unsupported => return,
+            Failure::Overloaded { .. } | Failure::NoAdapter | Failure::Unsupported => return,
             Failure::Connect => return self.down(now, config),
             Failure::Unavailable { .. } => {
                 self.counts.add(now, &config.breaker);

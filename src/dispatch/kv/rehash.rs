@@ -5,7 +5,7 @@
 //! parent, and when it is removed.
 //!
 //! Invariants: a block that is told to the core can be taken back; the memory of one engine's blocks is bounded.
-//! Deliberately left out, since no prompt could match: blocks with images, of another adapter than the pool's, in slower
+//! Deliberately left out, since no prompt could match: blocks with images, of an adapter that the pool does not serve, in slower
 //! tiers, of layers that do not attend to the whole prefix, and all blocks behind such a one.
 
 use std::collections::HashMap;
@@ -17,6 +17,7 @@ use forebay_scheduler::KvEvent;
 use smallvec::SmallVec;
 
 use crate::prepare::hashes::{Chain, seed};
+use crate::routing::Adapter;
 
 /// Blocks of one engine: 8 million tokens in blocks of 16, some 20 MB at the most.
 const BLOCKS_MAX: usize = 1 << 19;
@@ -52,14 +53,14 @@ impl Rehash {
         self.known.clear();
     }
 
-    /// Takes events in, and gives what they mean, in order. `adapter` is the LoRA adapter that the pool serves, by its
-    /// name at the engine.
-    pub(super) fn apply(&mut self, events: &[Event], adapter: Option<&str>) -> Vec<KvEvent> {
+    /// Takes events in, and gives what they mean, in order. `own` is the LoRA adapter that the pool's model is, by its name
+    /// at the engine; `adapters` are those that the pool serves beside its model.
+    pub(super) fn apply(&mut self, events: &[Event], (own, adapters): (Option<&str>, &[Adapter])) -> Vec<KvEvent> {
         let mut changes: Vec<KvEvent> = Vec::new();
         for event in events {
             match event {
                 Event::Stored(stored) => {
-                    let new = self.store(stored, adapter);
+                    let new = self.store(stored, (own, adapters));
                     match changes.last_mut() {
                         _ if new.is_empty() => {}
                         Some(KvEvent::Stored { blocks }) => blocks.extend(new),
@@ -84,21 +85,27 @@ impl Rehash {
         changes
     }
 
-    fn store(&mut self, stored: &Stored, adapter: Option<&str>) -> Vec<u64> {
+    fn store(&mut self, stored: &Stored, (own, adapters): (Option<&str>, &[Adapter])) -> Vec<u64> {
         if let (Some(group), false) = (stored.place.group, stored.place.full_attention)
             && !self.partial_groups.contains(&group)
             && self.partial_groups.len() < GROUPS_MAX
         {
             self.partial_groups.push(group);
         }
-        if !self.counts(stored.place)
-            || stored.lora.as_deref() != adapter
-            || *self.block_tokens.get_or_insert(stored.block_tokens) != stored.block_tokens
-        {
+        // The name of the model that prompts for it are hashed with.
+        let named = |lora: &str| adapters.iter().find(|adapter| *adapter.name == *lora).map(|adapter| &adapter.name);
+        let model = match stored.lora.as_deref() {
+            lora if lora == own => &self.model,
+            lora => match lora.and_then(named) {
+                Some(name) => name,
+                None => return Vec::new(),
+            },
+        };
+        if !self.counts(stored.place) || *self.block_tokens.get_or_insert(stored.block_tokens) != stored.block_tokens {
             return Vec::new();
         }
         let start = match stored.parent {
-            None => seed(&self.model, stored.salt.as_deref()),
+            None => seed(model, stored.salt.as_deref()),
             Some(parent) => match self.known.get(&parent) {
                 Some(hash) => *hash,
                 None => return Vec::new(),

@@ -25,7 +25,11 @@ pub(crate) struct Process {
 
 impl Process {
     pub(crate) fn start(arguments: &[&str], directory: &Path, environment: &[(&str, &str)]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_forebay"));
+        Self::start_by(Command::new(env!("CARGO_BIN_EXE_forebay")), arguments, directory, environment)
+    }
+
+    /// The same by a command that becomes `forebay`.
+    fn start_by(mut command: Command, arguments: &[&str], directory: &Path, environment: &[(&str, &str)]) -> Self {
         command.args(arguments).current_dir(directory).env_clear();
         for name in ["PATH", "HOME"] {
             command.envs(std::env::var_os(name).map(|value| (name, value)));
@@ -195,11 +199,35 @@ impl Gateway {
 
     /// As [`Gateway::start`], with more keys for `[server]` and variables, and no wait for a worker to be up.
     pub(crate) fn start_unready(server: &str, models: &str, environment: &[(&str, &str)]) -> Self {
+        Self::start_by(Command::new(env!("CARGO_BIN_EXE_forebay")), server, models, environment)
+    }
+
+    /// As [`Gateway::start`], where names lead to what stands in this file: its own `/etc/hosts`. Needs the rights to make a
+    /// mount namespace; nothing without them.
+    pub(crate) fn start_with_hosts(hosts: &Path, models: &str) -> Option<Self> {
+        let own = |command: &mut Command| {
+            let mounts = "mount --bind \"$1\" /etc/hosts && shift && exec \"$@\"";
+            command.args(["--mount", "sh", "-c", mounts, "sh"]).arg(hosts);
+        };
+        let mut attempt = Command::new("unshare");
+        own(&mut attempt);
+        if !attempt.arg("true").stderr(Stdio::null()).status().is_ok_and(|status| status.success()) {
+            return None;
+        }
+        let mut command = Command::new("unshare");
+        own(&mut command);
+        command.arg(env!("CARGO_BIN_EXE_forebay"));
+        let gateway = Self::start_by(command, "", models, &[]);
+        gateway.until_ready();
+        Some(gateway)
+    }
+
+    fn start_by(command: Command, server: &str, models: &str, environment: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let file = directory.path().join("forebay.toml");
         std::fs::write(&file, configuration(server, models)).expect("the file is written");
         let file = file.to_str().expect("UTF-8");
-        let mut process = Process::start(&["serve", "--config", file], directory.path(), environment);
+        let mut process = Process::start_by(command, &["serve", "--config", file], directory.path(), environment);
         let (client, ops) = process.line(|line| {
             let mut addresses = line.split("http://").skip(1).map(|part| part.split_whitespace().next());
             Some((addresses.next()??.parse().ok()?, addresses.next()??.parse().ok()?))

@@ -56,8 +56,8 @@ impl Received {
 struct Shared {
     models: String,
     scripts: Mutex<VecDeque<Vec<Step>>>,
-    /// For requests for a stream, where there is one.
-    stream: Mutex<Option<Vec<Step>>>,
+    /// For requests with these bytes in their body, the first that fits.
+    matching: Mutex<Vec<(String, Vec<Step>)>>,
     posts: Mutex<Vec<Received>>,
     /// Answer probes and polls; without it they are refused with 503.
     healthy: Mutex<bool>,
@@ -76,7 +76,12 @@ pub(crate) struct Recorder {
 impl Recorder {
     /// Serves one model of that name with these scripts, one a `POST`.
     pub(crate) fn start(model: &str, scripts: Vec<Vec<Step>>) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        Self::start_at("127.0.0.1:0".parse().expect("an address"), model, scripts)
+    }
+
+    /// The same at this address.
+    pub(crate) fn start_at(address: SocketAddr, model: &str, scripts: Vec<Vec<Step>>) -> Self {
+        let listener = TcpListener::bind(address).expect("a port");
         let address = listener.local_addr().expect("an address");
         let models = format!(
             "{{\"object\":\"list\",\"data\":[{{\"id\":\"{model}\",\"object\":\"model\",\"created\":1,\
@@ -85,7 +90,7 @@ impl Recorder {
         let shared = Arc::new(Shared {
             models,
             scripts: Mutex::new(scripts.into()),
-            stream: Mutex::default(),
+            matching: Mutex::default(),
             posts: Mutex::default(),
             healthy: Mutex::new(true),
             written: AtomicUsize::new(0),
@@ -122,7 +127,12 @@ impl Recorder {
 
     /// Answers every request for a stream with this script from now on.
     pub(crate) fn answer_streams(&self, script: Vec<Step>) {
-        *self.shared.stream.lock().unwrap() = Some(script);
+        self.answer_matching(vec![("\"stream\":true".to_owned(), script)]);
+    }
+
+    /// Answers every request with one of these in its body with the script beside it from now on, others as before.
+    pub(crate) fn answer_matching(&self, scripts: Vec<(String, Vec<Step>)>) {
+        *self.shared.matching.lock().unwrap() = scripts;
     }
 
     /// Bytes of scripts that the sockets have taken until now.
@@ -156,14 +166,17 @@ fn serve(shared: &Shared, mut socket: TcpStream) {
             }
             continue;
         }
-        let asks_for_a_stream = body.windows(13).any(|window| window == b"\"stream\":true");
+        let matching = {
+            let body = String::from_utf8_lossy(&body);
+            let scripts = shared.matching.lock().unwrap();
+            scripts.iter().find(|(part, _)| body.contains(part)).map(|(_, script)| script.clone())
+        };
         let index = {
             let mut posts = shared.posts.lock().unwrap();
             posts.push(Received { head, body, closed: None });
             posts.len() - 1
         };
-        let stream = shared.stream.lock().unwrap().clone().filter(|_| asks_for_a_stream);
-        let script = stream.unwrap_or_else(|| {
+        let script = matching.unwrap_or_else(|| {
             let mut scripts = shared.scripts.lock().unwrap();
             let script = scripts.pop_front().expect("a script");
             if scripts.is_empty() {

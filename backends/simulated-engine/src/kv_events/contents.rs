@@ -10,6 +10,8 @@ pub(crate) struct Content {
     /// Token ids of all blocks.
     pub(crate) ids: Vec<u32>,
     pub(crate) salt: Option<String>,
+    /// The LoRA adapter that computed them.
+    pub(crate) adapter: Option<String>,
 }
 
 /// One block of a content.
@@ -20,6 +22,7 @@ pub(super) struct Block<'a> {
     pub(super) ids: &'a [u32],
     /// Only of the first block.
     pub(super) salt: Option<&'a str>,
+    pub(super) adapter: Option<&'a str>,
 }
 
 /// Contents of the sequences that are in the engine.
@@ -62,6 +65,7 @@ impl Contents {
             parent: at.checked_sub(1).and_then(|before| content.blocks.get(before)).copied(),
             ids: content.ids.get(at * size..(at + 1) * size)?,
             salt: content.salt.as_deref().filter(|_| *at == 0),
+            adapter: content.adapter.as_deref(),
         })
     }
 }

@@ -98,22 +98,28 @@ impl Writer {
         blocks.iter().flat_map(|block| block.ids).for_each(|id| self.unsigned(u64::from(*id)));
         self.field("block_size");
         self.unsigned(block_tokens.into());
+        let adapter = blocks.first().and_then(|block| block.adapter);
         self.field("lora_id");
-        self.nil();
+        match adapter {
+            Some(_) => self.unsigned(1),
+            None => self.nil(),
+        }
         self.field("medium");
         self.text("GPU");
         self.field("lora_name");
-        self.nil();
+        match adapter {
+            Some(adapter) => self.text(adapter),
+            None => self.nil(),
+        }
         self.field("extra_keys");
         self.array(blocks.len());
         for block in blocks {
-            match block.salt {
-                Some(salt) => {
-                    self.array(1);
-                    self.text(salt);
-                }
-                None => self.nil(),
+            let texts = [block.adapter, block.salt].into_iter().flatten();
+            match texts.clone().count() {
+                0 => self.nil(),
+                count => self.array(count),
             }
+            texts.for_each(|text| self.text(text));
         }
         self.field("group_idx");
         self.unsigned(0);

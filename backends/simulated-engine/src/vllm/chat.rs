@@ -45,6 +45,7 @@ pub(crate) async fn answer(
         service: Arc::clone(service),
         id: caller.answer_id("chatcmpl", common.request_id.as_deref()),
         created: now_seconds(),
+        model: common.answers_as(service),
         logprobs: logprobs.then_some(top),
         return_token_ids: common.return_token_ids,
         include_usage: common.include_usage,
@@ -96,6 +97,7 @@ struct Chat {
     service: Arc<Service>,
     id: String,
     created: u64,
+    model: String,
     /// Alternatives to show for each token, when log probabilities were asked for.
     logprobs: Option<u32>,
     return_token_ids: bool,
@@ -132,7 +134,7 @@ impl Chat {
             "id": self.id,
             "object": "chat.completion",
             "created": self.created,
-            "model": self.service.options.model,
+            "model": self.model,
             "choices": choices.collect::<Vec<_>>(),
             "service_tier": null,
             "system_fingerprint": FINGERPRINT,
@@ -172,7 +174,7 @@ impl Chat {
             ("id", self.id.as_str().into()),
             ("object", "chat.completion.chunk".into()),
             ("created", self.created.into()),
-            ("model", self.service.options.model.as_str().into()),
+            ("model", self.model.as_str().into()),
             ("choices", choices),
         ])
     }

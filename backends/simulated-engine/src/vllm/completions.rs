@@ -50,6 +50,7 @@ pub(crate) async fn answer(
         service: Arc::clone(service),
         id: caller.answer_id("cmpl", common.request_id.as_deref()),
         created: now_seconds(),
+        model: common.answers_as(service),
         logprobs: top,
         echo,
         return_token_ids: common.return_token_ids,
@@ -97,6 +98,7 @@ struct Completion {
     service: Arc<Service>,
     id: String,
     created: u64,
+    model: String,
     logprobs: Option<u32>,
     echo: bool,
     return_token_ids: bool,
@@ -121,7 +123,7 @@ impl Completion {
             "id": self.id,
             "object": "text_completion",
             "created": self.created,
-            "model": self.service.options.model,
+            "model": self.model,
             "choices": choices.collect::<Vec<_>>(),
             "service_tier": null,
             "system_fingerprint": FINGERPRINT,
@@ -155,7 +157,7 @@ impl Completion {
             ("id", self.id.as_str().into()),
             ("object", "text_completion".into()),
             ("created", self.created.into()),
-            ("model", self.service.options.model.as_str().into()),
+            ("model", self.model.as_str().into()),
             ("choices", choices),
         ])
     }

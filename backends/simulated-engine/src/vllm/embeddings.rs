@@ -1,9 +1,9 @@
-//! `/v1/embeddings`. A real vLLM serves them from models of their own; this one from every model.
+//! `/v1/embeddings`, `/pooling` and `/classify`. A real vLLM serves them from models of their own; this one from every model.
 //!
 //! A vector is the sum of a random direction for each token, of unit length: equal inputs give equal vectors, and inputs
-//! that share words are near each other.
+//! that share words are near each other. A pooler gives the vector; classes are its first numbers.
 
-use std::sync::Arc;
+use std::{cmp::Ordering, sync::Arc};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde_json::{Map, Value, json};
@@ -13,7 +13,7 @@ use super::{
     completions::{check_ids, prompts},
     error::Failure,
     fields::Fields,
-    now_seconds, ok,
+    now_seconds, object, ok,
     request::{refusal, too_long},
 };
 use crate::{
@@ -23,13 +23,79 @@ use crate::{
     server::{Answer, Service},
 };
 
+/// Classes that every model has.
+const CLASSES: u32 = 3;
+
+/// What becomes of an input's ids.
+type Pooled = fn(&[u32], Wanted<'_>) -> Map<String, Value>;
+
+/// In which form vectors are wanted.
+#[derive(Clone, Copy)]
+struct Wanted<'a> {
+    format: &'a str,
+    /// All dimensions, and those asked for.
+    size: u32,
+    wanted: u32,
+}
+
+impl Wanted<'_> {
+    fn vector(self, ids: &[u32]) -> Value {
+        let vector = embed(ids, self.size, self.wanted);
+        match self.format {
+            "base64" => STANDARD.encode(vector.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()).into(),
+            _ => json!(vector),
+        }
+    }
+}
+
 pub(crate) async fn answer(
     service: &Arc<Service>,
     body: &Map<String, Value>,
     caller: &Caller,
 ) -> Result<Answer, Failure> {
+    let pooled: Pooled = |ids, wanted| object([("object", "embedding".into()), ("embedding", wanted.vector(ids))]);
+    each(service, body, caller.answer_id("embd", request_id(body)), pooled).await
+}
+
+/// `/pooling`.
+pub(crate) async fn pool(
+    service: &Arc<Service>,
+    body: &Map<String, Value>,
+    caller: &Caller,
+) -> Result<Answer, Failure> {
+    let pooled: Pooled = |ids, wanted| object([("object", "pooling".into()), ("data", wanted.vector(ids))]);
+    each(service, body, caller.answer_id("pool", request_id(body)), pooled).await
+}
+
+/// `/classify`.
+pub(crate) async fn classify(
+    service: &Arc<Service>,
+    body: &Map<String, Value>,
+    caller: &Caller,
+) -> Result<Answer, Failure> {
+    let pooled: Pooled = |ids, wanted| {
+        let scores = embed(ids, wanted.size, CLASSES).into_iter().map(f32::exp).collect::<Vec<_>>();
+        let all: f32 = scores.iter().sum();
+        let probs: Vec<f32> = scores.iter().map(|score| score / all).collect();
+        let best = (0..probs.len()).max_by(|a, b| probs.get(*a).partial_cmp(&probs.get(*b)).unwrap_or(Ordering::Equal));
+        let label = format!("LABEL_{}", best.unwrap_or(0));
+        object([("label", label.into()), ("num_classes", probs.len().into()), ("probs", json!(probs))])
+    };
+    each(service, body, caller.answer_id("classify", request_id(body)), pooled).await
+}
+
+fn request_id(body: &Map<String, Value>) -> Option<&str> {
+    body.get("request_id").and_then(Value::as_str)
+}
+
+/// Pools each input.
+async fn each(
+    service: &Arc<Service>,
+    body: &Map<String, Value>,
+    id: String,
+    pooled: Pooled,
+) -> Result<Answer, Failure> {
     let fields = Fields::body(body);
-    let request_id = fields.text("request_id")?;
     let format = fields.text("encoding_format")?.unwrap_or("float");
     let dimensions = fields.integer("dimensions")?;
     let truncate = fields.integer("truncate_prompt_tokens")?;
@@ -80,16 +146,13 @@ pub(crate) async fn answer(
     let mut run = service.driver.start(jobs.collect()).map_err(refusal)?;
     run.finished().await;
     let data = inputs.iter().enumerate().map(|(index, ids)| {
-        let vector = embed(ids, size, wanted);
-        let embedding = match format {
-            "base64" => Value::from(STANDARD.encode(vector.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>())),
-            _ => json!(vector),
-        };
-        json!({"index": index, "object": "embedding", "embedding": embedding})
+        let mut item = object([("index", index.into())]);
+        item.extend(pooled(ids, Wanted { format, size, wanted }));
+        Value::Object(item)
     });
     let tokens: usize = inputs.iter().map(Vec::len).sum();
     Ok(ok(&json!({
-        "id": caller.answer_id("embd", request_id),
+        "id": id,
         "object": "list",
         "created": now_seconds(),
         "model": service.options.model,

@@ -59,6 +59,16 @@ impl Failure {
         Self::error(StatusCode::BAD_REQUEST, "BadRequestError", message, param)
     }
 
+    /// What an administrator gave is wrong.
+    pub(crate) fn user_input(message: &str) -> Self {
+        Self::error(StatusCode::BAD_REQUEST, "InvalidUserInput", message, None)
+    }
+
+    /// Something that was named is not there.
+    pub(crate) fn unknown(message: &str) -> Self {
+        Self::error(StatusCode::NOT_FOUND, "NotFoundError", message, None)
+    }
+
     /// A value out of range, named in the message as vLLM does.
     pub(crate) fn out_of_range(message: &str, param: &str, value: &str) -> Self {
         Self::bad_request(&format!("{message} (parameter={param}, value={value})"), Some(param))

@@ -31,6 +31,12 @@ fn render(service: &Service) -> String {
     for (state, value) in [("awake", !asleep), ("weights_offloaded", asleep), ("discard_all", false)] {
         page.sample("engine_sleep_state", &format!(r#",sleep_state="{state}""#), f64::from(u8::from(value)));
     }
+    if service.options.adapter_updates || !service.options.adapters.is_empty() {
+        page.family("lora_requests_info", "gauge", "Running stats on lora requests.");
+        let most = service.options.adapters_max;
+        let adapters = r#"running_lora_adapters="",waiting_lora_adapters="""#;
+        page.line(format_args!(r#"vllm:lora_requests_info{{max_lora="{most}",{adapters}}} 1.0"#));
+    }
     page.gauge("kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", load.kv_usage);
     let queries = "Prefix cache queries, in terms of number of queried tokens.";
     page.counter("prefix_cache_queries_total", queries, load.prefix_queries_tokens);

@@ -101,6 +101,16 @@ impl Common {
         })
     }
 
+    /// The name that the answer bears.
+    pub(crate) fn answers_as(&self, service: &Service) -> String {
+        self.adapter(service).unwrap_or(&service.options.model).to_owned()
+    }
+
+    /// The adapter that is asked for.
+    fn adapter(&self, service: &Service) -> Option<&str> {
+        self.model.as_deref().filter(|model| *model != service.options.model)
+    }
+
     /// Refuses what vLLM refuses for its value.
     pub(crate) fn check(&self, service: &Service) -> Result<(), Failure> {
         check_model(service, self.model.as_deref())?;
@@ -192,7 +202,8 @@ impl Common {
                 }
                 let end = if output.finish == Finish::Stop { End::Stop } else { End::Length };
                 let output_tokens = u32::try_from(output.tokens.len()).unwrap_or(u32::MAX);
-                let content = content(service, prompt, &output, self.cache_salt.clone());
+                let kept_apart = (self.cache_salt.clone(), self.adapter(service).map(str::to_owned));
+                let content = content(service, (prompt, &output), kept_apart);
                 jobs.push(Job { content, prompt_tokens, output_tokens, end });
                 outputs.push(output);
             }
@@ -221,7 +232,7 @@ impl Started {
 
 pub(crate) fn check_model(service: &Service, model: Option<&str>) -> Result<(), Failure> {
     match model {
-        Some(model) if model != service.options.model => {
+        Some(model) if model != service.options.model && !service.adapters.has(model) => {
             Err(Failure::unknown_model(model, Some(&service.options.model)))
         }
         _ => Ok(()),
@@ -256,15 +267,21 @@ pub(crate) fn refusal(refused: Refused) -> Failure {
     }
 }
 
-/// The full blocks of prompt and answer with their chained hashes. A salt makes the first, and so all, differ.
-fn content(service: &Service, prompt: &[u32], output: &Output, salt: Option<String>) -> Content {
+/// The full blocks of prompt and answer with their chained hashes. A salt makes the first, and so all, differ; and so does
+/// an adapter.
+fn content(
+    service: &Service,
+    (prompt, output): (&[u32], &Output),
+    (salt, adapter): (Option<String>, Option<String>),
+) -> Content {
     let size = service.options.timing.block_tokens.max(1) as usize;
     let mut ids: Vec<u32> = prompt.iter().copied().chain(output.tokens.iter().map(|token| token.id)).collect();
     ids.truncate(ids.len() - ids.len() % size);
-    let mut parent = xxh3_64_with_seed(salt.as_deref().unwrap_or_default().as_bytes(), 0);
+    let of_adapter = xxh3_64_with_seed(adapter.as_deref().unwrap_or_default().as_bytes(), 0);
+    let mut parent = xxh3_64_with_seed(salt.as_deref().unwrap_or_default().as_bytes(), of_adapter);
     let chained = ids.chunks_exact(size).map(|block| {
         parent = crate::output::hash(block, parent);
         parent
     });
-    Content { blocks: chained.collect(), ids, salt }
+    Content { blocks: chained.collect(), ids, salt, adapter }
 }

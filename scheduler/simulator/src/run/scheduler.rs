@@ -90,6 +90,7 @@ impl Scheduler {
             max_output: None,
             sequences: 1,
             body_bytes: row.prompt_tokens.saturating_mul(BYTES_PER_TOKEN),
+            adapter: None,
             beside: None,
             streamed: self.streamed,
         };

@@ -25,6 +25,9 @@ pub(super) struct World {
     /// Workers that sleep, as far as the core was told, and those that were told to change that.
     pub(super) asleep: BTreeSet<WorkerId>,
     pub(super) told: BTreeSet<WorkerId>,
+    /// Adapters by worker, as far as the core was told; and those that a worker was told to load (true) or unload.
+    pub(super) adapters: BTreeSet<(WorkerId, AdapterId)>,
+    pub(super) turning: BTreeMap<(WorkerId, AdapterId), bool>,
     pub(super) log: Vec<(Tick, Action)>,
     pub(super) next: u64,
 }
@@ -49,6 +52,7 @@ pub(super) fn request(id: u64, prompt_tokens: u32) -> Request {
         max_output: Some(100),
         sequences: 1,
         body_bytes: 1000,
+        adapter: None,
         beside: None,
         streamed: true,
     }
@@ -71,6 +75,8 @@ impl World {
             erred: Vec::new(),
             asleep: BTreeSet::new(),
             told: BTreeSet::new(),
+            adapters: BTreeSet::new(),
+            turning: BTreeMap::new(),
             log: Vec::new(),
             next: 0,
         };
@@ -118,7 +124,8 @@ impl World {
                     && failure.left_alone().is_none()
                 {
                     // an error of the engine's may be tried again once
-                    let again = *failure == Failure::Status5xx && !self.erred.contains(&(*request, worker));
+                    let again = matches!(failure, Failure::Status5xx | Failure::NoAdapter)
+                        && !self.erred.contains(&(*request, worker));
                     if again { &mut self.erred } else { &mut self.failed_on }.push((*request, worker));
                 }
             }
@@ -138,6 +145,19 @@ impl World {
             Event::WorkerDraining { worker, draining } => {
                 self.draining.retain(|known| known != worker);
                 self.draining.extend(draining.then_some(*worker));
+            }
+            Event::AdaptersSeen { worker, adapters } => {
+                let turning = |key: &(WorkerId, AdapterId)| self.turning.contains_key(key);
+                self.adapters.retain(|key| key.0 != *worker || turning(key));
+                let seen = adapters.iter().map(|adapter| (*worker, adapter.id));
+                let seen: Vec<_> = seen.filter(|key| !turning(key)).collect();
+                self.adapters.extend(seen);
+            }
+            Event::AdapterTurned { worker, adapter, end } => {
+                let loads = self.turning.remove(&(*worker, *adapter)).expect("it was told something");
+                if loads == (*end == AdapterEnd::Done) {
+                    self.adapters.insert((*worker, *adapter));
+                }
             }
             Event::WorkerLeft { worker } => {
                 self.health.remove(worker);
@@ -179,6 +199,9 @@ impl World {
                     let awake = !self.asleep.contains(worker) && !self.told.contains(worker);
                     assert!(awake, "{request} was sent to {worker}, which is not awake");
                     assert!(!self.failed_on.contains(&(*request, *worker)), "{request} failed on {worker} before");
+                    let adapter = self.core.request(*request).and_then(|request| request.adapter);
+                    let has = adapter.is_none_or(|adapter| self.adapters.contains(&(*worker, adapter.id)));
+                    assert!(has, "{request} was sent to {worker}, which does not have its adapter");
                 }
                 Action::Refuse { request, reason, retry_after } => {
                     let before = self.stages.insert(*request, Stage::Refused(*reason));
@@ -194,6 +217,20 @@ impl World {
                     assert!(!self.asleep.contains(worker) && self.told.insert(*worker), "{worker} is to sleep");
                     let has_work = self.stages.values().any(|stage| *stage == Stage::Sent(*worker));
                     assert!(!has_work, "{worker} is to sleep over its work");
+                }
+                Action::LoadAdapter { worker, adapter } => {
+                    let key = (*worker, *adapter);
+                    assert!(!self.adapters.contains(&key), "{worker} has {adapter}");
+                    assert!(self.turning.insert(key, true).is_none(), "{worker} was told of {adapter} before");
+                }
+                Action::UnloadAdapter { worker, adapter } => {
+                    let key = (*worker, *adapter);
+                    assert!(self.adapters.remove(&key), "{worker} does not have {adapter}");
+                    assert!(self.turning.insert(key, false).is_none(), "{worker} was told of {adapter} before");
+                    let uses = |id: &RequestId| self.core.request(*id).and_then(|request| request.adapter);
+                    let sent = self.stages.iter().filter(|(_, stage)| **stage == Stage::Sent(*worker));
+                    let used = sent.filter_map(|(id, _)| uses(id)).any(|used| used.id == *adapter);
+                    assert!(!used, "{adapter} is in use at {worker}");
                 }
                 Action::Probe { worker } => assert!(self.health.contains_key(worker)),
                 Action::Health { worker, from, to } => {

@@ -20,6 +20,7 @@ fn request(id: u64, prompt_tokens: u32, sequences: u32) -> Request {
         max_output: Some(u32::MAX),
         sequences,
         body_bytes: 0,
+        adapter: None,
         beside: None,
         streamed: true,
     }

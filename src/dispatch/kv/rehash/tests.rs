@@ -31,7 +31,7 @@ fn prompt(tokens: u32, salt: Option<&str>) -> Vec<u64> {
 }
 
 fn apply(rehash: &mut Rehash, events: &[Event]) -> Vec<KvEvent> {
-    rehash.apply(events, None)
+    rehash.apply(events, (None, &[]))
 }
 
 fn new() -> Rehash {
@@ -137,8 +137,25 @@ fn a_pool_of_an_adapter_takes_that_adapters_blocks() {
     let mut rehash = new();
     let adapted = Event::Stored(Stored { lora: Some("ada".to_owned()), ..stored(&[1], None, 0) });
     let base = Event::Stored(stored(&[2], None, 0));
-    assert_eq!(rehash.apply(&[base, adapted], Some("ada")), [KvEvent::Stored { blocks: prompt(4, None) }]);
+    assert_eq!(rehash.apply(&[base, adapted], (Some("ada"), &[])), [KvEvent::Stored { blocks: prompt(4, None) }]);
     assert_eq!(rehash.blocks().len(), 1);
+}
+
+#[test]
+fn adapters_beside_the_model_have_blocks_of_their_own() {
+    let mut rehash = new();
+    let adapter = |name: &str| Adapter {
+        id: forebay_scheduler::AdapterId(1),
+        name: name.into(),
+        base: "m".into(),
+        path: None,
+        memory_bytes: 0,
+    };
+    let of = |lora: &str, block| Event::Stored(Stored { lora: Some(lora.to_owned()), ..stored(&[block], None, 0) });
+    let events = [of("ada", 1), of("other", 2), of("", 3), Event::Stored(stored(&[4], None, 0))];
+    let told = rehash.apply(&events, (None, &[adapter("bob"), adapter("ada")]));
+    let ada = Chain::after(seed("ada", None)).block(&[0, 1, 2, 3]);
+    assert_eq!(told, [KvEvent::Stored { blocks: vec![ada, prompt(4, None)[0]] }]);
 }
 
 #[test]

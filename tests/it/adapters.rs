@@ -1,0 +1,240 @@
+//! LoRA adapters: simulated vLLM and SGLang servers that load and unload them when asked, and remember what they did.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::support::client::{self, Answer, Connection, post_with};
+use crate::support::eventually;
+use crate::support::process::{Gateway, Worker, model, tokenizer};
+
+const COMPLETIONS: &str = "/v1/completions";
+
+/// A simulated server of model `m` that takes adapters.
+fn worker(flags: &[&str]) -> Worker {
+    Worker::start(&[&["--model", "m", "--allow-lora-updating", "--max-loras", "2"], flags].concat())
+}
+
+/// Keys of a model with these adapters, whose files are where this path is.
+fn adapters(names: &[&str], path: Option<&Path>) -> String {
+    let path = path.map_or_else(String::new, |path| format!("path = {path:?}\n"));
+    let table = |name: &&str| format!("[[model.adapter]]\nname = {name:?}\n{path}");
+    format!("tokenizer = {:?}\n{}", tokenizer(), names.iter().map(table).collect::<String>())
+}
+
+fn gateway(workers: &[&Worker], keys: &str) -> Gateway {
+    let addresses: Vec<SocketAddr> = workers.iter().map(|worker| worker.address).collect();
+    let gateway = Gateway::start(&model("m", &addresses, keys));
+    let up =
+        || gateway.admin("workers").json()["workers"].as_array().map(|all| all.iter().all(|w| w["health"] == "up"));
+    eventually("all workers to be up", || up().filter(|up| *up));
+    gateway
+}
+
+fn prompt(model: &str) -> String {
+    json!({"model": model, "prompt": [1, 2, 3], "max_tokens": 2}).to_string()
+}
+
+fn ask(gateway: &Gateway, model: &str) -> Answer {
+    let answer = gateway.post(COMPLETIONS, &prompt(model));
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    answer
+}
+
+fn by(answer: &Answer) -> String {
+    answer.header("x-forebay-worker").expect("a worker").to_owned()
+}
+
+/// What workers loaded (true) and unloaded, in order.
+fn changes(worker: &Worker) -> Vec<(String, bool)> {
+    serde_json::from_value(worker.log()["adapters"]["changes"].clone()).expect("changes")
+}
+
+fn loaded(names: &[&str]) -> Vec<(String, bool)> {
+    names.iter().map(|name| ((*name).to_owned(), true)).collect()
+}
+
+/// The adapters of the workers as the gateway knows them.
+fn known(gateway: &Gateway) -> Vec<BTreeMap<String, String>> {
+    let workers = gateway.admin("workers").json();
+    let workers = workers["workers"].as_array().expect("an array").clone();
+    workers.iter().map(|worker| serde_json::from_value(worker["adapters"].clone()).expect("names")).collect()
+}
+
+fn loads_for(name: &str, candidate: &Value) -> f64 {
+    candidate["terms"]["adapter_load"].as_f64().unwrap_or_else(|| panic!("{name}: {candidate}"))
+}
+
+#[test]
+fn an_adapter_is_loaded_when_it_is_asked_for_and_stays_with_its_worker() {
+    let workers = [worker(&["--lora-load-seconds", "0.2"]), worker(&["--lora-load-seconds", "0.2"])];
+    let gateway = gateway(&workers.each_ref(), &adapters(&["sql", "law"], Some(&tokenizer())));
+    let mut clients: Vec<_> = (0..8).map(|_| Connection::to(gateway.client)).collect();
+    for client in &mut clients {
+        client.post(COMPLETIONS, &["x-request-id: cold"], prompt("sql").as_bytes());
+    }
+    let answers: Vec<Answer> = clients.iter_mut().map(Connection::answer).collect();
+    assert!(answers.iter().all(|answer| answer.status == 200), "{}", answers[0].text());
+    assert!(answers.iter().all(|answer| answer.json()["model"] == "sql"));
+    let at = usize::from(!changes(&workers[1]).is_empty());
+    assert_eq!((changes(&workers[at]), changes(&workers[1 - at])), (loaded(&["sql"]), vec![]), "once, for all");
+    let explained = gateway.admin("decisions/cold").json();
+    let seconds = loads_for("cold", &explained["decisions"][0]["candidates"][0]);
+    assert!((0.01..=1.0).contains(&seconds), "{explained}");
+
+    for _ in 0..10 {
+        assert_eq!(by(&ask(&gateway, "sql")), format!("w{at}"));
+    }
+    let warm = post_with(gateway.client, COMPLETIONS, &["x-request-id: warm"], &prompt("sql"));
+    let row = gateway.row_of(&warm);
+    assert_eq!((&row["model"], row["status"].as_u64()), (&"sql".into(), Some(200)), "{row}");
+    let explained = gateway.admin("decisions/warm").json();
+    let candidates = explained["decisions"][0]["candidates"].as_array().expect("candidates").clone();
+    let here = candidates.iter().find(|candidate| candidate["winner"] == true).expect("a winner");
+    let there = candidates.iter().find(|candidate| candidate["winner"] == false).expect("a loser");
+    assert_eq!(loads_for("here", here), 0.0);
+    assert!((0.1..1.0).contains(&loads_for("there", there)), "as long as it took: {there}");
+
+    // Another adapter, and the model itself, on the same servers.
+    ask(&gateway, "law");
+    assert_eq!(ask(&gateway, "m").json()["model"], "m");
+    let list = client::get(gateway.client, "/v1/models").json();
+    let listed: Vec<_> =
+        list["data"].as_array().expect("a list").iter().map(|m| (m["id"].clone(), m["parent"].clone())).collect();
+    assert_eq!(listed, [("m".into(), Value::Null), ("sql".into(), "m".into()), ("law".into(), "m".into())]);
+    let unknown = gateway.post(COMPLETIONS, &prompt("other"));
+    assert_eq!((unknown.status, unknown.error()["code"].clone()), (404, "model_not_found".into()));
+}
+
+#[test]
+fn more_adapters_than_places_take_turns_and_none_is_unloaded_in_use() {
+    const NAMES: [&str; 4] = ["a", "b", "c", "d"];
+    let workers = [worker(&["--lora-load-seconds", "0.02"])];
+    let gateway = gateway(&workers.each_ref(), &adapters(&NAMES, Some(&tokenizer())));
+    let client = gateway.client;
+    let clients: Vec<_> = NAMES
+        .iter()
+        .flat_map(|name| [name, name])
+        .map(|name| {
+            std::thread::spawn(move || {
+                let mut connection = Connection::to(client);
+                for _ in 0..15 {
+                    connection.post(COMPLETIONS, &[], prompt(name).as_bytes());
+                    let answer = connection.answer();
+                    assert_eq!((answer.status, &answer.json()["model"]), (200, &json!(name)), "{}", answer.text());
+                }
+            })
+        })
+        .collect();
+    clients.into_iter().for_each(|client| client.join().expect("every request is answered"));
+    let log = workers[0].log();
+    assert_eq!(log["adapters"]["most"], 2, "as many as its engine says that a batch may have");
+    assert!(changes(&workers[0]).iter().any(|(_, loads)| !loads));
+    assert_eq!(gateway.metric("forebay_retries_total{reason=\"no_adapter\"}"), 0.0);
+}
+
+#[test]
+fn what_a_worker_began_with_is_served_there_alone() {
+    let began = |flag: &str| Worker::start(&["--model", "m", "--lora-module", flag]);
+    let workers = [began("sql=/adapters/sql"), began("law=/adapters/law")];
+    let keys =
+        adapters(&["sql", "law", "none"], None) + "[[model.adapter]]\nname = \"late\"\npath = \"/adapters/late\"\n";
+    let gateway = gateway(&workers.each_ref(), &keys);
+    for _ in 0..5 {
+        assert_eq!((by(&ask(&gateway, "sql")), by(&ask(&gateway, "law"))), ("w0".to_owned(), "w1".to_owned()));
+    }
+    let lists = |name: &str| BTreeMap::from([(name.to_owned(), "loaded".to_owned())]);
+    assert_eq!(known(&gateway), [lists("sql"), lists("law")]);
+    // Nobody has it; and these servers were started without the endpoints to load one.
+    for name in ["none", "late", "late"] {
+        let refused = gateway.post(COMPLETIONS, &prompt(name));
+        assert_eq!((refused.status, refused.error()["code"].clone()), (503, "adapter_unavailable".into()), "{name}");
+        assert!(refused.header("retry-after").is_some());
+    }
+    let said = gateway.process.err();
+    assert_eq!(said.matches("takes no adapters while it runs").count(), 2, "each was asked once: {said}");
+    ask(&gateway, "m");
+}
+
+#[test]
+fn an_adapter_without_files_is_refused_after_all_were_asked_and_hurts_nobody() {
+    let workers = [worker(&[]), worker(&[])];
+    let gone = "[[model.adapter]]\nname = \"gone\"\npath = \"/nowhere/gone\"\n";
+    let keys = adapters(&["sql"], Some(&tokenizer())) + gone;
+    let gateway = gateway(&workers.each_ref(), &keys);
+    for _ in 0..3 {
+        let refused = gateway.post(COMPLETIONS, &prompt("gone"));
+        assert_eq!((refused.status, refused.error()["code"].clone()), (503, "adapter_unavailable".into()));
+        assert!(!refused.text().contains("nowhere"), "a path is nobody's to see: {}", refused.text());
+    }
+    let said = gateway.process.err();
+    assert_eq!(said.matches("Loading lora gone failed").count(), 2, "each was asked once: {said}");
+    ask(&gateway, "sql");
+    assert!(["w0", "w1"].iter().all(|w| gateway.metric(&format!("forebay_worker_up{{worker=\"{w}\"}}")) == 1.0));
+}
+
+#[test]
+fn an_adapter_that_somebody_else_unloaded_is_loaded_again() {
+    let workers = [worker(&[])];
+    let gateway = gateway(&workers.each_ref(), &adapters(&["sql"], Some(&tokenizer())));
+    ask(&gateway, "sql");
+    let forgotten = client::post(workers[0].address, "/v1/unload_lora_adapter", r#"{"lora_name":"sql"}"#);
+    assert_eq!(forgotten.status, 200);
+    let answer = ask(&gateway, "sql");
+    assert_eq!(answer.header("x-forebay-attempts").map(|told| told.contains("no_adapter")), Some(true));
+    assert_eq!(changes(&workers[0]).len(), 3);
+    // One that somebody loaded is not loaded again.
+    let path = tokenizer();
+    let body = json!({"lora_name": "late", "lora_path": path}).to_string();
+    assert_eq!(client::post(workers[0].address, "/v1/load_lora_adapter", &body).status, 200);
+    gateway.configure("", &model("m", &[workers[0].address], &adapters(&["sql", "late"], None)));
+    eventually("the adapter to be known", || known(&gateway)[0].get("late").map(|_| ()));
+    ask(&gateway, "late");
+    assert_eq!(changes(&workers[0]).len(), 4);
+}
+
+#[test]
+fn a_server_that_fails_to_load_is_asked_again() {
+    let workers = [worker(&["--fault", "status:code=500,path=/v1/load_lora_adapter,first=1"])];
+    let gateway = gateway(&workers.each_ref(), &adapters(&["sql"], Some(&tokenizer())));
+    ask(&gateway, "sql");
+    assert!(gateway.process.err().contains("the engine did not do it"));
+}
+
+#[test]
+fn sglang_is_asked_in_its_own_words() {
+    let workers = [worker(&["--engine", "sglang"])];
+    let gateway = gateway(&workers.each_ref(), &adapters(&["sql"], Some(&tokenizer())));
+    for _ in 0..2 {
+        assert_eq!(ask(&gateway, "sql").json()["model"], "m:sql", "its answers name what it was asked for");
+    }
+    assert_eq!(changes(&workers[0]), loaded(&["sql"]));
+    assert_eq!(ask(&gateway, "m").json()["model"], "m");
+}
+
+#[test]
+fn blocks_of_an_adapter_attract_only_its_own_prompts() {
+    let flags = ["--kv-events", "tcp://127.0.0.1:0", "--kv-events-replay", "tcp://127.0.0.1:0"];
+    let flags = [&flags[..], &["--lora-module", "sql=/adapters/sql"]].concat();
+    let workers = [worker(&flags), worker(&flags)];
+    let gateway = gateway(&workers.each_ref(), &adapters(&["sql"], None));
+    let long = |model: &str, first: u32| {
+        json!({"model": model, "prompt": (first..first + 1604).collect::<Vec<_>>(), "max_tokens": 1}).to_string()
+    };
+    let blocks = |count: f64| {
+        let series = "forebay_prefix_index_blocks{model=\"m\"}";
+        eventually("blocks to be known", || (gateway.metric(series) >= count).then_some(()));
+    };
+    for (number, at) in [(0, 1), (1, 0), (2, 1)] {
+        assert_eq!(client::post(workers[at].address, COMPLETIONS, &long("sql", number * 7)).status, 200);
+        blocks(100.0 * f64::from(number + 1));
+        let answer = gateway.post(COMPLETIONS, &long("sql", number * 7));
+        let row = gateway.row_of(&answer);
+        let told = (by(&answer), row["matched_tokens"].as_u64(), row["cached_tokens"].as_u64());
+        assert_eq!(told, (format!("w{at}"), Some(1600), Some(1600)));
+    }
+    let row = gateway.row_of(&gateway.post(COMPLETIONS, &long("m", 0)));
+    assert_eq!((row["matched_tokens"].as_u64(), row["cached_tokens"].as_u64()), (Some(0), Some(0)), "another cache");
+}
