@@ -17,7 +17,7 @@ use forebay_tokens::Tokenizer;
 use tokio::sync::{Mutex, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use super::joined::{JOINED_MAX, Joined, is_of};
+use super::joined::{JOINED_MAX, Joined};
 use super::lists::{Clash, Enlisted, Listed, Lists};
 use super::tokenizers::{self, Tokenizers};
 use crate::admin::order::{Change, Order, Refused};
@@ -128,7 +128,7 @@ impl Catalog {
         })
         .await??;
         state.lists.apply(&config);
-        state.joined.read(&config.nodes);
+        state.joined.read(&config);
         state.given = config;
         self.renew(&mut state)?;
         self.dispatch.follow_nodes(&self.nodes(&state.config));
@@ -270,15 +270,16 @@ impl State {
         self.config.models.iter().flat_map(|model| &model.workers)
     }
 
-    fn known(&self, name: &str) -> Result<(), Refused> {
-        let known = self.workers().any(|worker| is_of(worker, name));
-        known.then_some(()).ok_or_else(|| Refused::Unknown(format!("There is no worker `{name}`.")))
-    }
-
     /// The ranks of a worker, or the one of this name.
     fn ranks(&self, name: &str) -> Vec<String> {
         let ranks = self.workers().flat_map(|worker| worker.ranks().map(move |rank| (worker, worker.rank_name(rank))));
         ranks.filter(|(worker, rank)| worker.name.as_str() == name || rank == name).map(|(_, rank)| rank).collect()
+    }
+
+    /// The same where there are any.
+    fn known(&self, name: &str) -> Result<Vec<String>, Refused> {
+        let ranks = self.ranks(name);
+        if ranks.is_empty() { Err(Refused::Unknown(format!("There is no worker `{name}`."))) } else { Ok(ranks) }
     }
 
     fn table(&self) -> Vec<Arc<Model>> {
@@ -372,22 +373,22 @@ impl Catalog {
         change: Change,
         leaving: &mut Vec<Leaving>,
     ) -> Result<Vec<String>, Refused> {
-        let name = match change {
+        let ranks = match change {
             Change::Join { model, keys } => return self.join(state, Join { model, worker: keys }).await,
             Change::Drain(name) => {
-                state.known(&name)?;
-                state.joined.set_draining(&name, true);
-                name
+                let ranks = state.known(&name)?;
+                state.joined.set_draining(&ranks, true);
+                ranks
             }
             Change::Resume(name) => {
-                state.known(&name)?;
+                let ranks = state.known(&name)?;
                 if state.joined.is_leaving(&name) {
                     return Err(Refused::Conflict(format!(
                         "`{name}` is about to leave: let it join again afterwards."
                     )));
                 }
-                state.joined.set_draining(&name, false);
-                name
+                state.joined.set_draining(&ranks, false);
+                ranks
             }
             Change::Leave(name) => {
                 if !state.joined.holds(&name) {
@@ -398,16 +399,17 @@ impl Catalog {
                     )));
                 }
                 state.joined.leave(&name).await.map_err(|error| unkept(&error))?;
-                state.joined.set_draining(&name, true);
+                let ranks = state.ranks(&name);
+                state.joined.set_draining(&ranks, true);
                 if leaving.iter().all(|known| known.name != name) {
-                    let (ranks, until) = (state.ranks(&name), Instant::now() + state.given.server.drain);
-                    leaving.push(Leaving { name: name.clone(), ranks, until });
+                    let until = Instant::now() + state.given.server.drain;
+                    leaving.push(Leaving { name, ranks: ranks.clone(), until });
                 }
-                name
+                ranks
             }
         };
         self.renew(state).map_err(|error| Refused::Unkept(format!("{error:#}")))?;
-        Ok(state.ranks(&name))
+        Ok(ranks)
     }
 
     async fn join(&self, state: &mut State, mut said: Join) -> Result<Vec<String>, Refused> {
@@ -449,7 +451,10 @@ impl Catalog {
             return;
         }
         let mut state = self.state.lock().await;
-        gone.iter().for_each(|gone| state.joined.forget(&gone.name));
+        for Leaving { name, ranks, .. } in &gone {
+            state.joined.forget(name);
+            state.joined.set_draining(ranks, false);
+        }
         if let Err(error) = self.renew(&mut state) {
             tracing::error!(error = format!("{error:#}"), "the workers that are left cannot be served");
         }

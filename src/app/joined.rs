@@ -29,7 +29,7 @@ pub(super) struct Joined {
     path: PathBuf,
     reader: Reader,
     calls: Vec<Call>,
-    /// Names of workers and ranks that get nothing new.
+    /// Names of those that get nothing new, one for each rank.
     draining: BTreeSet<String>,
 }
 
@@ -57,9 +57,12 @@ impl Joined {
     }
 
     /// Reads again what was said; rules and secrets may have changed.
-    pub(super) fn read(&mut self, nodes: &[Node]) {
+    pub(super) fn read(&mut self, config: &Config) {
         for call in &mut self.calls {
-            call.worker = match self.reader.worker(&call.said.worker, nodes) {
+            if !config.models.iter().any(|model| model.name.as_str() == call.said.model) {
+                tracing::warn!(model = call.said.model, "a worker that joined by call has no model");
+            }
+            call.worker = match self.reader.worker(&call.said.worker, &config.nodes) {
                 Ok(worker) => Some(worker),
                 Err(mistakes) => {
                     tracing::warn!(model = call.said.model, mistakes, "a worker that joined by call is left out");
@@ -104,15 +107,14 @@ impl Joined {
 
     pub(super) fn forget(&mut self, name: &str) {
         self.calls.retain(|call| !(call.leaving && call.is(name)));
-        self.draining.remove(name);
     }
 
-    /// Whether the worker or rank of this name, and all ranks of it, drain from now on.
-    pub(super) fn set_draining(&mut self, name: &str, draining: bool) {
+    /// Whether these ranks drain from now on.
+    pub(super) fn set_draining(&mut self, ranks: &[String], draining: bool) {
         if draining {
-            self.draining.insert(name.to_owned());
+            self.draining.extend(ranks.iter().cloned());
         } else {
-            self.draining.remove(name);
+            self.draining.retain(|name| !ranks.contains(name));
         }
     }
 
@@ -120,22 +122,18 @@ impl Joined {
     pub(super) fn complete(&self, config: &mut Config, enlisted: &mut Enlisted) {
         for call in &self.calls {
             let model = config.models.iter_mut().find(|model| model.name.as_str() == call.said.model);
-            match (model, &call.worker) {
-                (Some(model), Some(worker)) => _ = enlisted.add(model, worker.clone()),
-                (None, _) => tracing::warn!(model = call.said.model, "a worker that joined by call has no model"),
-                (Some(_), None) => {}
+            if let (Some(model), Some(worker)) = (model, &call.worker) {
+                enlisted.add(model, worker.clone());
             }
         }
     }
 
     /// Of the workers of `config`, those that drain. A name that is gone does not drain when it returns.
     pub(super) fn draining(&mut self, config: &Config) -> BTreeSet<String> {
-        let workers = || config.models.iter().flat_map(|model| &model.workers);
-        self.draining.retain(|name| workers().any(|worker| is_of(worker, name)));
-        let ranks = workers().flat_map(|worker| worker.ranks().map(move |rank| (worker, worker.rank_name(rank))));
-        let drains =
-            |worker: &Worker, rank: &str| self.draining.contains(worker.name.as_str()) || self.draining.contains(rank);
-        ranks.filter(|(worker, rank)| drains(worker, rank)).map(|(_, rank)| rank).collect()
+        let workers = config.models.iter().flat_map(|model| &model.workers);
+        let ranks = workers.flat_map(|worker| worker.ranks().map(|rank| worker.rank_name(rank)));
+        self.draining = ranks.filter(|rank| self.draining.contains(rank)).collect();
+        self.draining.clone()
     }
 
     async fn keep(&self) -> std::io::Result<()> {
@@ -163,9 +161,4 @@ impl Call {
             None => self.said.worker.get("name").and_then(Value::as_str) == Some(name),
         }
     }
-}
-
-/// Whether this is the name of the worker or of one of its ranks.
-pub(super) fn is_of(worker: &Worker, name: &str) -> bool {
-    worker.name.as_str() == name || worker.ranks().any(|rank| worker.rank_name(rank) == name)
 }

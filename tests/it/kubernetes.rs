@@ -177,7 +177,7 @@ fn an_api_server_that_fails_changes_nothing_and_is_taken_up_again() {
     until(&gateway, &[(&second, false)]);
     assert_eq!(server.asked().lists, 1, "{:?}", server.asked());
 
-    // What was missed is not remembered: all is listed anew, without a word to anybody.
+    // What was missed is not remembered: all is listed anew, and what is gone is gone.
     server.put(SLICES, "vllm-1", slice("a", &a, true, false));
     server.be(Mood::Away);
     server.remove(SLICES, "vllm-2");

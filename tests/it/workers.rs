@@ -166,6 +166,16 @@ fn who_joined_is_kept_over_a_crash_and_who_left_is_not() {
     assert!(process.err().contains("a worker that joined by call has no model"), "{}", process.err());
     assert_eq!(client::order(ops, &key, "DELETE", "workers/bad", "").status, 202);
     assert!(!std::fs::read_to_string(&kept).expect("there").contains("bad"));
+    drop(process);
+
+    // There is a bound.
+    let many: Vec<Value> =
+        (0..1024).map(|n| json!({"model": "m", "worker": {"url": format!("nowhere-{n}")}})).collect();
+    std::fs::write(&kept, Value::from(many).to_string()).expect("written");
+    let (process, ops) = restart();
+    let answer = client::order(ops, &key, "POST", "workers", &joining("more", "http://127.0.0.1:1"));
+    assert!(refused(&answer, 409).contains("1024 workers have joined, which is the most"), "{}", answer.text());
+    drop(process);
 }
 
 #[test]
@@ -209,6 +219,9 @@ fn what_is_no_worker_or_stands_already_is_refused() {
     let answer = gateway.order("POST", "workers/r%2F1/drain", "");
     assert!(said(&answer, "r/0").is_none() && said(&answer, "r/1").unwrap()["draining"] == true, "{}", answer.text());
     assert_eq!(said(&gateway.admin("workers"), "r/0").unwrap()["draining"], false);
+    gateway.order("POST", "workers/r/drain", "");
+    let answer = gateway.order("POST", "workers/r%2F0/resume", "");
+    assert_eq!(said(&answer, "r/0").unwrap()["draining"], false, "{}", answer.text());
     let file = gateway.directory.path().join("data/workers.json");
     let kept: Value = serde_json::from_str(&std::fs::read_to_string(file).expect("kept")).expect("JSON");
     assert_eq!(kept.as_array().map(Vec::len), Some(1), "what is refused is not kept: {kept}");

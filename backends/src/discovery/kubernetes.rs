@@ -84,12 +84,14 @@ impl<K: Tells + Clone + Debug + DeserializeOwned + Send + 'static> Objects<K> {
         let Some(events) = &mut self.events else {
             self.pause.tick().await;
             let began = timeout(BEGIN, self.begin()).await.unwrap_or_else(|late| Err(late.into()));
-            if let Err(error) = began {
-                self.api = None;
-                if is_past(&error) {
-                    self.version = None;
+            match began {
+                // Nothing is wrong: all is listed anew.
+                Err(error) if is_past(&error) => self.version = None,
+                Err(error) => {
+                    self.api = None;
+                    return Err(error);
                 }
-                return Err(error);
+                Ok(()) => {}
             }
             return Ok(self.places());
         };
@@ -168,7 +170,7 @@ impl<K: Tells + Clone + Debug + DeserializeOwned + Send + 'static> Objects<K> {
 
     /// One place a name: a pod may stand in two slices while it is moved, and has one of each family of addresses.
     fn places(&self) -> Vec<Place> {
-        let mut places: Vec<Place> = self.known.values().flatten().cloned().collect();
+        let mut places: Vec<Place> = self.known.values().flatten().take(2 * PLACES_MAX).cloned().collect();
         places.sort_by_cached_key(|place| {
             let family = place.url.host_str().is_some_and(|host| host.starts_with('['));
             (place.name.clone(), family, place.draining, place.url.to_string())
