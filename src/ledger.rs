@@ -86,7 +86,7 @@ pub struct Entry {
     permit: Option<mpsc::OwnedPermit<Row>>,
     metrics: Arc<ModelMetrics>,
     arrived: Instant,
-    /// When its prompt was counted, which is when it began to wait for a worker.
+    /// When its prompt was counted, which is when it began to wait for a worker; until it is sent to one.
     counted: Option<Instant>,
     first: Option<Instant>,
     /// Attempts that brought nothing, and why.
@@ -140,6 +140,8 @@ impl Entry {
 
     /// Names the configured model that will answer.
     pub fn routed(&mut self, model: &Arc<str>, metrics: &Arc<ModelMetrics>) {
+        // It waited for another model's workers, and none took it.
+        self.waited(Instant::now());
         self.row.model = Some(Arc::clone(model));
         self.metrics = Arc::clone(metrics);
         if let Some(trace) = &mut self.trace {
@@ -166,6 +168,7 @@ impl Entry {
         }
         self.row.worker = Some(Arc::clone(worker));
         self.row.queue_ms += milliseconds(queued);
+        self.counted = None;
         self.row.attempts += 1;
         self.tell();
     }
@@ -177,6 +180,13 @@ impl Entry {
             trace.prefilled();
         }
         self.tell();
+    }
+
+    /// Notes the time in lanes of a request that nobody sent.
+    fn waited(&mut self, until: Instant) {
+        if let Some(counted) = self.counted.take() {
+            self.row.queue_ms += milliseconds(until.saturating_duration_since(counted));
+        }
     }
 
     /// Notes that the attempt at this worker brought nothing, for a reason in a word.
@@ -306,9 +316,7 @@ impl Drop for Entry {
         let now = Instant::now();
         let total = now.duration_since(self.arrived);
         self.row.total_ms = milliseconds(total);
-        if let (Some(counted), 0) = (self.counted, self.row.attempts) {
-            self.row.queue_ms = milliseconds(now.duration_since(counted));
-        }
+        self.waited(now);
         self.metrics.answered(self.row.api, self.row.status, total.as_secs_f64());
         let row = &self.row;
         if row.cache.is_none() {

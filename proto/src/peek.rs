@@ -33,7 +33,7 @@ pub const CHOICES_MAX: u32 = 128;
 /// The model a request asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Model {
-    /// Empty where the body names none.
+    /// Empty where the body names none, or an empty name.
     pub name: String,
     /// The JSON string, quotes included, or where it would stand.
     pub at: Place,
@@ -431,11 +431,7 @@ impl Detokenize {
 }
 
 fn model(field: &Field<'_>, open: usize) -> Result<Model, Refusal> {
-    let name = field.string()?;
-    if name.as_ref().is_some_and(String::is_empty) {
-        return Err(Refusal::value(field.name(), format_args!("empty string")));
-    }
-    Ok(Model { name: name.unwrap_or_default(), at: place(field, open) })
+    Ok(Model { name: field.string()?.unwrap_or_default(), at: place(field, open) })
 }
 
 fn streaming(open: usize, stream: &Field<'_>, options: &Field<'_>) -> Result<Streaming, Refusal> {

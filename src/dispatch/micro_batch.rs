@@ -8,7 +8,8 @@
 //! Who leaves together is [`BatchFormer`]'s to say; the bytes are [`forebay_proto::merge`]'s. A request that finds a free
 //! worker goes its usual way, untouched. A call whose members have all left ends. When an engine refuses a call, or what it
 //! answers is not an answer to all, each member asks again by itself: whoever is at fault fails alone, and a faulty
-//! request costs one call more than if nothing had been merged.
+//! request costs one call more than if nothing had been merged. When an engine fails they do so, too, as far as the budget
+//! for second tries goes: an input may be what it failed of.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -304,6 +305,10 @@ async fn together(dispatch: Arc<Dispatch>, seats: Vec<Seat>, under_way: UnderWay
             }
         }
         Err(Failed::All(error)) => seats.iter().for_each(|seat| seat.tell(Word::Failed(error.clone()))),
+        Err(Failed::Suspect(error)) => seats.iter().for_each(|seat| {
+            let may = dispatch.budget.lock().spend(Instant::now());
+            seat.tell(if may { Word::Alone(None) } else { Word::Failed(error.clone()) });
+        }),
         Err(Failed::Apart) => seats.iter().for_each(|seat| seat.tell(Word::Alone(None))),
     }
 }
@@ -312,19 +317,21 @@ async fn together(dispatch: Arc<Dispatch>, seats: Vec<Seat>, under_way: UnderWay
 enum Failed {
     /// None of them could have had one.
     All(Error),
+    /// An engine failed: for itself, or because of one of them.
+    Suspect(Error),
     /// One of them may be at fault.
     Apart,
 }
 
 impl From<Error> for Failed {
     fn from(error: Error) -> Self {
-        let apart = match &error {
-            // Workers that fail do so whoever asks; what they said last is the best that each can be told.
-            Error::Engine { status, .. } => status.is_client_error(),
+        match &error {
+            Error::Engine { status, .. } if status.is_client_error() => Self::Apart,
+            Error::Engine { .. } => Self::Suspect(error),
             // No worker holds all of it; some may hold a part.
-            Error::Refused { reason, .. } => *reason == Refusal::TooLarge,
-        };
-        if apart { Self::Apart } else { Self::All(error) }
+            Error::Refused { reason: Refusal::TooLarge, .. } => Self::Apart,
+            Error::Refused { .. } => Self::All(error),
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Embeddings, rankings and scores of several clients as one call: what the worker is asked, what each client gets, and
+//! Embeddings, rankings, scores and the like of several clients as one call: what the worker is asked, what each client gets, and
 //! who is spared whose trouble.
 
 use std::net::SocketAddr;
@@ -97,8 +97,10 @@ fn thirty_two_clients_are_two_calls_and_get_what_they_would_have_got() {
 }
 
 #[test]
-fn rankings_and_scores_merge_where_they_compare_with_the_same() {
+fn what_differs_in_its_inputs_alone_merges() {
     for (path, list, body) in [
+        ("/pooling", "data", r#"{"model":"m","input":DOCS}"#),
+        ("/classify", "data", r#"{"model":"m","input":DOCS}"#),
         ("/v1/rerank", "results", r#"{"model":"m","query":"water","documents":DOCS}"#),
         ("/v1/score", "data", r#"{"model":"m","text_1":"water","text_2":DOCS}"#),
     ] {
@@ -183,17 +185,19 @@ fn an_answer_that_does_not_fit_is_asked_for_apart() {
 }
 
 #[test]
-fn a_worker_that_fails_is_not_asked_once_for_each() {
+fn an_input_that_an_engine_fails_of_fails_alone() {
     let (recorder, gateway, mut first) = busy();
-    recorder.play(json("500 Internal Server Error", r#"{"error":{"message":"out of order","type":"e","code":500}}"#));
-    let clients = [4, 5].map(|id| connection(&gateway, &[], &three(id)));
-    for mut client in clients {
-        let answer = client.answer();
-        assert_eq!((answer.status, &answer.error()["message"]), (502, &"out of order".into()));
-        assert_eq!(answer.header("x-forebay-attempts"), Some("w0=status, w0=status"));
-    }
+    let failed = json("500 Internal Server Error", r#"{"error":{"message":"out of order","type":"e","code":500}}"#);
+    recorder.answer_matching(vec![("[4,4,4]".to_owned(), failed)]);
+    recorder.play(embeddings(1));
+    let [mut bad, mut good] = [4, 5].map(|id| connection(&gateway, &[], &three(id)));
+    let (bad, good) = (bad.answer(), good.answer());
+    assert_eq!((bad.status, &bad.error()["message"]), (502, &"out of order".into()));
+    assert_eq!(items(&good, "data"), r#"[{"object":"embedding","index":0,"embedding":[0.00]}]"#);
+    assert_eq!(good.header("x-forebay-attempts"), Some("w0=status, w0=status"));
     recorder.go_on();
-    assert_eq!((first.answer().status, recorder.posts().len()), (200, 3), "one call, and a second try of it");
+    // A call and its second try, then one of the good input and two of the bad one.
+    assert_eq!((first.answer().status, recorder.posts().len()), (200, 6));
 }
 
 #[test]

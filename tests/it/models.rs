@@ -105,6 +105,7 @@ fn a_name_means_what_fits_it_best() {
         (r#""model":"llama@2","#, "llama@2"),
         ("", "any"),
         (r#""model":null,"#, "any"),
+        (r#""model":"","#, "any"),
     ] {
         let answer = gateway.post("/v1/completions", &format!("{{{asked}\"prompt\":\"a\"}}"));
         assert_eq!((answer.status, answer.header("x-forebay-model")), (200, Some(model)), "{asked}: {}", answer.text());

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use crate::support::body::{chat, held, long, wide};
+use crate::support::body::{ANSWER, chat, held, long, wide};
 use crate::support::client::{self, Answer, Connection, post_with};
 use crate::support::eventually;
 use crate::support::process::{Gateway, Worker, model, tokenizer};
-use crate::support::recorder::{Recorder, Step};
+use crate::support::recorder::{Recorder, Step, json};
 
 /// A gateway whose only worker holds as much as is sent there, and the client that waits for it.
 struct Full {
@@ -229,6 +229,21 @@ fn without_a_worker_it_is_said_soon() {
     assert!(answer.header("retry-after").is_some(), "{:?}", answer.headers);
     assert!(took < Duration::from_secs(6), "{took:?}");
     assert!(recorder.posts().is_empty());
+}
+
+#[test]
+fn what_was_waited_for_another_model_counts() {
+    let answer = |name| json("200 OK", &ANSWER.replace("\"m\"", &format!("{name:?}")));
+    let [ill, well] = ["m", "n"].map(|name| Recorder::start(name, vec![answer(name)]));
+    ill.set_healthy(false);
+    let fallback = "worker_grace_seconds = 1\n[[model.fallback]]\nto = \"n\"\n";
+    let other = model("n", &[well.address], "").replace("\"w0\"", "\"n0\"");
+    let gateway = Gateway::start_unready("", &(model("m", &[ill.address], fallback) + &other), &[]);
+    eventually("the worker to be up", || (gateway.metric("forebay_worker_up{worker=\"n0\"}") == 1.0).then_some(()));
+    let answer = gateway.post("/v1/chat/completions", &chat("hi", ""));
+    assert_eq!((answer.status, answer.header("x-forebay-model")), (200, Some("n")), "{}", answer.text());
+    let row = gateway.row_of(&answer);
+    assert!(row["queue_ms"].as_f64() >= Some(900.0) && row["queue_ms"].as_f64() <= row["total_ms"].as_f64(), "{row}");
 }
 
 #[test]

@@ -179,7 +179,6 @@ fn every_key_we_act_on_may_stand_once_only() {
 #[test]
 fn chat_refusals() {
     let cases = [
-        (r#"{"model":"","messages":[]}"#, "invalid_value", "model", "Invalid 'model': empty string."),
         (
             r#"{"model":7}"#,
             "invalid_type",
