@@ -98,7 +98,6 @@ fn what_is_no_text_is_not_gone_on_with() {
         r#"{"choices":[{"index":0,"delta":{"content":[{"type":"text"}]}}]}"#,
         r#"{"choices":[{"index":1,"delta":{"content":"a"}}]}"#,
         r#"{"choices":[{"index":0,"delta":{"content":"a"},"logprobs":{"content":[]}}]}"#,
-        r#"{"choices":[{"index":0,"delta":{"content":"\ud83d"}}]}"#,
         r#"{"choices":[7]}"#,
     ] {
         let mut said = Said::new(true);
@@ -114,7 +113,9 @@ fn what_is_no_text_is_not_gone_on_with() {
         r#"{"choices":[{"delta":{"role":"assistant","content":null,"refusal":null,"tool_calls":[]},"finish_reason":null}]}"#,
         r#"{"choices":[],"usage":{"prompt_tokens":4}}"#,
         r#"{"choices":[{"index":0,"delta":null}]}"#,
-        "garbage, which no client gets",
+        // What no client gets.
+        "garbage",
+        r#"{"choices":[{"index":0,"delta":{"content":"\ud83d"}}]}"#,
     ] {
         said.hear(harmless.as_bytes());
         assert_eq!(said.text(), Some(""), "{harmless}");
