@@ -132,6 +132,9 @@ impl Pipeline {
         });
         let opened = opened.await?;
         entry.first_byte(&opened.worker.name, opened.matched_tokens);
+        if opened.apportioned {
+            entry.apportioned();
+        }
         Ok(opened)
     }
 }
