@@ -13,7 +13,7 @@ use crate::placement::{Ahead, Choice, Scene, Scored, pays};
 use crate::time::duration;
 use crate::timers::Timer;
 use crate::worker::Slot;
-use crate::{Action, PoolId, Refusal, RequestId, Role, Tick};
+use crate::{Action, Leg, PoolId, Refusal, RequestId, Role, Tick};
 
 /// Lanes that a worker with room looks into.
 const LANES_SEEN: usize = 8;
@@ -210,6 +210,15 @@ impl Core {
             let Some(id) = worker.lane.head(&pool.shares, &pool.fairness) else { return };
             let Some(entry) = self.requests.get(&id) else { return };
             let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
+            let asked = (&entry.request, Leg::Decode);
+            if entry.plan.leg == Leg::Prefill
+                && !pool.workers.iter().any(|slot| scene.may_take(asked, &entry.failed_on, *slot))
+            {
+                // nobody is left to go on from its prompt
+                self.unqueue(id);
+                self.place(id, Cause::Retry, out);
+                continue;
+            }
             let at_head = Some((slot, entry.matched_tokens()));
             match scene.choose(
                 (&entry.request, &entry.plan),
