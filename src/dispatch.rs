@@ -127,6 +127,8 @@ pub struct Opened {
     pub predicted_wait: Duration,
     /// Prompt tokens the core expected in the worker's cache.
     pub matched_tokens: u32,
+    /// It is a part of an answer to several requests whose counts of tokens are divided, not known.
+    pub apportioned: bool,
     pub reply: Reply,
 }
 
@@ -360,6 +362,7 @@ impl Dispatch {
                         queued: course.queued,
                         predicted_wait: sent.predicted_wait,
                         matched_tokens: matched_before.unwrap_or(sent.matched_tokens),
+                        apportioned: false,
                         reply,
                     });
                 }

@@ -72,6 +72,7 @@ impl Ledger {
             counted: None,
             first: None,
             failed: Vec::new(),
+            apportioned: false,
             row: Box::new(Row::new(name, api, SystemTime::now())),
             trace: None,
             within: None,
@@ -92,6 +93,8 @@ pub struct Entry {
     /// Attempts that brought nothing, and why.
     failed: Vec<(Arc<str>, &'static str)>,
     row: Box<Row>,
+    /// What the engine says it used is of a call of several, and divided.
+    apportioned: bool,
     /// Handed over at the end.
     trace: Option<Box<Trace>>,
     /// Of a call that several requests share: where the first of them stands in its trace.
@@ -219,6 +222,11 @@ impl Entry {
         self.row.ttft_ms = Some(milliseconds(now.duration_since(self.arrived)));
     }
 
+    /// Notes that the answer is a part of one to several requests, whose counts are divided.
+    pub fn apportioned(&mut self) {
+        self.apportioned = true;
+    }
+
     /// Notes what the engine says it used, if it says anything; it wins over our own counts.
     pub fn used(&mut self, usage: Option<Usage>) {
         let Some(usage) = usage else { return };
@@ -227,7 +235,7 @@ impl Entry {
         }
         let tokens = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
         self.row.prompt_tokens = tokens(usage.prompt_tokens);
-        self.row.prompt_tokens_from = TokensFrom::Engine;
+        self.row.prompt_tokens_from = if self.apportioned { TokensFrom::Apportioned } else { TokensFrom::Engine };
         self.row.output_tokens = tokens(usage.completion_tokens);
         self.row.output_tokens_from = TokensFrom::Engine;
         self.row.cached_tokens = usage.cached_tokens.map(tokens);
@@ -253,6 +261,7 @@ impl Entry {
             counted: None,
             first: None,
             failed: Vec::new(),
+            apportioned: false,
             row: self.row.clone(),
             trace: None,
             within: self.trace_parent(),

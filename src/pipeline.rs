@@ -142,6 +142,9 @@ impl Pipeline {
         };
         let opened = self.dispatch.open_or_join(job, |step| note(entry, step)).await?;
         entry.first_byte(&opened.worker.name, opened.matched_tokens);
+        if opened.apportioned {
+            entry.apportioned();
+        }
         Ok(opened)
     }
 }

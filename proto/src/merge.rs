@@ -39,12 +39,21 @@ pub fn join<'a>(body: &Bytes, items: &Items, inners: impl IntoIterator<Item = &'
     edits.apply(body)
 }
 
+/// What an answer holds for each who asked.
+#[derive(Debug)]
+pub struct Split {
+    /// In the order of the shares.
+    pub answers: Vec<Bytes>,
+    /// Their counts of tokens are the engine's for all, divided in the proportion of our own.
+    pub apportioned: bool,
+}
+
 /// The answer of each of `shares`. The list of items is `data`, or else `results`, which may stand in any order.
 ///
 /// `None` for what is not an answer to all of these requests: no JSON, no such list, an item that is missing, twice, or
 /// has no `index`.
 #[must_use]
-pub fn split(answer: &Bytes, shares: &[Share]) -> Option<Vec<Bytes>> {
+pub fn split(answer: &Bytes, shares: &[Share]) -> Option<Split> {
     let text = std::str::from_utf8(answer).ok()?;
     let whole: Whole<'_> = serde_json::from_str(text).ok()?;
     let list = whole.data.or(whole.results)?;
@@ -62,7 +71,10 @@ pub fn split(answer: &Bytes, shares: &[Share]) -> Option<Vec<Bytes>> {
         }
         edits.apply(answer)
     });
-    Some(answers.collect())
+    let own: u64 = shares.iter().map(|share| u64::from(share.tokens)).sum();
+    let mut counts = [&prompt_tokens, &total_tokens].into_iter().flatten();
+    let apportioned = counts.any(|(_, tokens)| tokens.iter().sum::<u64>() != own);
+    Some(Split { answers: answers.collect(), apportioned })
 }
 
 #[derive(Deserialize)]

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use forebay_backends::engines::Api;
-use forebay_proto::merge::{self, Share};
+use forebay_proto::merge::{self, Share, Split};
 use forebay_proto::peek::{self, Items};
 use forebay_proto::trace_context::TraceParent;
 use forebay_scheduler::{BatchFormer, Class, End, Failure, LotLimits, Member, PoolId, Refusal};
@@ -369,7 +369,8 @@ async fn ask(dispatch: &Dispatch, seats: &[Seat], class: Class) -> Result<Vec<Op
         headers: first.headers.clone(),
     };
     let tell = |step: Step| seats.iter().for_each(|seat| seat.tell(Word::Step(step.clone())));
-    let Opened { mut place, worker, queued, predicted_wait, matched_tokens, reply } = dispatch.open(job, tell).await?;
+    let opened = dispatch.open(job, tell).await?;
+    let Opened { mut place, worker, queued, predicted_wait, matched_tokens, reply, .. } = opened;
     let answers = match whole(reply).await {
         Ok(Some(answer)) => divide(&first.prepare, answer, seats.iter().map(Seat::share).collect()).await,
         Ok(None) => None,
@@ -379,7 +380,7 @@ async fn ask(dispatch: &Dispatch, seats: &[Seat], class: Class) -> Result<Vec<Op
         }
     };
     place.ended(End::Finished { prompt_tokens: tokens, cached_tokens: None, output_tokens: 0 });
-    let Some(answers) = answers else {
+    let Some(Split { answers, apportioned }) = answers else {
         tracing::warn!(worker = &*worker.name, "an answer to several requests cannot be divided, they are asked apart");
         return Err(Failed::Apart);
     };
@@ -389,6 +390,7 @@ async fn ask(dispatch: &Dispatch, seats: &[Seat], class: Class) -> Result<Vec<Op
         queued,
         predicted_wait,
         matched_tokens,
+        apportioned,
         reply: Reply::Whole(Whole {
             content_type: JSON,
             length: Some(answer.len() as u64),
@@ -436,7 +438,7 @@ async fn whole(reply: Reply) -> Result<Option<Bytes>, Failure> {
     Ok(Some(answer.freeze()))
 }
 
-async fn divide(prepare: &Prepare, answer: Bytes, shares: Vec<Share>) -> Option<Vec<Bytes>> {
+async fn divide(prepare: &Prepare, answer: Bytes, shares: Vec<Share>) -> Option<Split> {
     if answer.len() <= INLINE_ANSWER_BYTES_MAX {
         return merge::split(&answer, &shares);
     }

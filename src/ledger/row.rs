@@ -48,6 +48,8 @@ impl Outcome {
 pub enum TokensFrom {
     /// The engine's own `usage`.
     Engine,
+    /// The engine's for a call of several requests, divided in the proportion of our own counts.
+    Apportioned,
     /// The model's tokenizer, here or at the engine.
     Tokenizer,
     /// Events with content (engines send one a token unless told otherwise).
@@ -62,6 +64,7 @@ impl TokensFrom {
     fn name(self) -> &'static str {
         match self {
             Self::Engine => "engine",
+            Self::Apportioned => "apportioned",
             Self::Tokenizer => "tokenizer",
             Self::Events => "events",
             Self::Estimate => "estimate",

@@ -186,7 +186,7 @@ async fn carry(
         Ok(begun) => begun,
         Err(error) => return pilot.head(Err(error), Some(entry.cost())),
     };
-    let Opened { place, worker, queued, predicted_wait, matched_tokens, reply } = opened;
+    let Opened { place, worker, queued, predicted_wait, matched_tokens, reply, .. } = opened;
     let (content_type, length) = match &reply {
         Reply::Stream(_) => (None, None),
         Reply::Whole(whole) => (Some(whole.content_type.clone()), whole.length),

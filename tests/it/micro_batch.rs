@@ -88,6 +88,7 @@ fn thirty_two_clients_are_two_calls_and_get_what_they_would_have_got() {
         let row = gateway.row_of(answer);
         assert_eq!(row["prompt_tokens"], alone.json()["usage"]["prompt_tokens"], "{row}");
         assert_eq!((&row["attempts"], &row["worker"]), (&1.into(), &"w0".into()), "{row}");
+        assert_eq!(row["prompt_tokens_from"], "engine", "{row}");
         let explained = gateway.admin(&format!("decisions/{}", answer.header("x-request-id").unwrap()));
         assert_eq!(explained.status, 200, "{}", explained.text());
     }
@@ -182,6 +183,22 @@ fn an_answer_that_does_not_fit_is_asked_for_apart() {
     }
     recorder.go_on();
     assert_eq!((first.answer().status, recorder.posts().len()), (200, 4));
+}
+
+#[test]
+fn counts_that_are_divided_say_so() {
+    let (recorder, gateway, mut first) = busy();
+    recorder.play(embeddings(2));
+    let clients = [4, 5].map(|id| connection(&gateway, &[], &three(id)));
+    for mut client in clients {
+        let answer = client.answer();
+        let row = gateway.row_of(&answer);
+        let (count, from) = (&row["prompt_tokens"], &row["prompt_tokens_from"]);
+        assert_eq!((count, from), (&1.into(), &"apportioned".into()), "the engine counts 2 of what we count 6: {row}");
+    }
+    recorder.go_on();
+    let row = gateway.row_of(&first.answer());
+    assert_eq!(row["prompt_tokens_from"], "engine", "{row}");
 }
 
 #[test]

@@ -168,6 +168,7 @@ fn request(asked: Asked, members: &Members<'_>, tensors: &Arc<Tensors>) -> Resul
     let most = most_tokens(api, members, written.room)?;
     let stops = stops(members)?;
     let stop_ids = list::<u32>(members, "stop_token_ids", "a list of token ids")?;
+    let stop_ids = stop_ids.map(|ids| fitting(ids, "stop_token_ids")).transpose()?;
     let past_end = read(members, "ignore_eos", "true or false", |_| true)?.unwrap_or(false);
     let mut inputs = Inputs::of(tensors);
     let strip;
@@ -266,6 +267,14 @@ fn read<T: DeserializeOwned>(
 
 fn whole(members: &Members<'_>, field: &str, least: i32) -> Result<Option<i32>, Unsupported> {
     read(members, field, &format!("a whole number from {least} to {}", i32::MAX), |&value| value >= least)
+}
+
+/// Token ids that a tensor of theirs can hold: the server would call others a failure of its own.
+fn fitting(ids: Vec<u32>, field: &str) -> Result<Vec<u32>, Unsupported> {
+    match ids.iter().find(|id| i32::try_from(**id).is_err()) {
+        Some(id) => Err(Unsupported::value(NAME, field, &format!("no token has the id {id}"))),
+        None => Ok(ids),
+    }
 }
 
 /// `None`: it asks for nothing.

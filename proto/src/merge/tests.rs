@@ -8,7 +8,7 @@ const fn share(items: u32, tokens: u32) -> Share {
 }
 
 fn split_text(answer: &str, shares: &[Share]) -> Option<Vec<String>> {
-    let answers = split(&Bytes::copy_from_slice(answer.as_bytes()), shares)?;
+    let Split { answers, .. } = split(&Bytes::copy_from_slice(answer.as_bytes()), shares)?;
     Some(answers.into_iter().map(|answer| String::from_utf8(answer.to_vec()).unwrap()).collect())
 }
 
@@ -82,6 +82,20 @@ fn a_ranking_keeps_its_order() {
             r#"{"usage":{"total_tokens":3},"results":[{"index":0,"relevance_score":0.9}]}"#,
         ]
     );
+}
+
+#[test]
+fn counts_that_are_not_known_are_told_apart() {
+    let apportioned = |usage: &str| {
+        let answer = format!(r#"{{"data":[{{"index":0}},{{"index":1}}],"usage":{usage}}}"#);
+        split(&answer.into(), &[share(1, 3), share(1, 7)]).unwrap().apportioned
+    };
+    for known in ["null", "{}", r#"{"prompt_tokens":10,"total_tokens":10}"#, r#"{"total_tokens":10}"#] {
+        assert!(!apportioned(known), "{known}");
+    }
+    for divided in [r#"{"prompt_tokens":11,"total_tokens":11}"#, r#"{"total_tokens":9}"#] {
+        assert!(apportioned(divided), "{divided}");
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::placement::{Ahead, Choice, Scene, Scored, pays};
 use crate::time::duration;
 use crate::timers::Timer;
 use crate::worker::Slot;
-use crate::{Action, PoolId, Refusal, RequestId, Role, Tick};
+use crate::{Action, Leg, PoolId, Refusal, RequestId, Role, Tick};
 
 /// Lanes that a worker with room looks into.
 const LANES_SEEN: usize = 8;
@@ -225,6 +225,15 @@ impl Core {
         let Some(entry) = self.requests.get(&id) else { return false };
         let Some(pool) = self.pools.get(&entry.request.pool) else { return false };
         let scene = Scene { now: self.now, config: &self.config, pool, workers: &self.workers };
+        let next = (&entry.request, Leg::Decode);
+        if entry.plan.leg == Leg::Prefill
+            && !pool.workers.iter().any(|slot| scene.may_take(next, &entry.failed_on, *slot))
+        {
+            // nobody is left to go on from its prompt
+            self.unqueue(id);
+            self.place(id, Cause::Retry, out);
+            return true;
+        }
         let at_head = Some((slot, entry.matched_tokens()));
         let asked = (&entry.request, &entry.plan);
         match scene.choose(asked, &entry.failed_on, at_head, &mut self.rng, &mut self.scored) {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use forebay_tokens::{Special, Tokenizer};
+use prost::Message;
 
 use super::{
     NAME,
@@ -28,6 +29,12 @@ pub struct Tensors {
 }
 
 impl Tensors {
+    /// Of a model with this configuration, KServe's `ModelConfig` as its server writes it. `None` where it generates no text.
+    #[must_use]
+    pub fn read(config: &[u8]) -> Option<Self> {
+        Self::of(&ModelConfig::decode(config).ok()?, false)
+    }
+
     /// `None` where the model generates no text.
     pub(super) fn of(config: &ModelConfig, adds_special: bool) -> Option<Self> {
         let spelled = |input: &super::wire::ModelInput| Some((input.name.clone(), spelled(input.data_type())?));

@@ -157,6 +157,8 @@ fn what_the_model_has_no_input_for_is_refused_by_name() {
         (by_text(true), r#"{"prompt":"a","top_k":1.5}"#, "top_k"),
         (by_text(true), r#"{"prompt":"a","bad_words":"x"}"#, "bad_words"),
         (by_text(true), r#"{"prompt":"a","stop_token_ids":"x"}"#, "stop_token_ids"),
+        (by_ids(), r#"{"prompt":"a","stop_token_ids":[7,2147483648]}"#, "stop_token_ids"),
+        (by_ids(), r#"{"prompt":"a","stop_token_ids":[-1]}"#, "stop_token_ids"),
         (by_text(true), r#"{"prompt":"a","ignore_eos":"no"}"#, "ignore_eos"),
         (by_text(true), r#"{"prompt":"a","ignore_eos":true}"#, "ignore_eos"),
         (by_text(true), r#"{"prompt":"a","tools":{}}"#, "tools"),

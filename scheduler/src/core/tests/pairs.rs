@@ -146,6 +146,17 @@ fn a_prompt_waits_until_somebody_can_go_on() {
 }
 
 #[test]
+fn a_prompt_does_not_wait_for_somebody_who_is_gone() {
+    let one_slot = WorkerSpec { sequences_max: 1, ..spec(Role::Decode) };
+    let mut world = world_of(&[(PREFILL, spec(Role::Prefill)), (DECODE, one_slot)]);
+    world.arrive(long(1));
+    world.arrive(long(2));
+    world.event(Event::WorkerDraining { worker: WorkerId(DECODE) });
+    world.wait(3000);
+    assert_eq!(world.refusal(2), Some(Refusal::NoWorker), "after the time that one may take to come");
+}
+
+#[test]
 fn a_prompt_that_fails_is_computed_elsewhere() {
     let mut world = pairs();
     let first = sends(&world.arrive(long(1)))[0];
