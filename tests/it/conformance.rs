@@ -425,13 +425,17 @@ fn in_a_mixed_pool_those_are_asked_that_can() {
     let workers = ["tgi", "vllm"].map(|engine| Worker::start(&flags(engine)));
     let addresses = workers.each_ref().map(|worker| worker.address);
     let gateway = Gateway::start(&model("m", &addresses, &format!("tokenizer = {:?}\n", tokenizer())));
+    let all_up = || {
+        let listed = gateway.admin("workers").json();
+        (0..2).all(|at| listed["workers"][at]["health"] == "up").then_some(())
+    };
+    eventually("both workers to be up", all_up);
     for number in 0..12 {
         let body = json!({"model": "m", "input": format!("text {number}")});
         let answer = gateway.post("/v1/embeddings", &body.to_string());
         assert_eq!(answer.status, 200, "{}", answer.text());
     }
-    let listed = gateway.admin("workers").json();
-    assert!((0..2).all(|at| listed["workers"][at]["health"] == "up"), "it is nobody's fault: {listed}");
+    assert!(all_up().is_some(), "it is nobody's fault: {}", gateway.admin("workers").text());
 }
 
 fn written(rows: &[Vec<String>], reasons: &BTreeMap<String, Vec<String>>) -> String {
