@@ -10,6 +10,7 @@ pub(crate) mod check;
 mod fleet;
 mod gpus;
 mod settle;
+mod siblings;
 mod sleep;
 
 use std::collections::{BTreeMap, HashMap};

@@ -38,6 +38,7 @@ mod refusals;
 mod reload;
 mod replay;
 mod rolling;
+mod siblings;
 mod simulate;
 mod simulated;
 mod sleep;

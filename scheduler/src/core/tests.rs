@@ -3,5 +3,6 @@ mod behaviour;
 mod gpus;
 mod scale;
 mod schedules;
+mod siblings;
 mod sleep;
 mod world;
