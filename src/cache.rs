@@ -6,8 +6,8 @@
 //! later still gets it from the start.
 //!
 //! Invariants: a call is shared under one [`Key`] at a time; listeners get the same bytes in the same order; the
-//! fastest sets the pace, and who falls further behind than the bound is cut, so that a slow reader stalls nobody;
-//! exactly one listener pays, the last of those whose turn it was.
+//! fastest sets the pace, and who falls further behind than the bound is cut, so that a slow reader stalls nobody; all
+//! calls together keep no more than a bound, either; exactly one listener pays, the last of those whose turn it was.
 //!
 //! Not here: the call itself (`pipeline`), answers that are over.
 
@@ -21,7 +21,7 @@ use foldhash::HashMap;
 use http::HeaderValue;
 use parking_lot::Mutex;
 
-use flight::Flight;
+use flight::{Flight, Kept};
 pub use flight::{Left, Listener, Next, Pilot};
 
 /// Longer bodies are not compared.
@@ -54,28 +54,33 @@ type Flights<H, E, F> = HashMap<Key, Arc<Flight<H, E, F>>>;
 #[derive(Debug)]
 pub struct Coalescing<H, E, F> {
     flights: Mutex<Flights<H, E, F>>,
+    kept: Arc<Kept>,
 }
 
 impl<H, E, F> Default for Coalescing<H, E, F> {
     fn default() -> Self {
-        Self { flights: Mutex::default() }
+        Self { flights: Mutex::default(), kept: Arc::default() }
     }
 }
 
 impl<H: Clone, E: Clone, F: Clone + Default> Coalescing<H, E, F> {
-    /// Listens to the call under `key`. Where there is none that can be joined, whoever asks has to make it.
-    pub fn join(self: &Arc<Self>, key: Key) -> Seat<H, E, F> {
+    /// Listens to the call under `key`. Where there is none that can be joined, whoever asks has to make it; or, where calls
+    /// keep too much already, a call of its own.
+    pub fn join(self: &Arc<Self>, key: Key) -> Option<Seat<H, E, F>> {
         let mut flights = self.flights.lock();
         let slot = flights.entry(key);
         if let Entry::Occupied(known) = &slot
             && let Some(listener) = Flight::join(known.get())
         {
-            return Seat { listener, pilot: None };
+            return Some(Seat { listener, pilot: None });
         }
-        let (flight, listener) = Flight::begin();
+        if !self.kept.has_room() {
+            return None;
+        }
+        let (flight, listener) = Flight::begin(Arc::clone(&self.kept));
         let key = slot.key().clone();
         slot.insert_entry(Arc::clone(&flight));
-        Seat { listener, pilot: Some(Pilot::new(flight, Arc::clone(self), key)) }
+        Some(Seat { listener, pilot: Some(Pilot::new(flight, Arc::clone(self), key)) })
     }
 
     /// Nobody joins this call any more.

@@ -11,6 +11,8 @@ cd "$(dirname "$0")/.."
 export FOREBAY_SHARED_DIR="${FOREBAY_SHARED_DIR:-$PWD/../shared}"
 parts=("$@"); [ ${#parts[@]} -gt 0 ] || parts=(fmt clippy test schedule clients real)
 left_out=() failed=()
+# What a build may have, so that nothing of it goes untested, and one build for all parts.
+all=(--features kubernetes)
 
 say() { printf '\n== %s\n' "$*"; }
 leave_out() { left_out+=("$1"); printf 'left out: %s\n' "$1"; }
@@ -25,12 +27,11 @@ if wanted fmt; then
   if component fmt rustfmt; then step fmt cargo fmt --all --check; else leave_out 'format check: no rustfmt'; fi
 fi
 if wanted clippy; then
-  if component clippy clippy; then step clippy cargo clippy --locked --workspace --all-targets -- -D warnings; else leave_out 'lints: no clippy'; fi
+  if component clippy clippy; then step clippy cargo clippy --locked --workspace --all-targets "${all[@]}" -- -D warnings; else leave_out 'lints: no clippy'; fi
 fi
 if wanted test; then
-  step test cargo test --locked --workspace
-  step kubernetes cargo test --locked --features kubernetes --test it -- kubernetes architecture
-  step doc env RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps --quiet
+  step test cargo test --locked --workspace "${all[@]}"
+  step doc env RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps "${all[@]}" --quiet
 fi
 
 if wanted schedule; then step schedule cargo bench --locked --bench scheduling -- --quick; fi
@@ -54,7 +55,7 @@ if wanted clients; then
     rm -rf tests/clients/.venv
     leave_out 'official SDK: its packages could not be installed (Debian also needs python3-venv)'
   else
-    step build cargo build --locked
+    step build cargo build --locked "${all[@]}"
     step clients tests/clients/.venv/bin/python -m pytest -q tests/clients
   fi
 fi
@@ -69,7 +70,7 @@ if wanted real; then
   elif ! clients_venv; then
     leave_out 'real engines: the official SDK is not installed'
   else
-    step build cargo build --locked
+    step build cargo build --locked "${all[@]}"
     step real tests/clients/.venv/bin/python -m pytest -q -rs tests/real
   fi
 fi

@@ -275,6 +275,12 @@ pub trait Engine: Send + Sync {
         None
     }
 
+    /// Whether another prompt can reuse a prefix only once that has been computed, so that of two that are prefilled at one
+    /// time both compute it.
+    fn caches_late(&self) -> bool {
+        false
+    }
+
     /// Where it takes LoRA adapters while it runs, if it does.
     fn adapter_paths(&self) -> Option<AdapterPaths> {
         None

@@ -72,6 +72,11 @@ pub struct Config {
     pub adapter_refused: Duration,
     /// How long an adapter that is in use keeps its place while another waits for one (2 s).
     pub adapter_turn: Duration,
+    /// Time of prefill below which a prefix that another request is computing is not waited for (50 ms: a few steps of the
+    /// engine).
+    pub sibling_gain: Duration,
+    /// Longest wait for another request's prefill (10 s).
+    pub sibling_wait_max: Duration,
     /// How long it is believed to take until memory is free that is not ours (10 s).
     pub memory_lease: Duration,
     /// How long an overloaded worker is left alone when it names no time (1 s); twice as long each time it says so again
@@ -150,6 +155,8 @@ impl Default for Config {
             adapter_load_assumed: Duration::from_secs(1),
             adapter_refused: Duration::from_secs(60),
             adapter_turn: Duration::from_secs(2),
+            sibling_gain: Duration::from_millis(50),
+            sibling_wait_max: Duration::from_secs(10),
             memory_lease: Duration::from_secs(10),
             busy_lease: Duration::from_secs(1),
             busy_lease_max: Duration::from_secs(4),

@@ -11,6 +11,7 @@ mod fleet;
 mod gpus;
 mod pairs;
 mod settle;
+mod siblings;
 mod sleep;
 
 use std::collections::{BTreeMap, HashMap};

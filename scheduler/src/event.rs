@@ -159,6 +159,9 @@ pub struct WorkerSpec {
     pub gpu_bytes: Option<u64>,
     /// It may be put to sleep, so that others have the memory of its GPUs.
     pub sleep: Option<SleepSpec>,
+    /// Whether another prompt can reuse a prefix only once that has been computed: of two that are prefilled at one time both
+    /// compute it.
+    pub caches_late: bool,
     /// LoRA adapters that it may be given, one beside the other; 0: it can be given none.
     pub adapters_max: u32,
     /// Workers with the same number are models of one server, which computes them together: they do not take the GPU
@@ -180,6 +183,7 @@ impl Default for WorkerSpec {
             memory_bytes: None,
             gpu_bytes: None,
             sleep: None,
+            caches_late: false,
             adapters_max: 0,
             server: None,
         }

@@ -22,6 +22,8 @@ pub enum Cause {
     Retry,
     /// It stood in a lane that did not move, or a worker with room took it from there.
     Rescore,
+    /// It waits for the prefill of another with the same long prefix at its worker.
+    Held,
     /// Its time was up: nobody was weighed.
     Expiry,
 }

@@ -7,7 +7,7 @@
 //! waited` delays the longest in proportion to their length; with the saturating form, which delays a prompt of ten
 //! seconds little more than one of five, the longest waits stay within 5 % of those of first come, first served.
 //!
-//! Beside the order stand those that wait for more than room: gathered, until the worker has their adapter.
+//! Beside the order stand those that wait for more than room: gathered, until a gate opens.
 //!
 //! Invariants: a request stands in it once; the sums are those of what stands in it.
 //! Not here: whether the worker has room, and who may be in it.
@@ -21,6 +21,15 @@ use crate::fairness::Fairness;
 use crate::shares::Shares;
 use crate::{AdapterId, Class, RequestId, TenantId, Tick};
 
+/// What a request waits for beside the order of a lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Gate {
+    /// The worker is to be given this adapter.
+    Adapter(AdapterId),
+    /// This request, which the worker has, is to be prefilled: they have a long prefix in common.
+    Prefill(RequestId),
+}
+
 /// Where a request stands in a lane; needed to find it again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Standing {
@@ -31,6 +40,8 @@ pub(crate) struct Standing {
     pub(crate) sequences: u32,
     /// That the request is for.
     pub(crate) adapter: Option<AdapterId>,
+    /// What it waits for, or did: one that was opened stands in the order.
+    pub(crate) gate: Option<Gate>,
     key: u64,
 }
 
@@ -45,7 +56,15 @@ impl Standing {
         half: Duration,
     ) -> Self {
         let gives_way = patience_seconds * service_seconds / (service_seconds + half.as_secs_f64().max(1e-6));
-        Self { class, tenant, uncached, sequences, adapter, key: expires.0.saturating_add((gives_way * 1e6) as u64) }
+        Self {
+            class,
+            tenant,
+            uncached,
+            sequences,
+            adapter,
+            gate: None,
+            key: expires.0.saturating_add((gives_way * 1e6) as u64),
+        }
     }
 }
 
@@ -54,8 +73,8 @@ pub(crate) struct Lane {
     classes: [Share; Class::COUNT],
     /// Of these, so many for each adapter.
     adapters: BTreeMap<AdapterId, u32>,
-    /// Those that wait for an adapter, not among the others.
-    gathered: BTreeMap<AdapterId, BTreeMap<RequestId, Standing>>,
+    /// Those that wait for more than room, not among the others.
+    gathered: BTreeMap<Gate, BTreeMap<RequestId, Standing>>,
 }
 
 #[derive(Debug, Default)]
@@ -122,34 +141,42 @@ impl Lane {
         }
     }
 
-    /// Puts one beside the others until its adapter is there; one that is for none among them.
+    /// Puts one beside the others until its gate opens; one that has none among them.
     pub(crate) fn gather(&mut self, id: RequestId, at: Standing) {
-        match at.adapter {
-            Some(adapter) => drop(self.gathered.entry(adapter).or_default().insert(id, at)),
+        match at.gate {
+            Some(gate) => drop(self.gathered.entry(gate).or_default().insert(id, at)),
             None => self.insert(id, at),
         }
     }
 
-    /// The adapter is there: whoever waited for it stands among the others.
-    pub(crate) fn open(&mut self, adapter: AdapterId) {
-        for (id, at) in self.gathered.remove(&adapter).unwrap_or_default() {
+    /// Whoever waited for this stands among the others.
+    pub(crate) fn open(&mut self, gate: Gate) {
+        for (id, at) in self.gathered.remove(&gate).unwrap_or_default() {
             self.insert(id, at);
         }
     }
 
-    /// What waits for adapters: each with whoever came first for it, the longest waiting first.
-    pub(crate) fn wanted(&self) -> SmallVec<[(RequestId, AdapterId); 4]> {
-        let first = |(adapter, requests): (&AdapterId, &BTreeMap<RequestId, Standing>)| {
-            Some((*requests.first_key_value()?.0, *adapter))
-        };
-        let mut wanted: SmallVec<[_; 4]> = self.gathered.iter().filter_map(first).collect();
-        wanted.sort_unstable();
-        wanted
+    /// What is waited for: each with whoever came first for it, the longest waiting first.
+    pub(crate) fn gates(&self) -> SmallVec<[(RequestId, Gate); 4]> {
+        let first =
+            |(gate, requests): (&Gate, &BTreeMap<RequestId, Standing>)| Some((*requests.first_key_value()?.0, *gate));
+        let mut gates: SmallVec<[_; 4]> = self.gathered.iter().filter_map(first).collect();
+        gates.sort_unstable();
+        gates
     }
 
-    /// Whoever waits for the adapter.
-    pub(crate) fn gathered(&self, adapter: AdapterId) -> impl Iterator<Item = RequestId> {
-        self.gathered.get(&adapter).into_iter().flat_map(|requests| requests.keys().copied())
+    /// The same of adapters alone.
+    pub(crate) fn wanted(&self) -> SmallVec<[(RequestId, AdapterId); 4]> {
+        let adapter = |(first, gate)| match gate {
+            Gate::Adapter(adapter) => Some((first, adapter)),
+            Gate::Prefill(_) => None,
+        };
+        self.gates().into_iter().filter_map(adapter).collect()
+    }
+
+    /// Whoever waits for this.
+    pub(crate) fn gathered(&self, gate: Gate) -> impl Iterator<Item = RequestId> {
+        self.gathered.get(&gate).into_iter().flat_map(|requests| requests.keys().copied())
     }
 
     /// How many for the adapter could be sent if there were room.
@@ -158,12 +185,12 @@ impl Lane {
     }
 
     pub(crate) fn remove(&mut self, id: RequestId, at: Standing) {
-        if let Some(adapter) = at.adapter
-            && let Some(requests) = self.gathered.get_mut(&adapter)
+        if let Some(gate) = at.gate
+            && let Some(requests) = self.gathered.get_mut(&gate)
             && requests.remove(&id).is_some()
         {
             if requests.is_empty() {
-                self.gathered.remove(&adapter);
+                self.gathered.remove(&gate);
             }
             return;
         }

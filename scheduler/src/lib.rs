@@ -15,6 +15,7 @@
 //!              ├ fleet       workers come, go, fall ill; caches and loads change
 //!              ├ gpus        what is beneath them slows, fails, or is shared
 //!              ├ sleep       models take turns in the memory of GPUs
+//!              ├ siblings    a long prefix that several have is computed once
 //!              ├ adapters    workers are given the LoRA adapters that are asked for
 //!              └ settle      fill windows, steal, re-score, timers
 //!         pool ─ lane, shares, fairness, prefix, outputs      placement ─ candidates, terms, policy

@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::config::Config;
-use crate::lane::Lane;
+use crate::lane::{Gate, Lane};
 use crate::outputs::Plan;
 use crate::pool::Pool;
 use crate::{Adapter, AdapterId, HealthState, Leg, LoadReport, PoolId, Request, RequestId, Tick, WorkerId, WorkerSpec};
@@ -78,6 +78,8 @@ pub(crate) struct Worker {
     pub(crate) trial: Option<RequestId>,
     pub(crate) lane: Lane,
     pub(crate) sent: BTreeSet<RequestId>,
+    /// Those that have no first token yet, of what was sent and of what waits in the lane for nobody's prefill.
+    pub(crate) unstarted: BTreeSet<RequestId>,
     /// The sum over what was sent.
     pub(crate) held: Held,
     /// Prompt tokens of these that are still computed elsewhere.
@@ -121,6 +123,7 @@ impl Worker {
             trial: None,
             lane: Lane::default(),
             sent: BTreeSet::new(),
+            unstarted: BTreeSet::new(),
             held: Held::default(),
             awaited_tokens: 0,
             reported: Reported::default(),
@@ -357,6 +360,7 @@ impl Worker {
         config: &Config,
     ) -> (Held, SendNumber) {
         let need = self.take(now, request.id, plan);
+        self.unstarted.insert(request.id);
         self.adapters.sent(now, request.adapter);
         self.sent_tokens = self.sent_tokens.wrapping_add(u64::from(uncached));
         let speed = self.speed(now, fleet_rate, config);
@@ -413,6 +417,12 @@ impl Worker {
         generating
     }
 
+    /// A request's prompt is computed, or will not be here: whoever waited for that need not.
+    pub(crate) fn prefilled(&mut self, request: RequestId) {
+        self.unstarted.remove(&request);
+        self.lane.open(Gate::Prefill(request));
+    }
+
     /// Gives the request's place back. `started`: its first token had come.
     pub(crate) fn release(
         &mut self,
@@ -425,6 +435,7 @@ impl Worker {
         if !self.sent.remove(&request.id) {
             return;
         }
+        self.prefilled(request.id);
         self.held = self.held.minus(held);
         self.sleep.used = now;
         self.adapters.ended(now, request.adapter);

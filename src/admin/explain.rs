@@ -75,6 +75,7 @@ fn decision(decided: Decided) -> Decision {
         Cause::Arrival => "arrival",
         Cause::Retry => "retry",
         Cause::Rescore => "rescore",
+        Cause::Held => "held",
         Cause::Expiry => "expiry",
     };
     let winner = |of: fn(Leg) -> bool| {

@@ -153,7 +153,8 @@ pub struct Refusal {
 /// One decision.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Decision {
-    /// `arrival`, `retry` (an attempt failed, or a worker appeared) or `rescore` (its lane did not move).
+    /// `arrival`, `retry` (an attempt failed, or a worker appeared) `rescore` (its lane did not move) or `held` (another
+    /// with the same long prefix is being prefilled there).
     pub cause: String,
     pub decided: When,
     /// Null when nobody could answer before the deadline. Of two workers the one for the prompt.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::future::poll_fn;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
@@ -12,6 +13,23 @@ use super::{Coalescing, Key};
 
 /// What is kept of an answer for those who have not read it yet: longer than almost any, and little beside a KV cache.
 const KEPT_BYTES_MAX: usize = 4 << 20;
+/// The same of all calls together. One that finds it used up keeps what the fastest of its readers has yet to read.
+const ALL_KEPT_BYTES_MAX: usize = 256 << 20;
+
+/// Bytes that all calls keep.
+#[derive(Debug, Default)]
+pub(super) struct Kept(AtomicUsize);
+
+impl Kept {
+    fn holds(&self, more: usize) -> bool {
+        self.0.load(Ordering::Relaxed).saturating_add(more) <= ALL_KEPT_BYTES_MAX
+    }
+
+    /// Whether there is room for what a call may keep.
+    pub(super) fn has_room(&self) -> bool {
+        self.holds(KEPT_BYTES_MAX)
+    }
+}
 
 #[derive(Debug)]
 pub(super) struct Flight<H, E, F>(Mutex<State<H, E, F>>);
@@ -22,6 +40,8 @@ struct State<H, E, F> {
     /// The answer, but for the pieces that were dropped in front.
     kept: VecDeque<Bytes>,
     kept_bytes: usize,
+    /// With what others keep.
+    all_kept: Arc<Kept>,
     dropped: u64,
     end: Option<End>,
     facts: F,
@@ -58,11 +78,12 @@ pub enum Next {
 }
 
 impl<H: Clone, E: Clone, F: Clone + Default> Flight<H, E, F> {
-    pub(super) fn begin() -> (Arc<Self>, Listener<H, E, F>) {
+    pub(super) fn begin(all_kept: Arc<Kept>) -> (Arc<Self>, Listener<H, E, F>) {
         let flight = Arc::new(Self(Mutex::new(State {
             head: None,
             kept: VecDeque::new(),
             kept_bytes: 0,
+            all_kept,
             dropped: 0,
             end: None,
             facts: F::default(),
@@ -96,16 +117,27 @@ impl<H, E, F> State<H, E, F> {
     /// Drops pieces in front of `position`, as far as it needs for so many bytes more; says whether they can be kept. A
     /// piece that is longer than what is kept can be, alone.
     fn make_room(&mut self, bytes: usize, position: Option<u64>) -> bool {
-        while self.kept_bytes + bytes > KEPT_BYTES_MAX && position.is_none_or(|position| position > self.dropped) {
+        while !self.has_room(bytes) && position.is_none_or(|position| position > self.dropped) {
             let Some(first) = self.kept.pop_front() else { return true };
             self.kept_bytes -= first.len();
+            self.all_kept.0.fetch_sub(first.len(), Ordering::Relaxed);
             self.dropped += 1;
         }
-        self.kept.is_empty() || self.kept_bytes + bytes <= KEPT_BYTES_MAX
+        self.kept.is_empty() || self.has_room(bytes)
+    }
+
+    fn has_room(&self, bytes: usize) -> bool {
+        self.kept_bytes + bytes <= KEPT_BYTES_MAX && self.all_kept.holds(bytes)
     }
 
     fn positions(&self) -> impl Iterator<Item = u64> {
         self.listeners.values().map(|place| place.position)
+    }
+}
+
+impl<H, E, F> Drop for State<H, E, F> {
+    fn drop(&mut self) {
+        self.all_kept.0.fetch_sub(self.kept_bytes, Ordering::Relaxed);
     }
 }
 
@@ -139,6 +171,7 @@ impl<H: Clone, E: Clone, F: Clone + Default> Pilot<H, E, F> {
     pub fn push(&self, bytes: Bytes, facts: F) {
         let mut state = self.flight.0.lock();
         state.kept_bytes += bytes.len();
+        state.all_kept.0.fetch_add(bytes.len(), Ordering::Relaxed);
         state.kept.push_back(bytes);
         state.facts = facts;
         state.wake_all();
@@ -315,7 +348,7 @@ mod tests {
     }
 
     fn join(calls: &Arc<Calls>, key: Key) -> (Ear, Option<Pilot<(), (), u32>>) {
-        let Seat { listener, pilot } = calls.join(key);
+        let Seat { listener, pilot } = calls.join(key).expect("there is room");
         (listener, pilot)
     }
 
@@ -392,6 +425,34 @@ mod tests {
         assert_eq!(next(&mut slow), Some(Next::Behind));
         assert_eq!(next(&mut fast), Some(Next::Bytes(piece(10))));
         assert!(join(&calls, key(b"a")).1.is_some(), "its beginning is gone");
+    }
+
+    #[test]
+    fn all_calls_together_keep_so_much_and_no_more() {
+        let calls = Arc::new(Calls::default());
+        let kept = || calls.kept.0.load(Ordering::Relaxed);
+        let mut many: Vec<_> = (0..ALL_KEPT_BYTES_MAX / KEPT_BYTES_MAX)
+            .map(|number| {
+                let (listener, pilot) = join(&calls, Key { class: number, ..key(b"a") });
+                let pilot = pilot.unwrap();
+                pilot.push(piece(KEPT_BYTES_MAX), 0);
+                (listener, pilot)
+            })
+            .collect();
+        assert_eq!(kept(), ALL_KEPT_BYTES_MAX);
+        assert!(calls.join(key(b"new")).is_none(), "whoever is new goes its own way");
+        let Seat { listener: mut second, pilot } = calls.join(key(b"a")).expect("one like it is under way");
+        assert!(pilot.is_none(), "and may be joined");
+        let (mut last, pilot) = many.pop().unwrap();
+        assert_eq!(next(&mut last), Some(Next::Bytes(piece(KEPT_BYTES_MAX))));
+        assert!(is_ready(pilot.room(10)));
+        pilot.push(piece(10), 0);
+        assert_eq!(next(&mut last), Some(Next::Bytes(piece(10))));
+        assert_eq!(kept(), ALL_KEPT_BYTES_MAX - KEPT_BYTES_MAX + 10);
+        assert_eq!(next(&mut second), Some(Next::Bytes(piece(KEPT_BYTES_MAX))));
+        drop((many, last, pilot, second));
+        assert_eq!(kept(), 0, "all is given back");
+        assert!(calls.join(key(b"new")).is_some());
     }
 
     #[test]

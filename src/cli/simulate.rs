@@ -218,6 +218,7 @@ impl Arguments {
                 block_tokens: trace.block_tokens,
                 max_batch: self.max_batch,
                 step_token_budget: self.step_token_budget,
+                caches_late: false,
             },
             speeds: self.speed.clone(),
             rate: 1.0,

@@ -200,6 +200,7 @@ fn options(arguments: Arguments) -> anyhow::Result<Options> {
             block_tokens: arguments.block_tokens,
             max_batch: arguments.max_batch,
             step_token_budget: arguments.step_token_budget,
+            caches_late: matches!(arguments.engine, Wire::Sglang),
         },
         seed: arguments.seed,
         recite: arguments.recite,

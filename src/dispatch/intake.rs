@@ -440,6 +440,10 @@ impl Intake {
             adapter,
             names,
         })));
+        let caches_late = detected.engine.caches_late();
+        if worker.spec.lock().caches_late != caches_late {
+            self.respec(worker, |spec| spec.caches_late = caches_late);
+        }
         self.tell(worker, fact).await;
     }
 

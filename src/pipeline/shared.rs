@@ -82,7 +82,8 @@ pub struct Joined {
 
 impl Pipeline {
     /// Joins the call of an equal request, or makes one that equal requests can join. What is not to be shared comes back:
-    /// a model that does not allow it, an answer that is drawn by chance, one with a deadline of its own.
+    /// a model that does not allow it, an answer that is drawn by chance, one with a deadline of its own; and one that comes
+    /// when all calls together keep as much as they may.
     ///
     /// # Errors
     /// The request, to go its own way.
@@ -93,7 +94,6 @@ impl Pipeline {
         if !(sharable && call.asked.can_be_shared()) {
             return Err(Box::new(call));
         }
-        entry.routed(&model.name, &model.metrics);
         let headers = call.headers.iter().filter(|(name, _)| !matches!(name.as_str(), "traceparent" | "tracestate"));
         let key = Key {
             model: Arc::clone(&model.name),
@@ -102,7 +102,8 @@ impl Pipeline {
             headers: headers.map(|(name, value)| (name.as_str().to_owned(), value.clone())).collect(),
             body: call.body.clone(),
         };
-        let Seat { listener, pilot } = self.shared.calls.join(key);
+        let Some(Seat { listener, pilot }) = self.shared.calls.join(key) else { return Err(Box::new(call)) };
+        entry.routed(&model.name, &model.metrics);
         let [miss, hit] = &self.shared.lookups;
         let first = pilot.is_some();
         if let Some(pilot) = pilot {

@@ -42,6 +42,7 @@ mod refusals;
 mod reload;
 mod replay;
 mod rolling;
+mod siblings;
 mod simulate;
 mod simulated;
 mod sleep;

@@ -92,6 +92,12 @@ impl Engine for SgLang {
         api == Api::Completions
     }
 
+    /// Its tree gets a chunk after the step that computes it; and what waits is looked up when it is admitted, first come,
+    /// first served.
+    fn caches_late(&self) -> bool {
+        true
+    }
+
     /// Refused where the server was started without `--enable-lora`.
     fn adapter_paths(&self) -> Option<AdapterPaths> {
         Some(AdapterPaths { load: "/load_lora_adapter", unload: "/unload_lora_adapter" })

@@ -41,6 +41,8 @@ pub struct EngineConfig {
     pub max_batch: u32,
     /// Tokens, prefill and decode together, that one step may compute; 0 counts as 1.
     pub step_token_budget: u32,
+    /// Whether a block can be reused only from the step after the one that computes it. vLLM's can at once, SGLang's cannot.
+    pub caches_late: bool,
 }
 
 impl Default for EngineConfig {
@@ -53,6 +55,7 @@ impl Default for EngineConfig {
             block_tokens: 16,
             max_batch: 256,
             step_token_budget: 8192,
+            caches_late: false,
         }
     }
 }
@@ -250,6 +253,7 @@ impl Engine {
     /// Sequences that finished in the step before leave the batch now, not earlier: until the step's duration has passed
     /// they still hold their place and their blocks.
     pub fn step(&mut self) -> Option<Step> {
+        self.cache_computed();
         self.retire();
         let mut step = Step::default();
         let mut budget = self.config.step_token_budget;
@@ -307,6 +311,16 @@ impl Engine {
         });
     }
 
+    /// Caches what the step before computed, of an engine that does so only then.
+    fn cache_computed(&mut self) {
+        for live in self.running.iter_mut().filter(|_| self.config.caches_late) {
+            let full = (live.computed / self.config.block_tokens) as usize;
+            for (block, hash) in live.held.iter_mut().zip(&live.sequence.blocks).take(full) {
+                self.pool.publish(block, *hash);
+            }
+        }
+    }
+
     /// Gives each running sequence its token or its next chunk, preempting from the tail when blocks run out.
     fn continue_running(&mut self, step: &mut Step, budget: &mut u32, decoding: &mut u32) {
         let mut at = 0;
@@ -314,7 +328,7 @@ impl Engine {
             let Some(live) = self.running.get_mut(at) else { break };
             let decodes = live.decodes();
             let tokens = (live.known() - live.computed).min(*budget);
-            if !grow(&mut self.pool, live, tokens, self.config.block_tokens) {
+            if !grow(&mut self.pool, live, tokens, &self.config) {
                 // The last may be the one that asked; then the loop ends, as nothing stands behind it.
                 self.preempt_last(step);
                 continue;
@@ -351,7 +365,7 @@ impl Engine {
             let hits = u32::try_from(live.held.len()).unwrap_or(u32::MAX) * self.config.block_tokens;
             live.computed = hits;
             let tokens = (live.known() - live.computed).min(*budget);
-            if !grow(&mut self.pool, &mut live, tokens, self.config.block_tokens) {
+            if !grow(&mut self.pool, &mut live, tokens, &self.config) {
                 self.pool.release(std::mem::take(&mut live.held));
                 live.computed = 0;
                 self.waiting.push_front(live);
@@ -378,9 +392,10 @@ impl Engine {
     }
 }
 
-/// Computes `tokens` more of a sequence: takes the blocks they need and caches the full ones. Changes nothing and gives
-/// `false` when there are too few.
-fn grow(pool: &mut Pool, live: &mut Live, tokens: u32, block_tokens: u32) -> bool {
+/// Computes `tokens` more of a sequence: takes the blocks they need and caches the full ones, unless the engine does so
+/// later. Changes nothing and gives `false` when there are too few.
+fn grow(pool: &mut Pool, live: &mut Live, tokens: u32, config: &EngineConfig) -> bool {
+    let block_tokens = config.block_tokens;
     let computed = live.computed + tokens;
     let needed = computed.div_ceil(block_tokens) as usize;
     if !pool.allocate(needed.saturating_sub(live.held.len()), &mut live.held) {
@@ -389,7 +404,8 @@ fn grow(pool: &mut Pool, live: &mut Live, tokens: u32, block_tokens: u32) -> boo
     let full_before = (live.computed / block_tokens) as usize;
     let full_after = (computed / block_tokens) as usize;
     let hashes = live.sequence.blocks.iter();
-    for (block, hash) in live.held.iter_mut().zip(hashes).take(full_after).skip(full_before) {
+    let at_once = if config.caches_late { full_before } else { full_after };
+    for (block, hash) in live.held.iter_mut().zip(hashes).take(at_once).skip(full_before) {
         pool.publish(block, *hash);
     }
     live.computed = computed;

@@ -14,6 +14,7 @@
 
 use super::{Core, Place};
 use crate::explain::Cause;
+use crate::lane::Gate;
 use crate::worker::Slot;
 use crate::{Action, Adapter, AdapterEnd, AdapterId, AdapterState, RequestId, WorkerId};
 
@@ -24,7 +25,7 @@ impl Core {
         let Some(worker) = self.workers.get_mut(slot) else { return };
         let (came, gone) = worker.adapters.seen(self.now, adapters);
         let pool = worker.pool;
-        came.iter().for_each(|adapter| worker.lane.open(*adapter));
+        came.iter().for_each(|adapter| worker.lane.open(Gate::Adapter(*adapter)));
         gone.iter().for_each(|adapter| self.close(slot, *adapter));
         if !came.is_empty() || !gone.is_empty() {
             self.adapters_changed(slot);
@@ -142,7 +143,7 @@ impl Core {
     /// Those who waited for it stand in the lane's order.
     fn open(&mut self, slot: Slot, adapter: AdapterId) {
         if let Some(worker) = self.workers.get_mut(slot) {
-            worker.lane.open(adapter);
+            worker.lane.open(Gate::Adapter(adapter));
         }
         self.touch(slot);
     }
@@ -154,11 +155,12 @@ impl Core {
         };
         let bound: Vec<RequestId> = worker.lane.ids().collect();
         for id in bound {
-            if let Some(Place::Lane(_, at)) = self.requests.get(&id).map(|entry| entry.place)
+            if let Some(Place::Lane(_, at)) = self.requests.get_mut(&id).map(|entry| &mut entry.place)
                 && at.adapter == Some(adapter)
             {
-                worker.lane.remove(id, at);
-                worker.lane.gather(id, at);
+                worker.lane.remove(id, *at);
+                at.gate = Some(Gate::Adapter(adapter));
+                worker.lane.gather(id, *at);
             }
         }
     }
@@ -166,7 +168,7 @@ impl Core {
     /// Those who waited for it are placed anew.
     fn disperse(&mut self, slot: Slot, adapter: AdapterId, out: &mut Vec<Action>) {
         let Some(worker) = self.workers.get(slot) else { return };
-        let gathered: Vec<RequestId> = worker.lane.gathered(adapter).collect();
+        let gathered: Vec<RequestId> = worker.lane.gathered(Gate::Adapter(adapter)).collect();
         for id in gathered {
             self.unqueue(id);
             self.place(id, Cause::Retry, out);

@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 use super::{Core, Entry, Place, Sent};
 use crate::config::Config;
 use crate::explain::{Cause, LeftOut, Unfit, Weighed};
-use crate::lane::Standing;
+use crate::lane::{Gate, Standing};
 use crate::outputs::Plan;
 use crate::placement::{Choice, Scene, Scored};
 use crate::pool::Pool;
@@ -185,30 +185,37 @@ impl Core {
     /// Sends the request to the worker, or puts it in its lane. `then`: who is to go on where it computes a prompt alone.
     pub(super) fn bind(&mut self, id: RequestId, (to, then): (&Scored, Option<Slot>), out: &mut Vec<Action>) {
         let second = self.second(id, then);
+        let leader = self.leader(to.slot, id);
         let (Some(entry), Some(worker)) = (self.requests.get_mut(&id), self.workers.get_mut(to.slot)) else { return };
         let Some(pool) = self.pools.get(&entry.request.pool) else { return };
         let fleet_rate = pool.fleet_rate();
-        let has_adapter = worker.adapters.has(entry.request.adapter);
-        let at_once = pool.limits.policy != Policy::Forebay && worker.may_send() && has_adapter;
+        let adapter = entry.request.adapter.filter(|adapter| !worker.adapters.has(Some(*adapter)));
+        let gate = adapter.map(|adapter| Gate::Adapter(adapter.id)).or(leader.map(Gate::Prefill));
+        let at_once = pool.limits.policy != Policy::Forebay && worker.may_send();
         let room = || worker.has_room(self.now, (&entry.request, &entry.plan), to.uncached_tokens, pool, &self.config);
-        if let Some(then) = second
+        if gate.is_none()
+            && let Some(then) = second
             && (at_once || worker.lane.is_clear() && room())
         {
             return self.send(id, (to.slot, then), to.matched_tokens, out);
         }
         let speed = worker.speed(self.now, fleet_rate, &self.config);
-        let standing = entry.standing(to.uncached_tokens, speed, pool.patience(self.now, &self.config), &self.config);
+        let mut standing =
+            entry.standing(to.uncached_tokens, speed, pool.patience(self.now, &self.config), &self.config);
+        standing.gate = gate;
         if worker.lane.is_empty() {
             worker.rescored = self.now;
         }
-        if has_adapter {
-            worker.lane.insert(id, standing);
-        } else {
-            worker.lane.gather(id, standing);
+        worker.lane.gather(id, standing);
+        if leader.is_none() {
+            worker.unstarted.insert(id);
         }
         entry.place = Place::Lane(to.slot, standing);
         let until = entry.waits_until();
         self.enqueued(id, until);
+        if matches!(gate, Some(Gate::Prefill(_))) {
+            self.record(id, Cause::Held, Some(to), None);
+        }
         self.touch(to.slot);
     }
 
@@ -267,6 +274,7 @@ impl Core {
             Place::Lane(slot, standing) => {
                 if let Some(worker) = self.workers.get_mut(slot) {
                     worker.lane.remove(id, standing);
+                    worker.prefilled(id);
                 }
                 Some(slot)
             }

@@ -84,6 +84,7 @@ impl Core {
         let Some(pool) = self.pools.get_mut(&entry.request.pool) else { return };
         let Some((slot, worker)) = sent.slot.and_then(|slot| Some((slot, self.workers.get_mut(slot)?))) else { return };
         let before = (sent.held, sent.number);
+        worker.prefilled(id);
         sent.held = worker.started(self.now, before, sent.uncached, pool.fleet_rate(), &self.config);
         // fetching a cache takes time that nobody predicted
         let seen = match entry.plan.leg {

@@ -1,6 +1,7 @@
 //! The core's invariants, for debug builds and property tests.
 
 use super::{Core, Place};
+use crate::lane::Gate;
 use crate::worker::Worker;
 use crate::worker::kv::Held;
 use crate::{AdapterState, PoolId, RequestId, WorkerId};
@@ -23,6 +24,9 @@ pub enum Broken {
     /// Somebody waits for an adapter that is there, or does not wait for one that is not; or one that is in use is unloaded.
     #[error("who waits for adapters of `{0}` is not who needs them")]
     Adapters(WorkerId),
+    /// Somebody waits for the prefill of a request that is not prefilled there.
+    #[error("somebody at `{0}` waits for nobody's prefill")]
+    Siblings(WorkerId),
     /// More waits than may.
     #[error("the queue of `{0}` is over its bounds")]
     Bounds(PoolId),
@@ -49,6 +53,10 @@ impl Core {
             }
             if held != worker.held || awaited != worker.awaited_tokens {
                 return Err(Broken::Reservations(worker.id));
+            }
+            let idle = |gate| matches!(gate, Gate::Prefill(leader) if !worker.unstarted.contains(&leader));
+            if worker.lane.gates().into_iter().any(|(_, gate)| idle(gate)) {
+                return Err(Broken::Siblings(worker.id));
             }
             if !self.adapters_agree(worker) {
                 return Err(Broken::Adapters(worker.id));

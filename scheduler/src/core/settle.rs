@@ -59,7 +59,12 @@ impl Core {
 
     /// Sends from a worker's lane while it has room.
     fn pump(&mut self, slot: Slot, out: &mut Vec<Action>) {
+        self.release_siblings(slot);
         while let Some((id, matched_tokens)) = self.sendable_head(slot) {
+            if let Some(leader) = self.leader(slot, id) {
+                self.hold(slot, id, leader);
+                continue;
+            }
             let Some(then) = self.second(id, None) else { return };
             self.unqueue(id);
             self.send(id, (slot, then), matched_tokens, out);
@@ -130,7 +135,9 @@ impl Core {
                 let asked = scene.asked(request, &entry.plan);
                 let here = scene.score(&asked, slot, own, Ahead::Sent)?;
                 let there = scene.score(&asked, *victim, theirs, Ahead::Sent)?;
-                let takes = pays(&self.config, there.seconds, here.seconds) && room(here.uncached_tokens);
+                let takes = pays(&self.config, there.seconds, here.seconds)
+                    && room(here.uncached_tokens)
+                    && self.leader(slot, id).is_none();
                 takes.then_some((there.seconds - here.seconds, id, here, there))
             });
             if let Some(spoil) = spoil
@@ -145,6 +152,7 @@ impl Core {
     /// Renews a worker's place in its pool's orders, and its timer. Returns the pool when the worker just became
     /// eligible, so that what waits for one gets it.
     fn order(&mut self, slot: Slot) -> Option<PoolId> {
+        let siblings = self.siblings_wait_until(slot);
         let worker = self.workers.get_mut(slot)?;
         let pool = self.pools.get_mut(&worker.pool)?;
         let (now, fleet_rate) = (self.now, pool.fleet_rate());
@@ -181,7 +189,7 @@ impl Core {
         let rescore = laden.then(|| worker.rescored.after(self.config.rescore_every));
         let health = worker.health.next_wake().filter(|_| !worker.draining);
         let asleep = worker.sleep.gives_up(&self.config);
-        let wanted = [busy, rescore, health, asleep].into_iter().flatten().min();
+        let wanted = [busy, rescore, health, asleep, siblings].into_iter().flatten().min();
         self.timers.set(Timer::Worker(slot), &mut worker.timer, wanted);
         appeared.then_some(worker.pool)
     }
@@ -206,8 +214,8 @@ impl Core {
         let Some(worker) = self.workers.get_mut(slot) else { return };
         worker.rescored = self.now;
         let pool_id = worker.pool;
-        // of those that wait for an adapter, whoever came first for it
-        let gathered = worker.lane.wanted();
+        // of those that wait for more than room, whoever came first for each thing
+        let gathered = worker.lane.gates();
         for (id, _) in gathered {
             self.move_away(id, slot, out);
         }

@@ -4,5 +4,6 @@ mod gpus;
 mod pairs;
 mod scale;
 mod schedules;
+mod siblings;
 mod sleep;
 mod world;

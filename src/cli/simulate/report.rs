@@ -94,6 +94,7 @@ fn engine(config: &EngineConfig) -> Engine {
         block_tokens,
         max_batch,
         step_token_budget,
+        caches_late: _,
     } = *config;
     Engine { prefill_tokens_per_s, step_ms, step_ms_per_seq, kv_blocks, block_tokens, max_batch, step_token_budget }
 }

@@ -47,6 +47,7 @@ impl Scheduler {
                 kv_tokens: Some(u64::from(engine.kv_blocks) * u64::from(engine.block_tokens)),
                 block_tokens: engine.block_tokens,
                 kv_events: true,
+                caches_late: engine.caches_late,
                 ..WorkerSpec::default()
             };
             scheduler.tell(Tick::ZERO, Event::WorkerJoined { worker: WorkerId(worker), pool: POOL, spec });

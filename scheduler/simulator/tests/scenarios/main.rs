@@ -15,4 +15,5 @@ mod fairness;
 mod faults;
 mod fleet;
 mod load;
+mod siblings;
 mod turns;

@@ -151,7 +151,7 @@ fn a_prompt_does_not_wait_for_somebody_who_is_gone() {
     let mut world = world_of(&[(PREFILL, spec(Role::Prefill)), (DECODE, one_slot)]);
     world.arrive(long(1));
     world.arrive(long(2));
-    world.event(Event::WorkerDraining { worker: WorkerId(DECODE) });
+    world.event(Event::WorkerDraining { worker: WorkerId(DECODE), draining: true });
     world.wait(3000);
     assert_eq!(world.refusal(2), Some(Refusal::NoWorker), "after the time that one may take to come");
 }

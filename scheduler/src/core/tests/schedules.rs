@@ -195,7 +195,18 @@ fn run(world: &mut World, step: &Step) {
         }
         Step::Join(worker, kv_tokens, sequences_max, kv_events, role) => {
             let gpus = vec![GpuId(worker / 2), GpuId(7)];
-            world.join(worker, WorkerSpec { role, kv_tokens, sequences_max, kv_events, gpus, ..WorkerSpec::default() });
+            world.join(
+                worker,
+                WorkerSpec {
+                    role,
+                    kv_tokens,
+                    sequences_max,
+                    kv_events,
+                    gpus,
+                    caches_late: kv_events,
+                    ..WorkerSpec::default()
+                },
+            );
             return;
         }
         Step::Drain(worker, draining) => Event::WorkerDraining { worker: WorkerId(worker), draining },
@@ -283,8 +294,9 @@ fn assert_conserving(core: &mut Core) {
         let scene = Scene { now: core.now, config: &core.config, pool, workers: &core.workers };
         assert!(pool.unbound.is_empty() || pool.by_ready.is_empty() || !any_may(core, pool), "{pool_id}");
         for victim in &pool.laden {
-            let id =
-                core.workers.get(*victim).and_then(|worker| worker.lane.head(&pool.shares, &pool.fairness)).unwrap();
+            let head = core.workers.get(*victim).and_then(|worker| worker.lane.head(&pool.shares, &pool.fairness));
+            // all others wait for more than room
+            let Some(id) = head else { continue };
             let entry = &core.requests[&id];
             let Place::Lane(at, standing) = entry.place else { panic!("{id} is in no lane") };
             let worker = core.workers.get(at).unwrap();
