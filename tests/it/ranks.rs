@@ -3,7 +3,9 @@
 use crate::support::client::post_with;
 use crate::support::eventually;
 use crate::support::process::{Gateway, model, tokenizer};
-use crate::support::recorder::{Recorder, json};
+use crate::support::recorder::{Received, Recorder, json};
+
+const PATH: &str = "/v1/completions";
 
 const ANSWER: &str = r#"{"id":"cmpl-1","object":"text_completion","created":1,"model":"m","choices":[{"index":0,"text":"x","logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":64,"total_tokens":65,"completion_tokens":1}}"#;
 
@@ -22,21 +24,35 @@ fn each_rank_is_a_candidate_and_the_request_says_which() {
     eventually("all ranks", || listed().iter().all(|worker| worker["takes_requests"] == true).then_some(()));
     assert_eq!(listed().iter().map(|worker| worker["name"].clone()).collect::<Vec<_>>(), ["w0/0", "w0/1", "w0/2"]);
 
-    let mut used = std::collections::BTreeSet::new();
     for number in 0..24 {
         let mut last = None;
         for _ in 0..3 {
             // What a client writes there counts for nothing.
-            let answer = post_with(gateway.client, "/v1/completions", &["x-data-parallel-rank: 7"], &prompt(number));
+            let answer = post_with(gateway.client, PATH, &["x-data-parallel-rank: 7"], &prompt(number));
             assert_eq!(answer.status, 200, "{}", answer.text());
             let worker = answer.header("x-forebay-worker").expect("a worker").to_owned();
-            let posts = server.posts();
-            let rank = posts.last().and_then(|post| post.header("x-data-parallel-rank")).expect("a rank").to_owned();
+            let rank = rank(server.posts().last().expect("a request"));
             assert_eq!(worker, format!("w0/{rank}"));
             // Its prefix is in that rank's cache and in no other's.
             assert_eq!(last.get_or_insert_with(|| rank.clone()), &rank);
-            used.insert(rank);
         }
     }
-    assert_eq!(used.len(), 3, "{used:?}");
+
+    // Each of them is brought what the others do not take.
+    for left in 0..3 {
+        let order = |what| {
+            for other in (0..3).filter(|rank| *rank != left) {
+                assert_eq!(gateway.order("POST", &format!("workers/w0%2F{other}/{what}"), "").status, 200);
+            }
+        };
+        order("drain");
+        assert_eq!(post_with(gateway.client, PATH, &[], &prompt(24 + left)).status, 200);
+        assert_eq!(rank(server.posts().last().expect("a request")), left.to_string());
+        order("resume");
+    }
+}
+
+/// The rank that a request was brought to.
+fn rank(post: &Received) -> String {
+    post.header("x-data-parallel-rank").expect("a rank").to_owned()
 }
