@@ -168,14 +168,15 @@ impl<K: Tells + Clone + Debug + DeserializeOwned + Send + 'static> Objects<K> {
         self.version = version.or(self.version.take());
     }
 
-    /// One place a name: a pod may stand in two slices while it is moved, and has one of each family of addresses.
+    /// One place a name: a pod may stand in two slices while it is moved, and has one of each family of addresses. What
+    /// has no name is told apart by its address.
     fn places(&self) -> Vec<Place> {
         let mut places: Vec<Place> = self.known.values().flatten().take(2 * PLACES_MAX).cloned().collect();
         places.sort_by_cached_key(|place| {
             let family = place.url.host_str().is_some_and(|host| host.starts_with('['));
-            (place.name.clone(), family, place.draining, place.url.to_string())
+            (who(place), family, place.draining, place.url.to_string())
         });
-        places.dedup_by(|next, kept| next.name == kept.name);
+        places.dedup_by_key(|place| who(place));
         places
     }
 }
@@ -195,6 +196,7 @@ fn is_past(failure: &Failure) -> bool {
     matches!(failure.downcast_ref(), Some(kube::Error::Api(status)) if status.code == 410)
 }
 
+        let who = |place: &Place| place.name.clone().unwrap_or_else(|| place.url.to_string());
 fn name<K: Resource>(object: &K) -> Option<String> {
     object.meta().name.clone()
 }
