@@ -2,7 +2,7 @@
 //!
 //! Whenever either changes, the routing table is made anew and swapped. What was learned of a model survives a reload.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -215,14 +215,15 @@ impl State {
         models.retain(|name, known| {
             let Some(model) = config.models.iter().find(|model| model.name.as_str() == &**name) else { return false };
             let before = old.models.iter().find(|old| old.name == model.name);
-            let is_of = |worker: &config::Worker, name: &str| worker.ranks().any(|rank| worker.rank_name(rank) == name);
-            let stays = |worker: &config::Worker| before.is_some_and(|before| before.workers.contains(worker));
-            known.said.retain(|name, _| model.workers.iter().any(|worker| is_of(worker, name) && stays(worker)));
-            let other = |worker: &config::Worker| {
-                let before = before.and_then(|before| before.workers.iter().find(|before| before.name == worker.name));
-                before.is_some_and(|before| before != worker)
-            };
-            if model.workers.iter().any(other) {
+            let before = before.iter().flat_map(|before| &before.workers);
+            let before: HashMap<&str, &config::Worker> = before.map(|worker| (worker.name.as_str(), worker)).collect();
+            let known_before =
+                model.workers.iter().filter_map(|worker| Some((worker, *before.get(worker.name.as_str())?)));
+            let (stay, changed): (Vec<_>, Vec<_>) = known_before.partition(|(worker, before)| worker == before);
+            let stay: HashSet<String> =
+                stay.iter().flat_map(|(worker, _)| worker.ranks().map(|rank| worker.rank_name(rank))).collect();
+            known.said.retain(|name, _| stay.contains(&**name));
+            if !changed.is_empty() {
                 known.found = None; // it may serve another model's files under the old name
             }
             true
