@@ -3,6 +3,7 @@
 //! Whenever either changes, the routing table is made anew and swapped. What was learned of a model survives a reload.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::io::ErrorKind;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -400,9 +401,10 @@ impl Catalog {
                     )));
                 }
                 state.joined.leave(&name).await.map_err(|error| unkept(&error))?;
-                let ranks = state.ranks(&name);
+                // Who has its name in its place stays as it is.
+                let ranks = state.joined.ranks(&name);
                 state.joined.set_draining(&ranks, true);
-                if leaving.iter().all(|known| known.name != name) {
+                if !ranks.is_empty() && leaving.iter().all(|known| known.name != name) {
                     let until = Instant::now() + state.given.server.drain;
                     leaving.push(Leaving { name, ranks: ranks.clone(), until });
                 }
@@ -453,8 +455,10 @@ impl Catalog {
         }
         let mut state = self.state.lock().await;
         for Leaving { name, ranks, .. } in &gone {
-            state.joined.forget(name);
-            state.joined.set_draining(ranks, false);
+            if state.joined.is_leaving(name) {
+                state.joined.forget(name);
+                state.joined.set_draining(ranks, false);
+            }
         }
         if let Err(error) = self.renew(&mut state) {
             tracing::error!(error = format!("{error:#}"), "the workers that are left cannot be served");
@@ -470,6 +474,9 @@ fn unkept(error: &std::io::Error) -> Refused {
 fn endpoint(worker: &config::Worker) -> anyhow::Result<Endpoint> {
     Endpoint::new(&worker.url, worker.api_key.as_ref().map(config::Secret::inner))
         .map(|endpoint| {
+    if error.kind() == ErrorKind::FileTooLarge {
+        return Refused::Conflict("The workers that joined say more than can be kept: use a list.".to_owned());
+    }
             let grpc = worker.engine.and_then(engines::by_name).is_some_and(|engine| engine.is_grpc());
             endpoint.with_http2(worker.http2 || grpc).with_metrics_port(worker.metrics_port)
         })

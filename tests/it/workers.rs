@@ -129,20 +129,20 @@ fn who_joined_is_kept_over_a_crash_and_who_left_is_not() {
     gateway.process.signal("KILL");
     gateway.process.wait();
     let file = gateway.directory.path().join("forebay.toml");
-    let restart = || {
+    let restart = |environment: &[(&str, &str)]| {
         let arguments = ["serve", "--config", file.to_str().expect("UTF-8")];
         let mut process = Process::start(&arguments, gateway.directory.path(), &[]);
         let ops: SocketAddr = process.line(|line| line.split("operators: http://").nth(1)?.trim().parse().ok());
         (process, ops)
     };
     let key = gateway.owner_key();
-    let (process, ops) = restart();
+    let (process, ops) = restart(&[]);
     let answer = client::order(ops, &key, "GET", "workers", "");
     assert_eq!(said(&answer, "kept").expect("it was kept")["url"], url(&workers[1]));
     assert_eq!(client::order(ops, &key, "DELETE", "workers/kept", "").status, 202);
     process.signal("KILL");
     drop(process);
-    let (process, ops) = restart();
+    let (process, ops) = restart(&[]);
     assert!(said(&client::order(ops, &key, "GET", "workers", ""), "kept").is_none(), "it had left");
     drop(process);
 
@@ -159,23 +159,64 @@ fn who_joined_is_kept_over_a_crash_and_who_left_is_not() {
         r#"[{"model":"m","worker":{"url":"nowhere","name":"bad"}},{"model":"gone","worker":{"url":"http://a"}}]"#,
     )
     .expect("written");
-    let (process, ops) = restart();
+    let (process, ops) = restart(&[]);
     eventually("the bad ones to be named", || {
         process.err().contains("a worker that joined by call is left out").then_some(())
     });
     assert!(process.err().contains("a worker that joined by call has no model"), "{}", process.err());
     assert_eq!(client::order(ops, &key, "DELETE", "workers/bad", "").status, 202);
     assert!(!std::fs::read_to_string(&kept).expect("there").contains("bad"));
+    // Nor does one that was given no name and whose key is gone, and it has a name to be removed by.
+    drop(process);
+    let (process, ops) = restart(&[("KEY", "secret")]);
+    let unnamed = r#"{"model":"m","worker":{"url":"http://127.0.0.1:1","api_key":{"env":"KEY"}}}"#;
+    assert_eq!(client::order(ops, &key, "POST", "workers", unnamed).status, 201);
+    drop(process);
+    let (process, ops) = restart(&[]);
+    assert!(said(&client::order(ops, &key, "GET", "workers", ""), "127.0.0.1:1").is_none());
+    assert_eq!(client::order(ops, &key, "DELETE", "workers/127.0.0.1:1", "").status, 202);
+    assert!(!std::fs::read_to_string(&kept).expect("there").contains("127.0.0.1:1"));
+    drop(process);
+
+    // What could not be read again is not written.
+    let secret = "x".repeat((16 << 20) - 100);
+    let large = json!([{"model": "m", "worker": {"name": "large", "url": "http://127.0.0.1:1", "api_key": secret}}]);
+    std::fs::write(&kept, large.to_string()).expect("written");
+    let (process, ops) = restart(&[]);
+    let answer = client::order(ops, &key, "POST", "workers", &joining("more", "http://127.0.0.1:1"));
+    assert!(refused(&answer, 409).contains("say more than can be kept"), "{}", answer.text());
+    assert!(!std::fs::read_to_string(&kept).expect("there").contains("more"));
+    assert_eq!(client::order(ops, &key, "DELETE", "workers/large", "").status, 202);
     drop(process);
 
     // There is a bound.
     let many: Vec<Value> =
         (0..1024).map(|n| json!({"model": "m", "worker": {"url": format!("nowhere-{n}")}})).collect();
     std::fs::write(&kept, Value::from(many).to_string()).expect("written");
-    let (process, ops) = restart();
+    let (process, ops) = restart(&[]);
     let answer = client::order(ops, &key, "POST", "workers", &joining("more", "http://127.0.0.1:1"));
     assert!(refused(&answer, 409).contains("1024 workers have joined, which is the most"), "{}", answer.text());
     drop(process);
+}
+
+#[test]
+fn a_configured_worker_stays_when_a_call_of_its_name_is_removed() {
+    let [first, second] = [Worker::start(&["--model", "m"]), Worker::start(&["--model", "m"])];
+    let gateway = gateway(&[&first]);
+    assert_eq!(gateway.order("POST", "workers", &joining("w1", &url(&second))).status, 201);
+    gateway.configure("", &model("m", &[second.address, first.address], ""));
+    let at = |gateway: &Gateway| said(&gateway.admin("workers"), "w1").map(|worker| worker["url"].clone());
+    eventually("the configuration to have the name", || (at(&gateway)? == url(&first)).then_some(()));
+    until_up(&gateway, "w1");
+    assert_eq!(gateway.order("POST", "workers/w1/drain", "").status, 200);
+    let answer = gateway.order("DELETE", "workers/w1", "");
+    assert_eq!((answer.status, &answer.json()["workers"]), (202, &json!([])), "{}", answer.text());
+    let file = gateway.directory.path().join("data/workers.json");
+    assert_eq!(std::fs::read_to_string(file).expect("kept"), "[]");
+    assert_eq!(said(&gateway.admin("workers"), "w1").unwrap()["draining"], true, "as it was told itself");
+    assert_eq!(gateway.order("POST", "workers/w1/resume", "").status, 200, "it does not leave");
+    let message = refused(&gateway.order("DELETE", "workers/w1", ""), 409);
+    assert!(message.contains("`w1` is not a worker that joined by call"), "{message}");
 }
 
 #[test]
