@@ -51,11 +51,7 @@ pub(super) async fn leave(State(admin): State<Arc<Admin>>, Path(name): Path<Stri
 
 async fn change(admin: &Admin, change: Change, done: StatusCode) -> Response {
     match bring(&admin.orders, change).await {
-        Ok(names) => {
-            let statuses = admin.dispatch.worker_statuses().into_iter();
-            let of_it = statuses.filter(|status| names.iter().any(|name| **name == *status.name));
-            (done, Json(Workers { workers: of_it.map(worker).collect() })).into_response()
-        }
+        Ok(of_it) => (done, Json(Workers { workers: of_it.into_iter().map(worker).collect() })).into_response(),
         Err(refused) => {
             let (status, code) = match &refused {
                 Refused::Wrong(_) => (StatusCode::BAD_REQUEST, None),

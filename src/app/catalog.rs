@@ -24,7 +24,7 @@ use super::tokenizers::{self, Tokenizers};
 use crate::admin::order::{Change, Order, Refused};
 use crate::admin::wire::Join;
 use crate::config::{self, Config, GpuName};
-use crate::dispatch::{Dispatch, Fact, Learned, NodeSpec, PoolSpec, WorkerSpec};
+use crate::dispatch::{Dispatch, Fact, Learned, NodeSpec, PoolSpec, WorkerSpec, WorkerStatus};
 use crate::routing::{Adapter, Counting, EngineTokenizer, Model, Routing};
 use crate::telemetry::ModelMetrics;
 
@@ -180,8 +180,9 @@ impl Catalog {
                 Some(learned) = facts.recv() => learned,
                 Some(Order { change, done }) = orders.recv() => {
                     let mut state = self.state.lock().await;
-                    // Who asked may have gone; it is done all the same.
-                    let _ = done.send(self.change(&mut state, change, &mut leaving).await);
+                    let changed = self.change(&mut state, change, &mut leaving).await;
+                    // Said before one that leaves can be gone. Who asked may have gone; it is done all the same.
+                    let _ = done.send(changed.map(|ranks| self.statuses(&ranks)));
                     continue;
                 }
                 _ = looks.tick(), if !leaving.is_empty() => {
@@ -415,6 +416,12 @@ impl Catalog {
         Ok(ranks)
     }
 
+    fn statuses(&self, ranks: &[String]) -> Vec<WorkerStatus> {
+        let mut statuses = self.dispatch.worker_statuses();
+        statuses.retain(|status| ranks.iter().any(|rank| **rank == *status.name));
+        statuses
+    }
+
     async fn join(&self, state: &mut State, mut said: Join) -> Result<Vec<String>, Refused> {
         let is_called = |model: &&config::Model| {
             model.name.as_str() == said.model || model.aliases.iter().any(|alias| alias.as_str() == said.model)
@@ -467,6 +474,9 @@ impl Catalog {
 }
 
 fn unkept(error: &std::io::Error) -> Refused {
+    if error.kind() == ErrorKind::FileTooLarge {
+        return Refused::Conflict("The workers that joined say more than can be kept: use a list.".to_owned());
+    }
     tracing::error!(%error, "the workers that joined cannot be written to the data directory");
     Refused::Unkept("The change cannot be kept, so it was not made: the data directory cannot be written.".to_owned())
 }
@@ -474,9 +484,6 @@ fn unkept(error: &std::io::Error) -> Refused {
 fn endpoint(worker: &config::Worker) -> anyhow::Result<Endpoint> {
     Endpoint::new(&worker.url, worker.api_key.as_ref().map(config::Secret::inner))
         .map(|endpoint| {
-    if error.kind() == ErrorKind::FileTooLarge {
-        return Refused::Conflict("The workers that joined say more than can be kept: use a list.".to_owned());
-    }
             let grpc = worker.engine.and_then(engines::by_name).is_some_and(|engine| engine.is_grpc());
             endpoint.with_http2(worker.http2 || grpc).with_metrics_port(worker.metrics_port)
         })

@@ -279,7 +279,9 @@ fn workers_that_come_and_go_leave_no_series() {
         let name = format!("passing-{round}");
         assert_eq!(gateway.order("POST", "workers", &joining(&name, "http://127.0.0.1:1")).status, 201);
         assert_eq!(series(), 2 * alone);
-        assert_eq!(gateway.order("DELETE", &format!("workers/{name}"), "").status, 202);
+        let answer = gateway.order("DELETE", &format!("workers/{name}"), "");
+        let drains = said(&answer, &name).is_some_and(|worker| worker["draining"] == true);
+        assert!(answer.status == 202 && drains, "idle, it is told of all the same: {}", answer.text());
         until_gone(&gateway, &name);
     }
     assert_eq!(series(), alone);
