@@ -131,7 +131,7 @@ fn who_joined_is_kept_over_a_crash_and_who_left_is_not() {
     let file = gateway.directory.path().join("forebay.toml");
     let restart = |environment: &[(&str, &str)]| {
         let arguments = ["serve", "--config", file.to_str().expect("UTF-8")];
-        let mut process = Process::start(&arguments, gateway.directory.path(), &[]);
+        let mut process = Process::start(&arguments, gateway.directory.path(), environment);
         let ops: SocketAddr = process.line(|line| line.split("operators: http://").nth(1)?.trim().parse().ok());
         (process, ops)
     };
@@ -241,6 +241,7 @@ fn what_is_no_worker_or_stands_already_is_refused() {
         (409, &joining("w0", "http://127.0.0.1:2"), "The name `w0` is taken"),
         (409, &joining("r/1", "http://127.0.0.1:2"), "The name `r/1` is taken"),
         (409, &joining("again", &here), "serves `m` already"),
+        (413, &joining(&"x".repeat(64 << 10), &here), "larger than the 65536 bytes"),
     ] {
         let message = refused(&gateway.order("POST", "workers", body), status);
         assert!(message.contains(expect), "{body}: {message}");
@@ -252,6 +253,8 @@ fn what_is_no_worker_or_stands_already_is_refused() {
         (409, "DELETE", "workers/w0", "`w0` is not a worker that joined by call"),
         (409, "DELETE", "workers/r%2F0", "`r/0` is not a worker that joined by call"),
         (405, "PUT", "workers", "not for this method"),
+        (400, "DELETE", "workers/%FF", "UTF-8"),
+        (400, "GET", "decisions/%FF", "UTF-8"),
     ] {
         let message = refused(&gateway.order(method, path, ""), status);
         assert!(message.contains(expect), "{method} {path}: {message}");
@@ -305,7 +308,8 @@ fn the_command_line_changes_workers() {
     let (_, out, _) = forebay(&[]);
     assert!(out.lines().any(|line| line.contains("more") && line.contains("draining")), "{out}");
     assert_eq!(forebay(&["resume", "more"]).0, 0);
-    assert_eq!(forebay(&["remove", "more"]).0, 0);
+    let (code, out, err) = forebay(&["remove", "more"]);
+    assert_eq!((code, &*out), (0, "more leaves as soon as it has nothing any more\n"), "{err}");
     until_gone(&gateway, "more");
     let (code, _, err) = forebay(&["remove", "w0"]);
     assert!(code == 1 && err.contains("`w0` is not a worker that joined by call"), "{code}: {err}");
@@ -313,4 +317,13 @@ fn the_command_line_changes_workers() {
     assert!(code == 1 && err.contains("must begin with http://"), "{code}: {err}");
     let (code, _, err) = forebay(&["add", "m", "http://a", "engine"]);
     assert!(code == 2 && err.contains("a key, `=` and a value are wanted"), "{code}: {err}");
+    for twice in [&["name=foo", "--name", "bar"][..], &["url=http://b"], &["engine=vllm", "engine=tgi"]] {
+        let (code, _, err) = forebay(&[&["add", "m", "http://a"], twice].concat());
+        assert!(code == 2 && err.contains("is given twice"), "{code}: {err}");
+    }
+    for showing in [&["--watch"][..], &["--decision", "x"]] {
+        let (code, _, err) = forebay(&[showing, &["drain", "w0"]].concat());
+        assert!(code == 2 && err.contains("--watch and --decision show"), "{code}: {err}");
+    }
+    assert_eq!(said(&gateway.admin("workers"), "w0").unwrap()["draining"], false);
 }
