@@ -11,13 +11,14 @@ mod workers;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{Request, State};
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use forebay_proto::error::{ApiError, openai_body};
 use forebay_scheduler::HealthState;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, WWW_AUTHENTICATE};
+use http::request::Parts;
 use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -52,6 +53,7 @@ pub fn router(admin: Admin) -> Router {
             refuse(StatusCode::METHOD_NOT_ALLOWED, None, "This path is not for this method.")
         })
         .fallback(async || refuse(StatusCode::NOT_FOUND, Some("not_found"), "There is no such path."))
+        .layer(DefaultBodyLimit::max(workers::JOIN_BYTES_MAX))
         .layer(from_fn_with_state(Arc::clone(&admin), authenticate));
     Router::new()
         .route("/metrics", get(metrics))
@@ -98,6 +100,20 @@ async fn authenticate(State(admin): State<Arc<Admin>>, request: Request, next: N
 fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
     let (scheme, key) = headers.get(AUTHORIZATION)?.as_bytes().split_at_checked(7)?;
     scheme.eq_ignore_ascii_case(b"bearer ").then(|| key.trim_ascii())
+}
+
+/// The name in the path.
+struct Named(String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = Response;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Response> {
+        match Path::from_request_parts(parts, state).await {
+            Ok(Path(name)) => Ok(Self(name)),
+            Err(rejection) => Err(refuse(rejection.status(), None, rejection.body_text())),
+        }
+    }
 }
 
 /// A refusal in the shape that the client listener's have.

@@ -4,21 +4,21 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use forebay_scheduler::{Cause, Leg, Unfit, term_names};
 use http::StatusCode;
 use serde_json::Value;
 
 use super::wire::{Candidate, Decision, Explained, LeftOut, Refusal, When};
-use super::{Admin, health, refuse, rounded};
+use super::{Admin, Named, health, refuse, rounded};
 use crate::dispatch::{self, Decided, Moment, Weighed};
 use crate::telemetry::metrics::CLASSES;
 
 /// Longest name that a refusal repeats.
 const SHOWN_CHARS_MAX: usize = 200;
 
-pub(super) async fn one(State(admin): State<Arc<Admin>>, Path(request): Path<String>) -> Response {
+pub(super) async fn one(State(admin): State<Arc<Admin>>, Named(request): Named) -> Response {
     match admin.dispatch.explain(&request) {
         Ok(explained) => Json(answer(explained)).into_response(),
         Err(not_kept) => {

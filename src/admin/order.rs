@@ -3,6 +3,8 @@
 use serde_json::{Map, Value};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::dispatch::WorkerStatus;
+
 /// A change.
 #[derive(Debug)]
 pub enum Change {
@@ -16,10 +18,10 @@ pub enum Change {
     Leave(String),
 }
 
-/// A change, and who waits for it: told the names of the workers that it concerns, one for each rank.
+/// A change, and who waits for it: told of the workers that it concerns, one for each rank, as they are after it.
 pub struct Order {
     pub change: Change,
-    pub done: oneshot::Sender<Result<Vec<String>, Refused>>,
+    pub done: oneshot::Sender<Result<Vec<WorkerStatus>, Refused>>,
 }
 
 /// Why a change was not made.
@@ -43,7 +45,7 @@ pub enum Refused {
 ///
 /// # Errors
 /// See [`Refused`].
-pub(super) async fn bring(orders: &mpsc::Sender<Order>, change: Change) -> Result<Vec<String>, Refused> {
+pub(super) async fn bring(orders: &mpsc::Sender<Order>, change: Change) -> Result<Vec<WorkerStatus>, Refused> {
     let (done, said) = oneshot::channel();
     let stopping = || Refused::Conflict("This gateway is stopping.".to_owned());
     orders.send(Order { change, done }).await.map_err(|_| stopping())?;

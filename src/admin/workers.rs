@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::body::Bytes;
+use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
 use forebay_backends::signals::gpu::slowdown;
 use forebay_scheduler::{AdapterState, Role, SleepState};
@@ -13,8 +13,11 @@ use http::StatusCode;
 
 use super::order::{Change, Refused, bring};
 use super::wire::{Gpu, Join, Reported, Worker, Workers};
-use super::{Admin, health, refuse, rounded};
+use super::{Admin, Named, health, refuse, rounded};
 use crate::dispatch::{GpuStatus, WorkerStatus};
+
+/// Bytes of the call that lets a worker join.
+pub(super) const JOIN_BYTES_MAX: usize = 64 << 10;
 
 pub(super) async fn list(State(admin): State<Arc<Admin>>) -> Json<Workers> {
     Json(Workers { workers: admin.dispatch.worker_statuses().into_iter().map(worker).collect() })
@@ -31,31 +34,31 @@ pub(super) async fn join(State(admin): State<Arc<Admin>>, body: Result<Bytes, By
             );
             return refuse(StatusCode::BAD_REQUEST, None, message);
         }
+        Err(rejection) if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE => {
+            let message = format!("The body is larger than the {JOIN_BYTES_MAX} bytes that a worker may take.");
+            return refuse(rejection.status(), Some("request_too_large"), message);
+        }
         Err(rejection) => return refuse(rejection.status(), None, rejection.body_text()),
     };
     change(&admin, Change::Join { model: join.model, keys: join.worker }, StatusCode::CREATED).await
 }
 
-pub(super) async fn drain(State(admin): State<Arc<Admin>>, Path(name): Path<String>) -> Response {
+pub(super) async fn drain(State(admin): State<Arc<Admin>>, Named(name): Named) -> Response {
     change(&admin, Change::Drain(name), StatusCode::OK).await
 }
 
-pub(super) async fn resume(State(admin): State<Arc<Admin>>, Path(name): Path<String>) -> Response {
+pub(super) async fn resume(State(admin): State<Arc<Admin>>, Named(name): Named) -> Response {
     change(&admin, Change::Resume(name), StatusCode::OK).await
 }
 
 /// Answers when the worker drains: it leaves once it has nothing any more.
-pub(super) async fn leave(State(admin): State<Arc<Admin>>, Path(name): Path<String>) -> Response {
+pub(super) async fn leave(State(admin): State<Arc<Admin>>, Named(name): Named) -> Response {
     change(&admin, Change::Leave(name), StatusCode::ACCEPTED).await
 }
 
 async fn change(admin: &Admin, change: Change, done: StatusCode) -> Response {
     match bring(&admin.orders, change).await {
-        Ok(names) => {
-            let statuses = admin.dispatch.worker_statuses().into_iter();
-            let of_it = statuses.filter(|status| names.iter().any(|name| **name == *status.name));
-            (done, Json(Workers { workers: of_it.map(worker).collect() })).into_response()
-        }
+        Ok(of_it) => (done, Json(Workers { workers: of_it.into_iter().map(worker).collect() })).into_response(),
         Err(refused) => {
             let (status, code) = match &refused {
                 Refused::Wrong(_) => (StatusCode::BAD_REQUEST, None),

@@ -2,7 +2,8 @@
 //!
 //! Whenever either changes, the routing table is made anew and swapped. What was learned of a model survives a reload.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::io::ErrorKind;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use super::tokenizers::{self, Tokenizers};
 use crate::admin::order::{Change, Order, Refused};
 use crate::admin::wire::Join;
 use crate::config::{self, Config, GpuName};
-use crate::dispatch::{Dispatch, Fact, Learned, NodeSpec, PoolSpec, WorkerSpec};
+use crate::dispatch::{Dispatch, Fact, Learned, NodeSpec, PoolSpec, WorkerSpec, WorkerStatus};
 use crate::routing::{Adapter, Counting, EngineTokenizer, Model, Routing};
 use crate::telemetry::ModelMetrics;
 
@@ -179,8 +180,9 @@ impl Catalog {
                 Some(learned) = facts.recv() => learned,
                 Some(Order { change, done }) = orders.recv() => {
                     let mut state = self.state.lock().await;
-                    // Who asked may have gone; it is done all the same.
-                    let _ = done.send(self.change(&mut state, change, &mut leaving).await);
+                    let changed = self.change(&mut state, change, &mut leaving).await;
+                    // Said before one that leaves can be gone. Who asked may have gone; it is done all the same.
+                    let _ = done.send(changed.map(|ranks| self.statuses(&ranks)));
                     continue;
                 }
                 _ = looks.tick(), if !leaving.is_empty() => {
@@ -215,14 +217,15 @@ impl State {
         models.retain(|name, known| {
             let Some(model) = config.models.iter().find(|model| model.name.as_str() == &**name) else { return false };
             let before = old.models.iter().find(|old| old.name == model.name);
-            let is_of = |worker: &config::Worker, name: &str| worker.ranks().any(|rank| worker.rank_name(rank) == name);
-            let stays = |worker: &config::Worker| before.is_some_and(|before| before.workers.contains(worker));
-            known.said.retain(|name, _| model.workers.iter().any(|worker| is_of(worker, name) && stays(worker)));
-            let other = |worker: &config::Worker| {
-                let before = before.and_then(|before| before.workers.iter().find(|before| before.name == worker.name));
-                before.is_some_and(|before| before != worker)
-            };
-            if model.workers.iter().any(other) {
+            let before = before.iter().flat_map(|before| &before.workers);
+            let before: HashMap<&str, &config::Worker> = before.map(|worker| (worker.name.as_str(), worker)).collect();
+            let known_before =
+                model.workers.iter().filter_map(|worker| Some((worker, *before.get(worker.name.as_str())?)));
+            let (stay, changed): (Vec<_>, Vec<_>) = known_before.partition(|(worker, before)| worker == before);
+            let stay: HashSet<String> =
+                stay.iter().flat_map(|(worker, _)| worker.ranks().map(|rank| worker.rank_name(rank))).collect();
+            known.said.retain(|name, _| stay.contains(&**name));
+            if !changed.is_empty() {
                 known.found = None; // it may serve another model's files under the old name
             }
             true
@@ -399,9 +402,10 @@ impl Catalog {
                     )));
                 }
                 state.joined.leave(&name).await.map_err(|error| unkept(&error))?;
-                let ranks = state.ranks(&name);
+                // Who has its name in its place stays as it is.
+                let ranks = state.joined.ranks(&name);
                 state.joined.set_draining(&ranks, true);
-                if leaving.iter().all(|known| known.name != name) {
+                if !ranks.is_empty() && leaving.iter().all(|known| known.name != name) {
                     let until = Instant::now() + state.given.server.drain;
                     leaving.push(Leaving { name, ranks: ranks.clone(), until });
                 }
@@ -410,6 +414,12 @@ impl Catalog {
         };
         self.renew(state).map_err(|error| Refused::Unkept(format!("{error:#}")))?;
         Ok(ranks)
+    }
+
+    fn statuses(&self, ranks: &[String]) -> Vec<WorkerStatus> {
+        let mut statuses = self.dispatch.worker_statuses();
+        statuses.retain(|status| ranks.iter().any(|rank| **rank == *status.name));
+        statuses
     }
 
     async fn join(&self, state: &mut State, mut said: Join) -> Result<Vec<String>, Refused> {
@@ -452,8 +462,10 @@ impl Catalog {
         }
         let mut state = self.state.lock().await;
         for Leaving { name, ranks, .. } in &gone {
-            state.joined.forget(name);
-            state.joined.set_draining(ranks, false);
+            if state.joined.is_leaving(name) {
+                state.joined.forget(name);
+                state.joined.set_draining(ranks, false);
+            }
         }
         if let Err(error) = self.renew(&mut state) {
             tracing::error!(error = format!("{error:#}"), "the workers that are left cannot be served");
@@ -462,6 +474,9 @@ impl Catalog {
 }
 
 fn unkept(error: &std::io::Error) -> Refused {
+    if error.kind() == ErrorKind::FileTooLarge {
+        return Refused::Conflict("The workers that joined say more than can be kept: use a list.".to_owned());
+    }
     tracing::error!(%error, "the workers that joined cannot be written to the data directory");
     Refused::Unkept("The change cannot be kept, so it was not made: the data directory cannot be written.".to_owned())
 }

@@ -37,6 +37,8 @@ struct Call {
     said: Join,
     /// Its worker, where the rules allow it.
     worker: Option<Worker>,
+    /// It is among the workers: its model is there, and nobody else has its name or its address.
+    serves: bool,
     /// It is no longer kept: it stays until it has nothing to do.
     leaving: bool,
 }
@@ -52,7 +54,7 @@ impl Joined {
             read => _ = read.with_context(wrong)?,
         }
         let said: Vec<Join> = serde_json::from_slice(&text).with_context(wrong)?;
-        let calls = said.into_iter().map(|said| Call { said, worker: None, leaving: false }).collect();
+        let calls = said.into_iter().map(|said| Call { said, worker: None, serves: false, leaving: false }).collect();
         Ok(Self { path, reader, calls, draining: BTreeSet::new() })
     }
 
@@ -82,12 +84,14 @@ impl Joined {
     }
 
     /// Takes in a worker of a model; on the disk before it returns.
-    pub(super) async fn join(&mut self, said: Join, worker: Worker) -> std::io::Result<()> {
-        self.calls.push(Call { said, worker: Some(worker), leaving: false });
+    pub(super) async fn join(&mut self, mut said: Join, worker: Worker) -> std::io::Result<()> {
+        // One that the rules leave out some day still has its name.
+        said.worker.insert("name".to_owned(), worker.name.as_str().into());
+        self.calls.push(Call { said, worker: Some(worker), serves: false, leaving: false });
         self.keep().await.inspect_err(|_| _ = self.calls.pop())
     }
 
-    /// Whether a worker of this name is here.
+    /// Whether a worker of this name joined.
     pub(super) fn holds(&self, name: &str) -> bool {
         self.calls.iter().any(|call| call.is(name))
     }
@@ -96,7 +100,13 @@ impl Joined {
         self.calls.iter().any(|call| call.leaving && call.is(name))
     }
 
-    /// Takes a worker out of the file. It is here until it is [forgotten](Self::forget).
+    /// The ranks of the worker of this name that joined; none where it does not serve.
+    pub(super) fn ranks(&self, name: &str) -> Vec<String> {
+        let serving = self.calls.iter().filter(|call| call.serves && call.is(name));
+        serving.flat_map(Call::ranks).collect()
+    }
+
+    /// Takes a worker out of the file. One that serves is here until it is [forgotten](Self::forget).
     pub(super) async fn leave(&mut self, name: &str) -> std::io::Result<()> {
         let mark = |calls: &mut Vec<Call>, leaving| {
             calls.iter_mut().filter(|call| call.is(name)).for_each(|call| call.leaving = leaving);
@@ -118,14 +128,21 @@ impl Joined {
         }
     }
 
-    /// Adds them to their models.
-    pub(super) fn complete(&self, config: &mut Config, enlisted: &mut Enlisted) {
-        for call in &self.calls {
+    /// Adds them to their models. Who leaves and does not serve has nothing to wait for: it is gone, and if another has
+    /// its name now, that one does not drain.
+    pub(super) fn complete(&mut self, config: &mut Config, enlisted: &mut Enlisted) {
+        for call in &mut self.calls {
             let model = config.models.iter_mut().find(|model| model.name.as_str() == call.said.model);
-            if let (Some(model), Some(worker)) = (model, &call.worker) {
-                enlisted.add(model, worker.clone());
+            let serves = match (model, &call.worker) {
+                (Some(model), Some(worker)) => enlisted.add(model, worker.clone()),
+                _ => false,
+            };
+            let served = std::mem::replace(&mut call.serves, serves);
+            if call.leaving && served && !serves {
+                call.ranks().for_each(|rank| _ = self.draining.remove(&rank));
             }
         }
+        self.calls.retain(|call| call.serves || !call.leaving);
     }
 
     /// Of the workers of `config`, those that drain. A name that is gone does not drain when it returns.
@@ -139,6 +156,9 @@ impl Joined {
     async fn keep(&self) -> std::io::Result<()> {
         let kept: Vec<&Join> = self.calls.iter().filter(|call| !call.leaving).map(|call| &call.said).collect();
         let (path, text) = (self.path.clone(), serde_json::to_vec_pretty(&kept)?);
+        if text.len() as u64 > FILE_BYTES_MAX {
+            return Err(ErrorKind::FileTooLarge.into()); // it could not be read again
+        }
         tokio::task::spawn_blocking(move || replace(&path, &text)).await?
     }
 }
@@ -155,6 +175,10 @@ fn replace(path: &Path, text: &[u8]) -> std::io::Result<()> {
 }
 
 impl Call {
+    fn ranks(&self) -> impl Iterator<Item = String> + '_ {
+        self.worker.iter().flat_map(|worker| worker.ranks().map(|rank| worker.rank_name(rank)))
+    }
+
     fn is(&self, name: &str) -> bool {
         match &self.worker {
             Some(worker) => worker.name.as_str() == name,

@@ -6,6 +6,7 @@ use std::time::Duration;
 use http::Method;
 use serde_json::{Map, Value};
 
+use super::WrongUse;
 use super::ops::{Access, Ops};
 use super::table::{Table, compact, shortened};
 use crate::admin::wire::{Candidate, Decision, Explained, Gpu, Join, Worker, Workers};
@@ -78,8 +79,22 @@ fn key_value(text: &str) -> Result<(String, Value), String> {
 pub(super) async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let ops = Ops::new(&arguments.access)?;
     if let Some(change) = arguments.change {
+        if arguments.watch || arguments.decision.is_some() {
+            return Err(WrongUse(
+                "--watch and --decision show, and change no worker: ask for one after the other".to_owned(),
+            )
+            .into());
+        }
+        let leaves = match &change {
+            Change::Remove { name } => Some(format!("{name} leaves as soon as it has nothing any more\n")),
+            _ => None,
+        };
         let answer = ask_for(&ops, change).await?;
-        let text = if arguments.json { format!("{answer:#}\n") } else { listing(&serde_json::from_value(answer)?) };
+        let text = match leaves {
+            _ if arguments.json => format!("{answer:#}\n"),
+            Some(leaves) => leaves,
+            None => listing(&serde_json::from_value(answer)?),
+        };
         print(&text, false);
         return Ok(());
     }
@@ -106,9 +121,14 @@ async fn ask_for(ops: &Ops, change: Change) -> anyhow::Result<Value> {
     let nothing = bytes::Bytes::new;
     match change {
         Change::Add { model, address, name, keys } => {
-            let mut worker = Map::from_iter(keys);
-            worker.insert("url".to_owned(), address.into());
-            worker.extend(name.map(|name| ("name".to_owned(), name.into())));
+            let mut worker = Map::from_iter([("url".to_owned(), address.into())]);
+            let name = name.map(|name| ("name".to_owned(), name.into()));
+            for (key, value) in name.into_iter().chain(keys) {
+                if worker.contains_key(&key) {
+                    return Err(WrongUse(format!("`{key}` is given twice: which is meant?")).into());
+                }
+                worker.insert(key, value);
+            }
             let body = serde_json::to_vec(&Join { model, worker })?;
             ops.ask(Method::POST, &["workers"], body.into()).await
         }

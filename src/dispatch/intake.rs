@@ -224,9 +224,15 @@ impl Dispatch {
 impl Intake {
     fn apply(self: &Arc<Self>, pools: &[PoolSpec]) {
         let mut members = self.members.lock();
-        let wanted = |id: PoolId, spec: &WorkerSpec| pools.iter().any(|p| p.pool == id && p.workers.contains(spec));
-        let mut left: Vec<_> =
-            members.workers.iter().filter(|(_, m)| !wanted(m.pool, &m.spec)).map(|(id, _)| *id).collect();
+        // A name is given once.
+        let wanted: HashMap<(PoolId, &str), (&PoolSpec, &WorkerSpec)> = pools
+            .iter()
+            .flat_map(|pool| pool.workers.iter().map(move |spec| ((pool.pool, &*spec.name), (pool, spec))))
+            .collect();
+        let goes = |member: &Member| {
+            wanted.get(&(member.pool, &*member.spec.name)).is_none_or(|(_, spec)| **spec != member.spec)
+        };
+        let mut left: Vec<_> = members.workers.iter().filter(|(_, member)| goes(member)).map(|(id, _)| *id).collect();
         left.sort_unstable();
         for id in left {
             if let Some(member) = members.workers.remove(&id) {
@@ -242,6 +248,8 @@ impl Intake {
             members.pools.remove(&pool);
             self.driver.tell(Event::PoolLeft { pool });
         }
+        let here: HashSet<(PoolId, Arc<str>)> =
+            members.workers.values().map(|member| (member.pool, Arc::clone(&member.spec.name))).collect();
         let (mut joined, mut adapted) = (Vec::new(), Vec::new());
         for pool in pools {
             let known = Pool {
@@ -255,7 +263,7 @@ impl Intake {
             adapted.extend(before.filter(other).map(|before| (pool.pool, before.adapters)));
             self.driver.tell(Event::PoolJoined { pool: pool.pool, limits: pool.limits.clone() });
             for spec in &pool.workers {
-                if !members.workers.values().any(|member| member.pool == pool.pool && member.spec == *spec) {
+                if !here.contains(&(pool.pool, Arc::clone(&spec.name))) {
                     let id = WorkerId(members.next);
                     members.next += 1;
                     joined.push(id);
@@ -274,8 +282,8 @@ impl Intake {
         }
         let mut turned = Vec::new();
         for (id, member) in &mut members.workers {
-            let pool = pools.iter().find(|pool| pool.pool == member.pool);
-            let draining = pool.is_some_and(|pool| pool.draining.contains(&member.spec.name));
+            let name = &member.spec.name;
+            let draining = wanted.get(&(member.pool, &**name)).is_some_and(|(pool, _)| pool.draining.contains(name));
             if std::mem::replace(&mut member.draining, draining) != draining {
                 tracing::info!(worker = &*member.worker.name, draining, "worker told to drain, or no more");
                 turned.push((*id, draining));

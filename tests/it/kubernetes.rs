@@ -111,6 +111,26 @@ fn the_endpoints_of_a_service_come_drain_and_go() {
 }
 
 #[test]
+fn endpoints_that_are_no_pods_are_told_apart_by_their_addresses() {
+    let server = ApiServer::start();
+    let [a, b] = [Worker::start(&[]), Worker::start(&[])];
+    let by_hand = |worker: &Worker, ready: bool| {
+        let mut slice = slice("", worker, ready, false);
+        slice["endpoints"][0].as_object_mut().expect("an endpoint").remove("targetRef");
+        slice
+    };
+    server.put(SLICES, "vllm-1", by_hand(&a, true));
+    server.put(SLICES, "vllm-2", by_hand(&b, true));
+    // It stands in another slice, too, and takes requests if either says so.
+    server.put(SLICES, "vllm-3", by_hand(&b, false));
+    let gateway = gateway(&server, "{ service = \"vllm\", port = \"http\" }");
+    let [first, second] = [a.address.to_string(), b.address.to_string()];
+    until(&gateway, &[(&first, false), (&second, false)]);
+    server.remove(SLICES, "vllm-1");
+    until(&gateway, &[(&second, false)]);
+}
+
+#[test]
 fn pods_are_found_by_their_labels() {
     let server = ApiServer::start();
     let worker = Worker::start(&[]);

@@ -129,20 +129,20 @@ fn who_joined_is_kept_over_a_crash_and_who_left_is_not() {
     gateway.process.signal("KILL");
     gateway.process.wait();
     let file = gateway.directory.path().join("forebay.toml");
-    let restart = || {
+    let restart = |environment: &[(&str, &str)]| {
         let arguments = ["serve", "--config", file.to_str().expect("UTF-8")];
-        let mut process = Process::start(&arguments, gateway.directory.path(), &[]);
+        let mut process = Process::start(&arguments, gateway.directory.path(), environment);
         let ops: SocketAddr = process.line(|line| line.split("operators: http://").nth(1)?.trim().parse().ok());
         (process, ops)
     };
     let key = gateway.owner_key();
-    let (process, ops) = restart();
+    let (process, ops) = restart(&[]);
     let answer = client::order(ops, &key, "GET", "workers", "");
     assert_eq!(said(&answer, "kept").expect("it was kept")["url"], url(&workers[1]));
     assert_eq!(client::order(ops, &key, "DELETE", "workers/kept", "").status, 202);
     process.signal("KILL");
     drop(process);
-    let (process, ops) = restart();
+    let (process, ops) = restart(&[]);
     assert!(said(&client::order(ops, &key, "GET", "workers", ""), "kept").is_none(), "it had left");
     drop(process);
 
@@ -159,23 +159,64 @@ fn who_joined_is_kept_over_a_crash_and_who_left_is_not() {
         r#"[{"model":"m","worker":{"url":"nowhere","name":"bad"}},{"model":"gone","worker":{"url":"http://a"}}]"#,
     )
     .expect("written");
-    let (process, ops) = restart();
+    let (process, ops) = restart(&[]);
     eventually("the bad ones to be named", || {
         process.err().contains("a worker that joined by call is left out").then_some(())
     });
     assert!(process.err().contains("a worker that joined by call has no model"), "{}", process.err());
     assert_eq!(client::order(ops, &key, "DELETE", "workers/bad", "").status, 202);
     assert!(!std::fs::read_to_string(&kept).expect("there").contains("bad"));
+    // Nor does one that was given no name and whose key is gone, and it has a name to be removed by.
+    drop(process);
+    let (process, ops) = restart(&[("KEY", "secret")]);
+    let unnamed = r#"{"model":"m","worker":{"url":"http://127.0.0.1:1","api_key":{"env":"KEY"}}}"#;
+    assert_eq!(client::order(ops, &key, "POST", "workers", unnamed).status, 201);
+    drop(process);
+    let (process, ops) = restart(&[]);
+    assert!(said(&client::order(ops, &key, "GET", "workers", ""), "127.0.0.1:1").is_none());
+    assert_eq!(client::order(ops, &key, "DELETE", "workers/127.0.0.1:1", "").status, 202);
+    assert!(!std::fs::read_to_string(&kept).expect("there").contains("127.0.0.1:1"));
+    drop(process);
+
+    // What could not be read again is not written.
+    let secret = "x".repeat((16 << 20) - 100);
+    let large = json!([{"model": "m", "worker": {"name": "large", "url": "http://127.0.0.1:1", "api_key": secret}}]);
+    std::fs::write(&kept, large.to_string()).expect("written");
+    let (process, ops) = restart(&[]);
+    let answer = client::order(ops, &key, "POST", "workers", &joining("more", "http://127.0.0.1:1"));
+    assert!(refused(&answer, 409).contains("say more than can be kept"), "{}", answer.text());
+    assert!(!std::fs::read_to_string(&kept).expect("there").contains("more"));
+    assert_eq!(client::order(ops, &key, "DELETE", "workers/large", "").status, 202);
     drop(process);
 
     // There is a bound.
     let many: Vec<Value> =
         (0..1024).map(|n| json!({"model": "m", "worker": {"url": format!("nowhere-{n}")}})).collect();
     std::fs::write(&kept, Value::from(many).to_string()).expect("written");
-    let (process, ops) = restart();
+    let (process, ops) = restart(&[]);
     let answer = client::order(ops, &key, "POST", "workers", &joining("more", "http://127.0.0.1:1"));
     assert!(refused(&answer, 409).contains("1024 workers have joined, which is the most"), "{}", answer.text());
     drop(process);
+}
+
+#[test]
+fn a_configured_worker_stays_when_a_call_of_its_name_is_removed() {
+    let [first, second] = [Worker::start(&["--model", "m"]), Worker::start(&["--model", "m"])];
+    let gateway = gateway(&[&first]);
+    assert_eq!(gateway.order("POST", "workers", &joining("w1", &url(&second))).status, 201);
+    gateway.configure("", &model("m", &[second.address, first.address], ""));
+    let at = |gateway: &Gateway| said(&gateway.admin("workers"), "w1").map(|worker| worker["url"].clone());
+    eventually("the configuration to have the name", || (at(&gateway)? == url(&first)).then_some(()));
+    until_up(&gateway, "w1");
+    assert_eq!(gateway.order("POST", "workers/w1/drain", "").status, 200);
+    let answer = gateway.order("DELETE", "workers/w1", "");
+    assert_eq!((answer.status, &answer.json()["workers"]), (202, &json!([])), "{}", answer.text());
+    let file = gateway.directory.path().join("data/workers.json");
+    assert_eq!(std::fs::read_to_string(file).expect("kept"), "[]");
+    assert_eq!(said(&gateway.admin("workers"), "w1").unwrap()["draining"], true, "as it was told itself");
+    assert_eq!(gateway.order("POST", "workers/w1/resume", "").status, 200, "it does not leave");
+    let message = refused(&gateway.order("DELETE", "workers/w1", ""), 409);
+    assert!(message.contains("`w1` is not a worker that joined by call"), "{message}");
 }
 
 #[test]
@@ -200,6 +241,7 @@ fn what_is_no_worker_or_stands_already_is_refused() {
         (409, &joining("w0", "http://127.0.0.1:2"), "The name `w0` is taken"),
         (409, &joining("r/1", "http://127.0.0.1:2"), "The name `r/1` is taken"),
         (409, &joining("again", &here), "serves `m` already"),
+        (413, &joining(&"x".repeat(64 << 10), &here), "larger than the 65536 bytes"),
     ] {
         let message = refused(&gateway.order("POST", "workers", body), status);
         assert!(message.contains(expect), "{body}: {message}");
@@ -211,6 +253,8 @@ fn what_is_no_worker_or_stands_already_is_refused() {
         (409, "DELETE", "workers/w0", "`w0` is not a worker that joined by call"),
         (409, "DELETE", "workers/r%2F0", "`r/0` is not a worker that joined by call"),
         (405, "PUT", "workers", "not for this method"),
+        (400, "DELETE", "workers/%FF", "UTF-8"),
+        (400, "GET", "decisions/%FF", "UTF-8"),
     ] {
         let message = refused(&gateway.order(method, path, ""), status);
         assert!(message.contains(expect), "{method} {path}: {message}");
@@ -238,7 +282,9 @@ fn workers_that_come_and_go_leave_no_series() {
         let name = format!("passing-{round}");
         assert_eq!(gateway.order("POST", "workers", &joining(&name, "http://127.0.0.1:1")).status, 201);
         assert_eq!(series(), 2 * alone);
-        assert_eq!(gateway.order("DELETE", &format!("workers/{name}"), "").status, 202);
+        let answer = gateway.order("DELETE", &format!("workers/{name}"), "");
+        let drains = said(&answer, &name).is_some_and(|worker| worker["draining"] == true);
+        assert!(answer.status == 202 && drains, "idle, it is told of all the same: {}", answer.text());
         until_gone(&gateway, &name);
     }
     assert_eq!(series(), alone);
@@ -262,7 +308,8 @@ fn the_command_line_changes_workers() {
     let (_, out, _) = forebay(&[]);
     assert!(out.lines().any(|line| line.contains("more") && line.contains("draining")), "{out}");
     assert_eq!(forebay(&["resume", "more"]).0, 0);
-    assert_eq!(forebay(&["remove", "more"]).0, 0);
+    let (code, out, err) = forebay(&["remove", "more"]);
+    assert_eq!((code, &*out), (0, "more leaves as soon as it has nothing any more\n"), "{err}");
     until_gone(&gateway, "more");
     let (code, _, err) = forebay(&["remove", "w0"]);
     assert!(code == 1 && err.contains("`w0` is not a worker that joined by call"), "{code}: {err}");
@@ -270,4 +317,13 @@ fn the_command_line_changes_workers() {
     assert!(code == 1 && err.contains("must begin with http://"), "{code}: {err}");
     let (code, _, err) = forebay(&["add", "m", "http://a", "engine"]);
     assert!(code == 2 && err.contains("a key, `=` and a value are wanted"), "{code}: {err}");
+    for twice in [&["name=foo", "--name", "bar"][..], &["url=http://b"], &["engine=vllm", "engine=tgi"]] {
+        let (code, _, err) = forebay(&[&["add", "m", "http://a"], twice].concat());
+        assert!(code == 2 && err.contains("is given twice"), "{code}: {err}");
+    }
+    for showing in [&["--watch"][..], &["--decision", "x"]] {
+        let (code, _, err) = forebay(&[showing, &["drain", "w0"]].concat());
+        assert!(code == 2 && err.contains("--watch and --decision show"), "{code}: {err}");
+    }
+    assert_eq!(said(&gateway.admin("workers"), "w0").unwrap()["draining"], false);
 }

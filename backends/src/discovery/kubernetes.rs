@@ -20,6 +20,7 @@ use kube::api::{Api, ListParams, WatchEvent, WatchParams};
 use kube::core::NamespaceResourceScope;
 use kube::{Client, Config, Resource};
 use serde::de::DeserializeOwned;
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Interval, timeout};
 use url::Url;
 
@@ -61,6 +62,8 @@ struct Objects<K> {
     /// Before each beginning.
     pause: Interval,
     api: Option<Api<K>>,
+    /// A client in the making, and its namespace. One that takes longer than a beginning is waited for by the next.
+    connecting: Option<JoinHandle<kube::Result<(Client, String)>>>,
     /// Up to where the objects are known; `None`: they must be listed.
     version: Option<String>,
     events: Option<BoxStream<'static, kube::Result<WatchEvent<K>>>>,
@@ -71,7 +74,7 @@ struct Objects<K> {
 impl<K: Tells + Clone + Debug + DeserializeOwned + Send + 'static> Objects<K> {
     fn new(workload: Workload, pause: Duration) -> Self {
         let pause = every_so_often(pause);
-        Self { workload, pause, api: None, version: None, events: None, known: BTreeMap::new() }
+        Self { workload, pause, api: None, connecting: None, version: None, events: None, known: BTreeMap::new() }
     }
 
     fn follow(self) -> BoxStream<'static, Result<Vec<Place>, Error>> {
@@ -110,7 +113,10 @@ impl<K: Tells + Clone + Debug + DeserializeOwned + Send + 'static> Objects<K> {
     async fn begin(&mut self) -> Result<(), Failure> {
         let api = match self.api.clone() {
             Some(api) => api,
-            None => self.api.insert(connect(self.workload.namespace.as_deref()).await?).clone(),
+            None => {
+                let api = self.connect().await?;
+                self.api.insert(api).clone()
+            }
         };
         let selector = K::selector(&self.workload);
         let version = match self.version.clone() {
@@ -122,6 +128,24 @@ impl<K: Tells + Clone + Debug + DeserializeOwned + Send + 'static> Objects<K> {
         self.events = Some(api.watch(&watched, &version).await?.boxed());
         self.version = Some(version);
         Ok(())
+    }
+
+    async fn connect(&mut self) -> Result<Api<K>, Failure> {
+        let connecting = match &mut self.connecting {
+            Some(connecting) => connecting,
+            None => {
+                let mut config = Config::infer().await?;
+                config.connect_timeout = Some(CONNECT);
+                config.default_retry = false; // it is tried again anyway, after a pause
+                let namespace = self.workload.namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
+                // It may run a program that fetches credentials; one that hangs must not become many.
+                self.connecting.insert(spawn_blocking(move || Ok((Client::try_from(config)?, namespace))))
+            }
+        };
+        let made = connecting.await;
+        self.connecting = None;
+        let (client, namespace) = made??;
+        Ok(Api::namespaced(client, &namespace))
     }
 
     /// Lists all; gives the version from which to watch.
@@ -168,26 +192,18 @@ impl<K: Tells + Clone + Debug + DeserializeOwned + Send + 'static> Objects<K> {
         self.version = version.or(self.version.take());
     }
 
-    /// One place a name: a pod may stand in two slices while it is moved, and has one of each family of addresses.
+    /// One place a name: a pod may stand in two slices while it is moved, and has one of each family of addresses. What
+    /// has no name is told apart by its address.
     fn places(&self) -> Vec<Place> {
         let mut places: Vec<Place> = self.known.values().flatten().take(2 * PLACES_MAX).cloned().collect();
+        let who = |place: &Place| place.name.clone().unwrap_or_else(|| place.url.to_string());
         places.sort_by_cached_key(|place| {
             let family = place.url.host_str().is_some_and(|host| host.starts_with('['));
-            (place.name.clone(), family, place.draining, place.url.to_string())
+            (who(place), family, place.draining, place.url.to_string())
         });
-        places.dedup_by(|next, kept| next.name == kept.name);
+        places.dedup_by_key(|place| who(place));
         places
     }
-}
-
-async fn connect<K: Tells>(namespace: Option<&str>) -> Result<Api<K>, Failure> {
-    let mut config = Config::infer().await?;
-    config.connect_timeout = Some(CONNECT);
-    config.default_retry = false; // it is tried again anyway, after a pause
-    let namespace = namespace.map_or_else(|| config.default_namespace.clone(), str::to_owned);
-    // It may run a program that fetches credentials.
-    let client = tokio::task::spawn_blocking(move || Client::try_from(config)).await??;
-    Ok(Api::namespaced(client, &namespace))
 }
 
 /// Whether the version to watch from is one that the server has forgotten.
