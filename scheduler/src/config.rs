@@ -120,6 +120,8 @@ pub struct Breaker {
     pub open_first: Duration,
     /// Longest time it stays open (60 s).
     pub open_max: Duration,
+    /// How long nobody tries it before an answer to a probe will do (30 s).
+    pub untried_max: Duration,
 }
 
 impl Default for Config {
@@ -182,6 +184,7 @@ impl Default for Breaker {
             unavailable_share: 0.9,
             open_first: Duration::from_secs(5),
             open_max: Duration::from_secs(60),
+            untried_max: Duration::from_secs(30),
         }
     }
 }

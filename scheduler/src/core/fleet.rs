@@ -97,6 +97,9 @@ impl Core {
         let Some(worker) = self.workers.get_mut(slot) else { return };
         let before = worker.health.state();
         worker.health.probed(self.now, healthy, &self.config);
+        if healthy && worker.trial.is_none() {
+            worker.health.untried(self.now);
+        }
         if before == HealthState::Down && healthy {
             worker.busy_until = self.now; // it is another process, most likely
         }

@@ -137,6 +137,7 @@ impl Core {
         if !matches!(entry.place, Place::Sent(_)) || entry.plan.leg != Leg::Prefill {
             return;
         }
+        let kept = kept.filter(|until| *until > self.now);
         if kept.is_some() {
             self.first_token(id, out);
         }

@@ -1,9 +1,9 @@
 //! Whether a worker may be given requests: probes and the breaker.
 //!
 //! `Unknown` and `Down` are left by a healthy probe, and probes are asked for at growing intervals for as long as it
-//! takes; `Open` is left by time, into `HalfOpen`, in which single requests try it out. So every negative mark ends by
-//! itself once its cause has ended. Overload is no illness and is not seen here, but in a worker that says of nearly
-//! every request that it cannot serve it.
+//! takes; `Open` is left by time, into `HalfOpen`, in which single requests try it out, or a probe where none comes for
+//! long, as to a worker that was measured to be slow. So every negative mark ends by itself once its cause has ended.
+//! Overload is no illness and is not seen here, but in a worker that says of nearly every request that it cannot serve it.
 
 use std::time::Duration;
 
@@ -47,7 +47,11 @@ enum State {
     Open {
         until: Tick,
     },
-    HalfOpen,
+    /// `asks`: when a probe is to be asked for; `asked`: one was.
+    HalfOpen {
+        asks: Tick,
+        asked: bool,
+    },
 }
 
 #[derive(Debug, Default)]
@@ -71,7 +75,7 @@ impl Health {
             State::Probing { unknown: false, .. } => HealthState::Down,
             State::Up { .. } => HealthState::Up,
             State::Open { .. } => HealthState::Open,
-            State::HalfOpen => HealthState::HalfOpen,
+            State::HalfOpen { .. } => HealthState::HalfOpen,
         }
     }
 
@@ -82,10 +86,22 @@ impl Health {
                 self.counts = Counts::default();
             }
             // what fails requests is not made whole by its answer to a probe
-            (State::Up { .. } | State::Open { .. } | State::HalfOpen, true)
+            (State::Up { .. } | State::Open { .. } | State::HalfOpen { .. }, true)
             | (State::Probing { unknown: false, .. }, false) => {}
             (_, false) => self.state = probing(now, config, false),
         }
+    }
+
+    /// A probe was answered well and no request is under way that tries it.
+    pub(crate) fn untried(&mut self, now: Tick) {
+        if let State::HalfOpen { asked: true, .. } = self.state {
+            self.close(now);
+        }
+    }
+
+    fn close(&mut self, now: Tick) {
+        self.state = State::Up { returned: Some(now) };
+        self.counts = Counts::default();
     }
 
     /// The worker is gone or cannot be trusted, whatever it was before.
@@ -98,9 +114,8 @@ impl Health {
     /// An attempt worked.
     pub(crate) fn succeeded(&mut self, now: Tick, config: &Config) {
         self.counts.add(now, &config.breaker);
-        if matches!(self.state, State::HalfOpen) {
-            self.state = State::Up { returned: Some(now) };
-            self.counts = Counts::default();
+        if matches!(self.state, State::HalfOpen { .. }) {
+            self.close(now);
         }
     }
 
@@ -125,7 +140,7 @@ impl Health {
         }
         let trips = match self.state {
             State::Up { .. } => self.counts.trips(&config.breaker),
-            State::HalfOpen => true,
+            State::HalfOpen { .. } => true,
             State::Probing { .. } | State::Open { .. } => false,
         };
         if trips {
@@ -137,7 +152,7 @@ impl Health {
     pub(crate) fn open(&mut self, now: Tick, config: &Config) {
         let well = match self.state {
             State::Up { returned } => returned.is_none_or(|at| now.since(at) > config.breaker.open_max),
-            State::Probing { .. } | State::Open { .. } | State::HalfOpen => false,
+            State::Probing { .. } | State::Open { .. } | State::HalfOpen { .. } => false,
         };
         if well {
             self.open_next = config.breaker.open_first;
@@ -150,7 +165,7 @@ impl Health {
     pub(crate) fn fault(&mut self, now: Tick, config: &Config) {
         match &mut self.state {
             State::Open { until } => *until = (*until).max(now.after(config.breaker.open_first)),
-            State::Up { .. } | State::HalfOpen => self.open(now, config),
+            State::Up { .. } | State::HalfOpen { .. } => self.open(now, config),
             State::Probing { .. } => {}
         }
     }
@@ -170,7 +185,7 @@ impl Health {
     /// 1 for a worker whose attempts all work, down to 0 for one that fails them all or gets none.
     pub(crate) fn score(&self, now: Tick, config: &Config) -> f64 {
         match self.state {
-            State::Up { .. } | State::HalfOpen => 1.0 - self.counts.failure_share(now, &config.breaker),
+            State::Up { .. } | State::HalfOpen { .. } => 1.0 - self.counts.failure_share(now, &config.breaker),
             State::Probing { .. } | State::Open { .. } => 0.0,
         }
     }
@@ -178,9 +193,9 @@ impl Health {
     /// When [`Health::wake`] has something to do.
     pub(crate) fn next_wake(&self) -> Option<Tick> {
         match self.state {
-            State::Probing { at, .. } => Some(at),
+            State::Probing { at, .. } | State::HalfOpen { asks: at, .. } => Some(at),
             State::Open { until } => Some(until),
-            State::Up { .. } | State::HalfOpen => None,
+            State::Up { .. } => None,
         }
     }
 
@@ -193,8 +208,13 @@ impl Health {
                 true
             }
             State::Open { until } if *until <= now => {
-                self.state = State::HalfOpen;
+                self.state = State::HalfOpen { asks: now.after(config.breaker.untried_max), asked: false };
                 false
+            }
+            State::HalfOpen { asks, asked } if *asks <= now => {
+                *asks = now.after(config.breaker.untried_max);
+                *asked = true;
+                true
             }
             _ => false,
         }

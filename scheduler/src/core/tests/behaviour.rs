@@ -485,6 +485,37 @@ fn the_breaker_opens_and_one_request_at_a_time_tries_it() {
 }
 
 #[test]
+fn a_worker_that_nobody_tries_is_well_once_a_probe_says_so() {
+    let opened = || {
+        let mut world = World::with_workers(1, &WorkerSpec::default());
+        for id in 1..=5 {
+            world.arrive(request(id, 100));
+            world.fail(id, Failure::Reset);
+        }
+        world.wait(5000);
+        assert_eq!(world.health[&WorkerId(0)], HealthState::HalfOpen);
+        world
+    };
+    let mut world = opened();
+    world.wait(29_999);
+    world.probed(0, true);
+    assert_eq!(world.health[&WorkerId(0)], HealthState::HalfOpen, "a request may still try it");
+    assert_eq!(world.wait(1), [Action::Probe { worker: WorkerId(0) }]);
+    world.probed(0, true);
+    assert_eq!(world.health[&WorkerId(0)], HealthState::Up);
+
+    let mut world = opened();
+    world.arrive(request(10, 100));
+    assert_eq!(world.wait(30_000), [Action::Probe { worker: WorkerId(0) }]);
+    world.probed(0, true);
+    assert_eq!(world.health[&WorkerId(0)], HealthState::HalfOpen, "one tries it, and has no answer yet");
+    world.end(10, End::Cancelled);
+    assert_eq!(world.wait(30_000), [Action::Probe { worker: WorkerId(0) }]);
+    world.probed(0, false);
+    assert_eq!(world.health[&WorkerId(0)], HealthState::Down);
+}
+
+#[test]
 fn a_draining_worker_gets_nothing_and_finishes_what_it_has() {
     let mut world = World::with_workers(2, &one_slot());
     for id in 1..=6 {

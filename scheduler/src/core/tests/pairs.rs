@@ -197,14 +197,16 @@ fn what_could_not_be_begun_is_begun_elsewhere_with_the_same_cache() {
 
 #[test]
 fn a_prompt_that_cannot_be_fetched_is_computed_once_more_and_no_third_time() {
-    let mut world = pairs();
-    world.arrive(long(1));
-    let whole = sends(&world.prefilled(1, None));
-    assert_eq!(whole[0].1, Leg::Whole);
-    assert_eq!(held(&world, whole[0].0), (1, 4112, 4000));
-    let other = if whole[0].0 == DECODE { DECODE_TOO } else { DECODE };
-    assert_eq!(held(&world, other), NOTHING);
-    assert_eq!(sends(&world.fail(1, Failure::Reset)), [(other, Leg::Whole)]);
+    for gone in [None, Some(0)] {
+        let mut world = pairs();
+        world.arrive(long(1));
+        let whole = sends(&world.prefilled(1, gone));
+        assert_eq!(whole[0].1, Leg::Whole, "{gone:?}");
+        assert_eq!(held(&world, whole[0].0), (1, 4112, 4000));
+        let other = if whole[0].0 == DECODE { DECODE_TOO } else { DECODE };
+        assert_eq!(held(&world, other), NOTHING);
+        assert_eq!(sends(&world.fail(1, Failure::Reset)), [(other, Leg::Whole)]);
+    }
 }
 
 #[test]
