@@ -230,15 +230,16 @@ fn gpu_cells(worker: &Worker) -> [String; 5] {
 }
 
 fn standing(worker: &Worker) -> String {
-    match worker.health.as_str() {
+    let standing = match worker.health.as_str() {
         "open" if worker.gpu_fault => "gpu fault".to_owned(),
-        "up" if worker.draining => "draining".to_owned(),
+        "up" if worker.draining => return "draining".to_owned(),
         "up" if worker.busy_seconds > 0.0 => format!("busy {:.0}s", worker.busy_seconds.ceil()),
         "up" if worker.sleep.as_deref().is_some_and(|state| state != "awake") => {
             worker.sleep.as_deref().unwrap_or_default().replace('_', " ")
         }
         health => health.replace('_', "-"),
-    }
+    };
+    if worker.draining { format!("draining, {standing}") } else { standing }
 }
 
 fn explained(answer: &Explained) -> String {

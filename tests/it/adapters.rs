@@ -205,6 +205,25 @@ fn a_server_that_fails_to_load_is_asked_again() {
 }
 
 #[test]
+fn a_server_whose_load_hangs_keeps_nobody_from_another() {
+    let workers = [worker(&["--fault", "hang:path=/v1/load_lora_adapter"]), worker(&[])];
+    let gateway = gateway(&workers.each_ref(), &adapters(&["sql"], Some(&tokenizer())));
+    assert_eq!(gateway.order("POST", "workers/w1/drain", "").status, 200);
+    let mut clients: Vec<_> = (0..4).map(|_| Connection::to(gateway.client)).collect();
+    for client in &mut clients {
+        client.post(COMPLETIONS, &[], prompt("sql").as_bytes());
+    }
+    eventually("the load to hang", || (known(&gateway)[0].get("sql")? == "loading").then_some(()));
+    assert_eq!(gateway.order("POST", "workers/w1/resume", "").status, 200);
+    for client in &mut clients {
+        let answer = client.answer();
+        assert_eq!((answer.status, by(&answer)), (200, "w1".to_owned()), "{}", answer.text());
+    }
+    assert_eq!((by(&ask(&gateway, "sql")), changes(&workers[1])), ("w1".to_owned(), loaded(&["sql"])));
+    assert_eq!(known(&gateway)[0]["sql"], "loading", "it still hangs");
+}
+
+#[test]
 fn sglang_is_asked_in_its_own_words() {
     let workers = [worker(&["--engine", "sglang"])];
     let gateway = gateway(&workers.each_ref(), &adapters(&["sql"], Some(&tokenizer())));

@@ -9,6 +9,7 @@ use smallvec::SmallVec;
 
 use super::{Core, Place};
 use crate::explain::Cause;
+use crate::lane::Gate;
 use crate::placement::{Ahead, Choice, Scene, Scored, pays};
 use crate::time::duration;
 use crate::timers::Timer;
@@ -214,10 +215,15 @@ impl Core {
         let Some(worker) = self.workers.get_mut(slot) else { return };
         worker.rescored = self.now;
         let pool_id = worker.pool;
-        // of those that wait for more than room, whoever came first for each thing
+        // of those that wait for more than room, whoever came first for each thing; and who waits with it for an adapter
         let gathered = worker.lane.gates();
-        for (id, _) in gathered {
-            self.move_away(id, slot, out);
+        for (id, gate) in gathered {
+            if self.move_away(id, slot, out)
+                && let (Gate::Adapter(_), Some(worker)) = (gate, self.workers.get(slot))
+            {
+                let others: SmallVec<[RequestId; MOVES_MAX]> = worker.lane.gathered(gate).take(MOVES_MAX - 1).collect();
+                others.into_iter().all(|id| self.move_away(id, slot, out));
+            }
         }
         for _ in 0..MOVES_MAX {
             let (Some(worker), Some(pool)) = (self.workers.get(slot), self.pools.get(&pool_id)) else { return };

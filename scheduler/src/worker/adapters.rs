@@ -126,11 +126,15 @@ impl Adapters {
         self.failures.get(&adapter).map_or(Tick::ZERO, |failure| failure.until)
     }
 
-    /// Seconds until it is there, once it has a place, where a load takes so long.
+    /// Seconds until it is there, once it has a place, where a load takes so long. One that is overdue may never end: it is
+    /// taken to last as long again as it has lasted, so that others are asked long before it is given up.
     pub(crate) fn wait_seconds(&self, now: Tick, adapter: AdapterId, load: f64) -> f64 {
         match self.here.get(&adapter) {
             Some(Here { state: AdapterState::Loaded, .. }) => 0.0,
-            Some(Here { state: AdapterState::Loading, since, .. }) => (load - now.seconds_since(*since)).max(0.0),
+            Some(Here { state: AdapterState::Loading, since, .. }) => match now.seconds_since(*since) {
+                lasted if lasted < load => load - lasted,
+                lasted => lasted,
+            },
             Some(_) | None => load + self.retry(adapter).seconds_since(now),
         }
     }

@@ -155,6 +155,22 @@ fn a_load_that_fails_is_a_lease_and_a_refusal_of_all_is_the_clients() {
 }
 
 #[test]
+fn a_load_that_hangs_keeps_nobody_from_another_worker() {
+    let mut world = World::with_workers(2, &spec());
+    let first = turns(&ask(&mut world, 1, 7));
+    let [Action::LoadAdapter { worker: WorkerId(w), .. }] = first[..] else { panic!("{first:?}") };
+    (2..=12).for_each(|id| drop(ask(&mut world, id, 7)));
+    assert_eq!(turns(&world.wait(1000)), [], "it may come at any moment");
+    assert_eq!(turns(&world.wait(2500)), [load(1 - w, 7)], "who waited waits no longer");
+    turned(&mut world, 1 - w, 7, AdapterEnd::Done);
+    let others: Vec<_> = (1..=12).map(|id| world.sent_to(id)).collect();
+    assert_eq!(others, [Some(1 - w); 12]);
+    ask(&mut world, 13, 7);
+    assert_eq!(world.sent_to(13), Some(1 - w));
+    assert_eq!(turns(&world.wait(600_000)), [], "and nobody is told again");
+}
+
+#[test]
 fn a_pool_that_may_come_to_have_it_is_waited_for() {
     let mut world = World::with_workers(0, &spec());
     world.join(0, WorkerSpec::default());
