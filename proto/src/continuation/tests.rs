@@ -56,6 +56,12 @@ fn what_the_rest_can_be_asked_for_with() {
         r#","truncate_prompt_tokens":5"#,
         r#","return_token_ids":true"#,
         r#","made_up":7"#,
+        r#","made_up":false"#,
+        r#","made_up":"""#,
+        r#","include_reasoning":false"#,
+        r#","thinking_budget":0"#,
+        r#","separate_reasoning":false"#,
+        r#","logprobs":0"#,
         r#","max_tokens":-1"#,
         r#","min_tokens":"a""#,
     ] {
