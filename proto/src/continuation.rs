@@ -95,7 +95,7 @@ impl Asking {
     /// beside the prompt. None where nothing may follow, or nobody knows how much.
     #[must_use]
     pub fn rest(&self, ids: &[u32], said: u32, room: Option<u32>) -> Option<Vec<u8>> {
-        let left = self.max_tokens.or(room)?.checked_sub(said).filter(|left| *left > 0)?;
+        let left = self.most(room)?.checked_sub(said).filter(|left| *left > 0)?;
         let mut members = self.members.clone();
         members.insert("prompt".to_owned(), ids.into());
         members.insert("max_tokens".to_owned(), left.into());
@@ -105,10 +105,15 @@ impl Asking {
         Some(Value::Object(members).to_string().into_bytes())
     }
 
-    /// Whether so many tokens are all that were asked for.
+    /// Whether so many tokens are all that were asked for, or that there is `room` for.
     #[must_use]
-    pub fn is_all(&self, said: u32) -> bool {
-        self.max_tokens.is_some_and(|max| said >= max)
+    pub fn is_all(&self, said: u32, room: Option<u32>) -> bool {
+        self.most(room).is_some_and(|most| said >= most)
+    }
+
+    /// Tokens of the whole answer.
+    fn most(&self, room: Option<u32>) -> Option<u32> {
+        self.max_tokens.into_iter().chain(room).min()
     }
 }
 

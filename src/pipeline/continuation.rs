@@ -268,10 +268,10 @@ async fn rest(origin: &Origin, text: String, pieces: u32) -> Option<Next> {
     let [all, prompt_tokens] = [ids.len(), prompt_tokens].map(|tokens| u32::try_from(tokens).unwrap_or(u32::MAX));
     // Engines count at least one for each piece of text.
     let said = all.saturating_sub(prompt_tokens).max(pieces);
-    if asking.is_all(said) {
+    let room = model.max_model_len.map(|all| all.saturating_sub(prompt_tokens));
+    if asking.is_all(said, room) {
         return Some(Next::Nothing { prompt_tokens, said });
     }
-    let room = model.max_model_len.map(|all| all.saturating_sub(prompt_tokens));
     let written = move || {
         let body = Bytes::from(asking.rest(&ids, said, room)?);
         let asked = peek::Completion::peek(&body).ok().map(Asked::Completion)?;

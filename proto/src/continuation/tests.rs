@@ -93,7 +93,10 @@ fn the_rest_is_asked_for_with_what_is_left() {
     let completion = r#"{"model":"m","prompt":"x"}"#;
     assert_eq!(rest(completion, false, 6, None).as_deref(), Some(r#"{"model":"m","prompt":[1,2,3],"max_tokens":10}"#));
     let asking = Asking::read(completion.as_bytes(), false).unwrap();
-    assert_eq!([15, 16, 17].map(|said| asking.is_all(said)), [false, true, true]);
+    assert_eq!([15, 16, 17].map(|said| asking.is_all(said, Some(99))), [false, true, true]);
+    let asking = Asking::read(endless.as_bytes(), true).unwrap();
+    assert_eq!([4, 5, 6].map(|said| asking.is_all(said, Some(5))), [false, true, true], "the context is full");
+    assert!(!asking.is_all(5, None));
 }
 
 #[test]
