@@ -164,6 +164,15 @@ pub enum Error {
     Engine { status: StatusCode, error: ApiError, retry_after: Option<Duration> },
 }
 
+/// Why nobody goes on with an answer.
+#[derive(Debug, thiserror::Error)]
+pub enum NobodyGoesOn {
+    #[error("more answers break off than may be gone on with")]
+    Denied,
+    #[error(transparent)]
+    Error(#[from] Error),
+}
+
 /// The room: pools, workers and the core.
 pub struct Dispatch {
     driver: Arc<Driver>,
@@ -171,6 +180,8 @@ pub struct Dispatch {
     intake: Arc<Intake>,
     recent: Recent,
     budget: Mutex<Budget>,
+    /// That of going on with streams.
+    continuations: Mutex<Budget>,
     micro_batches: MicroBatches,
     registry: Registry,
 }
@@ -226,6 +237,7 @@ impl Dispatch {
     /// See [`Error`]; the client has seen nothing, and no engine works on the request any more.
     pub async fn open(&self, job: Job<'_>, mut tell: impl FnMut(Step) + Send) -> Result<Opened, Error> {
         self.budget.lock().earn();
+        self.continuations.lock().earn();
         let (place, verdict) = self.driver.arrive(|id| request(id, &job, &self.driver, None));
         let known = Arc::new(Known::new(job.names(), place.request(), (job.model.pool, job.class, job.prompt.tokens)));
         self.recent.note(Arc::clone(&known));
@@ -243,22 +255,21 @@ impl Dispatch {
     }
 
     /// Brings what is left of an answer that broke off to another worker, as one more attempt at the same request: its
-    /// number, its deadline and the budget for second tries bound it. `place` is that of the attempt that `failed` at `worker`.
+    /// number and a budget of its own bound it. `place` is that of the attempt that `failed` at `worker`.
     ///
     /// # Errors
-    /// As [`Dispatch::open`].
+    /// [`NobodyGoesOn`]; else as [`Dispatch::open`].
     pub async fn go_on(
         &self,
         job: Job<'_>,
         mut place: Place,
         (failed, worker): (Failure, &Arc<Worker>),
         mut tell: impl FnMut(Step) + Send,
-    ) -> Result<Opened, Error> {
+    ) -> Result<Opened, NobodyGoesOn> {
         tell(Step::Failed { worker: Arc::clone(worker), reason: attempt::reason(failed) });
-        if !self.budget.lock().spend(Instant::now()) {
-            self.registry.retries_denied.increment(1);
+        if !self.may_try_again(&self.continuations) {
             place.ended(End::Failed(failed));
-            return Err(Error::Refused { reason: Refusal::AttemptsExhausted { last: failed }, retry_after: None });
+            return Err(NobodyGoesOn::Denied);
         }
         let known = self.recent.find_request(place.request());
         let tell = |step: Step| {
@@ -268,7 +279,17 @@ impl Dispatch {
             tell(step);
         };
         let verdict = place.attempt_failed(failed);
-        self.bounded(&job, place, verdict, Some(failed), tell).await
+        Ok(self.bounded(&job, place, verdict, Some(failed), tell).await?)
+    }
+
+    /// Whether a second try is within this budget.
+    fn may_try_again(&self, budget: &Mutex<Budget>) -> bool {
+        let may = budget.lock().spend(Instant::now());
+        if !may {
+            tracing::warn!("too many requests fail to be sent again");
+            self.registry.retries_denied.increment(1);
+        }
+        may
     }
 
     /// Makes attempts until the deadline.
@@ -304,7 +325,9 @@ impl Dispatch {
         mut failed: Option<Failure>,
         tell: impl FnMut(Step),
     ) -> Result<Opened, Error> {
-        let hedged = job.goes_on;
+        // The rest of an answer is not hedged.
+        let hedged = failed.is_some();
+        let budget = if failed.is_some() { &self.continuations } else { &self.budget };
         let mut course = Course { queued: Duration::ZERO, attempts: job.attempted, hedged, last: None, tell };
         // What the last worker for prompts gave, and how much of the prompt it was believed to hold.
         let mut handed: Option<Handed> = None;
@@ -376,9 +399,7 @@ impl Dispatch {
                     verdict = place.attempt_failed(failure);
                     // What never reached an engine costs none of them anything.
                     let is_free = matches!(failure, Failure::Connect | Failure::Unsupported);
-                    if !is_free && !verdict.is_refusal() && !self.budget.lock().spend(Instant::now()) {
-                        tracing::warn!("too many requests fail to be sent again");
-                        self.registry.retries_denied.increment(1);
+                    if !is_free && !verdict.is_refusal() && !self.may_try_again(budget) {
                         return Err(course.given_up(Refusal::AttemptsExhausted { last: failure }, None));
                     }
                     failed = Some(failure);

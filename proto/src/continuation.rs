@@ -95,7 +95,7 @@ impl Asking {
     /// beside the prompt. None where nothing may follow, or nobody knows how much.
     #[must_use]
     pub fn rest(&self, ids: &[u32], said: u32, room: Option<u32>) -> Option<Vec<u8>> {
-        let left = self.max_tokens.or(room)?.checked_sub(said).filter(|left| *left > 0)?;
+        let left = self.most(room)?.checked_sub(said).filter(|left| *left > 0)?;
         let mut members = self.members.clone();
         members.insert("prompt".to_owned(), ids.into());
         members.insert("max_tokens".to_owned(), left.into());
@@ -105,31 +105,50 @@ impl Asking {
         Some(Value::Object(members).to_string().into_bytes())
     }
 
-    /// Whether so many tokens are all that were asked for.
+    /// Whether so many tokens are all that were asked for, or that there is `room` for.
     #[must_use]
-    pub fn is_all(&self, said: u32) -> bool {
-        self.max_tokens.is_some_and(|max| said >= max)
+    pub fn is_all(&self, said: u32, room: Option<u32>) -> bool {
+        self.most(room).is_some_and(|most| said >= most)
+    }
+
+    /// Tokens of the whole answer.
+    fn most(&self, room: Option<u32>) -> Option<u32> {
+        self.max_tokens.into_iter().chain(room).min()
     }
 }
 
-/// Whether an engine does the same without it.
+/// Whether an engine does the same without it. What a member means that is not named here is unknown, and so whether its
+/// default is.
 fn asks_for_nothing(name: &str, value: &Value) -> bool {
+    match name {
+        // Of tools there are none.
+        "parallel_tool_calls" => value.is_boolean(),
+        "tool_choice" => matches!(value.as_str(), Some("auto" | "none")),
+        "tools" | "functions" | "stop" | "bad_words" => says_nothing(value),
+        "suffix" => value.as_str() == Some(""),
+        "response_format" => value.get("type") == Some(&json!("text")),
+        "skip_special_tokens" | "spaces_between_special_tokens" => *value == Value::Bool(true),
+        "echo"
+        | "logprobs"
+        | "use_beam_search"
+        | "include_stop_str_in_output"
+        | "return_token_ids"
+        | "return_tokens_as_token_ids"
+        | "return_hidden_states"
+        | "no_stop_trim" => *value == Value::Bool(false),
+        "n" | "best_of" | "repetition_penalty" | "length_penalty" | "typical_p" => value.as_f64() == Some(1.0),
+        "top_logprobs" | "presence_penalty" | "frequency_penalty" => value.as_f64() == Some(0.0),
+        _ => false,
+    }
+}
+
+fn says_nothing(value: &Value) -> bool {
     match value {
         Value::Null => true,
-        // Of tools there are none.
-        Value::Bool(wanted) => {
-            *wanted == matches!(name, "skip_special_tokens" | "spaces_between_special_tokens")
-                || name == "parallel_tool_calls"
-        }
+        Value::String(text) => text.is_empty(),
         Value::Array(list) => list.is_empty(),
-        Value::Object(object) => {
-            object.is_empty() || name == "response_format" && value.get("type") == Some(&json!("text"))
-        }
-        Value::String(text) => text.is_empty() || name == "tool_choice" && matches!(text.as_str(), "auto" | "none"),
-        Value::Number(number) => {
-            let is_factor = matches!(name, "n" | "best_of" | "repetition_penalty" | "length_penalty" | "typical_p");
-            number.as_f64() == Some(f64::from(u8::from(is_factor)))
-        }
+        Value::Object(members) => members.is_empty(),
+        Value::Bool(_) | Value::Number(_) => false,
     }
 }
 
@@ -235,7 +254,7 @@ impl Said {
                     match (name.as_str(), value) {
                         ("role", _) => {}
                         ("content", Value::String(text)) => self.keep(text),
-                        (name, value) if !asks_for_nothing(name, value) => self.lose(),
+                        (_, value) if !says_nothing(value) => self.lose(),
                         _ => {}
                     }
                 }

@@ -1,13 +1,15 @@
 //! How often requests may be sent a second time: a share of the traffic, so that engines in trouble are not asked all the
-//! more for it. Retries and hedges share it. Time is an argument.
+//! more for it. Retries and hedges share one, going on with streams has its own. Time is an argument.
 
 use tokio::time::Instant;
 
 /// Second tries that each request allows.
 const SHARE: f64 = 0.1;
-/// As many are always allowed after a while, so that a quiet gateway can retry at all: what a worker that dies has under
-/// way, then.
-const FLOOR: f64 = 20.0;
+/// As many are always allowed after a while, so that a quiet gateway can retry at all.
+pub(super) const RETRIES_FLOOR: f64 = 20.0;
+/// The same for streams that broke off: a worker that dies breaks all it had under way at once. Twice the sequences that
+/// an engine usually runs.
+pub(super) const CONTINUATIONS_FLOOR: f64 = 512.0;
 /// Seconds until one of these is allowed again.
 const FLOOR_SECONDS: f64 = 1.0;
 /// More are not saved up: a few seconds of a busy gateway's traffic.
@@ -17,12 +19,14 @@ const SAVED_MAX: f64 = 1000.0;
 #[derive(Debug)]
 pub(super) struct Budget {
     allowed: f64,
+    floor: f64,
     at: Instant,
 }
 
 impl Budget {
-    pub(super) fn new(now: Instant) -> Self {
-        Self { allowed: FLOOR, at: now }
+    /// `floor`: as many are allowed without traffic.
+    pub(super) fn new(floor: f64, now: Instant) -> Self {
+        Self { allowed: floor, floor, at: now }
     }
 
     /// A request came.
@@ -34,7 +38,7 @@ impl Budget {
     pub(super) fn spend(&mut self, now: Instant) -> bool {
         let passed = now.saturating_duration_since(self.at).as_secs_f64() / FLOOR_SECONDS;
         self.at = now.max(self.at);
-        self.allowed = self.allowed.max((self.allowed + passed).min(FLOOR));
+        self.allowed = self.allowed.max((self.allowed + passed).min(self.floor));
         let may = self.allowed >= 1.0;
         self.allowed -= f64::from(u8::from(may));
         may
@@ -54,7 +58,7 @@ mod tests {
     #[test]
     fn a_tenth_of_the_traffic_and_a_little_for_a_quiet_gateway() {
         let began = Instant::now();
-        let mut budget = Budget::new(began);
+        let mut budget = Budget::new(RETRIES_FLOOR, began);
         assert_eq!(spent(&mut budget, began), 20);
         (0..1000).for_each(|_| budget.earn());
         let spent_then = spent(&mut budget, began);
@@ -70,7 +74,7 @@ mod tests {
     fn over_any_traffic_it_keeps_to_its_share() {
         let began = Instant::now();
         for failing in [0.02, 0.1, 0.5, 1.0] {
-            let mut budget = Budget::new(began);
+            let mut budget = Budget::new(RETRIES_FLOOR, began);
             let (mut wanted, mut sent) = (0.0, 0);
             for number in 0..50_000_u64 {
                 let now = began + Duration::from_millis(number);

@@ -23,7 +23,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::Dispatch;
 use super::adapters::{Change, LIST_EVERY, Places};
-use super::budget::Budget;
+use super::budget::{Budget, CONTINUATIONS_FLOOR, RETRIES_FLOOR};
 use super::driver::Driver;
 use super::gpus::{Nodes, Tenant};
 use super::kv::KvThread;
@@ -199,7 +199,8 @@ impl Dispatch {
                 workers,
                 intake,
                 recent: Recent::default(),
-                budget: Mutex::new(Budget::new(Instant::now())),
+                budget: Mutex::new(Budget::new(RETRIES_FLOOR, Instant::now())),
+                continuations: Mutex::new(Budget::new(CONTINUATIONS_FLOOR, Instant::now())),
                 micro_batches: MicroBatches::new(tracker.clone()),
                 registry,
             }),

@@ -23,7 +23,6 @@ use futures::future::BoxFuture;
 use http::HeaderMap;
 use serde_json::json;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
 
 use super::{Given, note};
 use crate::dispatch::{Dispatch, Job, Opened, Place, Reply, Step, Streamed, Worker};
@@ -56,7 +55,6 @@ struct Origin {
     body: Bytes,
     api: Api,
     class: Class,
-    deadline: Option<Instant>,
     headers: HeaderMap,
     name: RequestName,
     trace: Option<TraceParent>,
@@ -95,7 +93,7 @@ impl Continuation {
         (model, worker): (&Arc<Model>, &Arc<Worker>),
         entry: &Entry,
     ) -> Option<Box<Self>> {
-        let Given { asked, body, api, class, deadline, headers } = given;
+        let Given { asked, body, api, class, headers, .. } = given;
         if !model.continue_streams || !matches!(model.counting, Counting::Tokenizer(_)) || !may_break(asked) {
             return None;
         }
@@ -107,7 +105,6 @@ impl Continuation {
             body: body.clone(),
             api: *api,
             class: *class,
-            deadline: *deadline,
             headers: headers.clone(),
             name: entry.name().clone(),
             trace: entry.trace_parent(),
@@ -223,7 +220,8 @@ async fn find(origin: Origin, broke: Broke, told: mpsc::Sender<Step>) -> Option<
         model: &origin.model,
         prepare: &origin.prepare,
         class: origin.class,
-        deadline: origin.deadline,
+        // That was for the first token.
+        deadline: None,
         // The core knows the request already, by its first prompt.
         prompt: Prompt { tokens: prompt_tokens, longest: prompt_tokens, exact: goes_on, blocks: Arc::default() },
         asked: &asked,
@@ -268,10 +266,10 @@ async fn rest(origin: &Origin, text: String, pieces: u32) -> Option<Next> {
     let [all, prompt_tokens] = [ids.len(), prompt_tokens].map(|tokens| u32::try_from(tokens).unwrap_or(u32::MAX));
     // Engines count at least one for each piece of text.
     let said = all.saturating_sub(prompt_tokens).max(pieces);
-    if asking.is_all(said) {
+    let room = model.max_model_len.map(|all| all.saturating_sub(prompt_tokens));
+    if asking.is_all(said, room) {
         return Some(Next::Nothing { prompt_tokens, said });
     }
-    let room = model.max_model_len.map(|all| all.saturating_sub(prompt_tokens));
     let written = move || {
         let body = Bytes::from(asking.rest(&ids, said, room)?);
         let asked = peek::Completion::peek(&body).ok().map(Asked::Completion)?;

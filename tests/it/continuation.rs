@@ -3,9 +3,9 @@
 use serde_json::{Value, json};
 
 use crate::support::body::ANSWER;
-use crate::support::client::Answer;
+use crate::support::client::{Answer, Connection};
 use crate::support::eventually;
-use crate::support::process::{Gateway, model, tokenizer};
+use crate::support::process::{Gateway, Worker, model, tokenizer};
 use crate::support::recorder::{Received, Recorder, Step, chunk, json as whole, stream, stream_end, stream_head};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -368,13 +368,47 @@ fn without_another_worker_it_ends_as_ever() {
     let begun = events(true, "one", &PIECES[..2], Value::Null)[..3].concat();
     assert_eq!(ends(&setting, &begun, Break::Reset, ""), 1);
     assert_eq!(ends(&setting, &begun, Break::Silence, ""), 1);
-    // Nor where the first token had to be there by then.
+}
+
+#[test]
+fn a_deadline_is_for_the_first_token_alone() {
     let setting = Setting::new(2, "");
-    setting.play(&[vec![stream_head(), chunk(&begun)], Break::Silence.steps()].concat(), &[]);
+    let begun = events(true, "one", &PIECES[..2], Value::Null)[..3].concat();
+    let rest = played(&events(false, "another", &PIECES[2..], usage(50, 5)));
+    // It has passed long before the silence is one.
+    setting.play(&[vec![stream_head(), chunk(&begun)], Break::Silence.steps()].concat(), &[(REST.to_owned(), rest)]);
     let headers = ["x-forebay-deadline-ms: 500"];
     let answer = crate::support::client::post_with(setting.gateway.client, CHAT, &headers, &request(true, ""));
-    answer.stream_end().expect_err("the deadline has passed");
-    assert_eq!(setting.counts().iter().sum::<usize>(), 1);
+    assert_eq!(read(true, &answer), PIECES.concat());
+}
+
+#[test]
+fn all_that_a_worker_had_under_way_go_on_when_it_dies() {
+    let mut workers: Vec<_> = (0..3).map(|_| Worker::start(&["--model", "m", "--speed", "1"])).collect();
+    let addresses: Vec<_> = workers.iter().map(|worker| worker.address).collect();
+    let extra = format!("tokenizer = {:?}\ncontinue_streams = true\n", tokenizer());
+    let gateway = Gateway::start(&model("m", &addresses, &extra));
+    for index in 0..3 {
+        let up = format!("forebay_worker_up{{worker=\"w{index}\"}}");
+        eventually("the worker to be up", || (gateway.metric(&up) == 1.0).then_some(()));
+    }
+    let body = r#"{"model":"m","prompt":"hello","stream":true,"max_tokens":1000,"ignore_eos":true}"#;
+    let mut clients: Vec<_> = (0..90)
+        .map(|number| {
+            let mut client = Connection::to(gateway.client);
+            client.post(COMPLETIONS, &[&format!("x-request-id: stream-{number}")], body.as_bytes());
+            client
+        })
+        .collect();
+    clients.iter_mut().for_each(|client| _ = client.until(b"text_completion"));
+    drop(workers.remove(0));
+    workers.iter().for_each(|worker| worker.speed(100.0));
+    for mut client in clients {
+        assert_eq!(client.answer().stream_end(), Ok(()));
+    }
+    let continued = (0..90).filter(|number| gateway.row(&format!("stream-{number}"))["attempts"] == 2).count();
+    assert!(continued > 20, "more than a quiet gateway may retry: {continued}");
+    assert_eq!(gateway.metric("forebay_retries_denied_total"), 0.0);
 }
 
 #[test]
@@ -383,7 +417,7 @@ fn a_client_that_leaves_is_not_waited_for() {
     let begun = events(true, "one", &PIECES[..2], Value::Null)[..3].concat();
     let rest = vec![Step::Gate, Step::AwaitClose];
     setting.play(&[vec![stream_head(), chunk(&begun)], Break::Reset.steps()].concat(), &[(REST.to_owned(), rest)]);
-    let mut client = crate::support::client::Connection::to(setting.gateway.client);
+    let mut client = Connection::to(setting.gateway.client);
     client.post(CHAT, &["x-request-id: leaves"], request(true, "").as_bytes());
     eventually("the rest to be asked for", || (setting.counts().iter().sum::<usize>() == 2).then_some(()));
     drop(client);

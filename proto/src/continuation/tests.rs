@@ -56,6 +56,12 @@ fn what_the_rest_can_be_asked_for_with() {
         r#","truncate_prompt_tokens":5"#,
         r#","return_token_ids":true"#,
         r#","made_up":7"#,
+        r#","made_up":false"#,
+        r#","made_up":"""#,
+        r#","include_reasoning":false"#,
+        r#","thinking_budget":0"#,
+        r#","separate_reasoning":false"#,
+        r#","logprobs":0"#,
         r#","max_tokens":-1"#,
         r#","min_tokens":"a""#,
     ] {
@@ -87,7 +93,10 @@ fn the_rest_is_asked_for_with_what_is_left() {
     let completion = r#"{"model":"m","prompt":"x"}"#;
     assert_eq!(rest(completion, false, 6, None).as_deref(), Some(r#"{"model":"m","prompt":[1,2,3],"max_tokens":10}"#));
     let asking = Asking::read(completion.as_bytes(), false).unwrap();
-    assert_eq!([15, 16, 17].map(|said| asking.is_all(said)), [false, true, true]);
+    assert_eq!([15, 16, 17].map(|said| asking.is_all(said, Some(99))), [false, true, true]);
+    let asking = Asking::read(endless.as_bytes(), true).unwrap();
+    assert_eq!([4, 5, 6].map(|said| asking.is_all(said, Some(5))), [false, true, true], "the context is full");
+    assert!(!asking.is_all(5, None));
 }
 
 #[test]

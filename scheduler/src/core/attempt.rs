@@ -81,6 +81,10 @@ impl Core {
         if sent.started.replace(self.now).is_some() {
             return;
         }
+        if entry.plan.leg != Leg::Prefill {
+            // It was for this; whoever goes on with the answer has time.
+            entry.request.deadline = None;
+        }
         let Some(pool) = self.pools.get_mut(&entry.request.pool) else { return };
         let Some((slot, worker)) = sent.slot.and_then(|slot| Some((slot, self.workers.get_mut(slot)?))) else { return };
         let before = (sent.held, sent.number);
