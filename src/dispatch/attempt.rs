@@ -135,7 +135,9 @@ async fn open(worker: &Worker, job: &Job<'_>, number: u32, handed: Option<&Hande
     let reply = if job.streamed() && (answer.becomes_events() || is_event_stream(&headers)) {
         stream(answer).await?
     } else {
-        whole(status, &headers, answer).await?
+        let whole = whole(status, &headers, answer).await?;
+        given_up(&whole)?;
+        Reply::Whole(whole)
     };
     if is_own {
         whose(worker, job, &reply)?;
@@ -170,12 +172,7 @@ pub(super) async fn answered(
 fn whose(worker: &Worker, job: &Job<'_>, reply: &Reply) -> Result<(), Failed> {
     let document = match reply {
         Reply::Stream(streamed) => streamed.first.front().and_then(|event| event.data.clone()),
-        Reply::Whole(Whole { head, rest: None, length: Some(length), .. }) if *length <= NAMED_BYTES_MAX => {
-            Some(match head.len() {
-                1 => head.front().cloned().unwrap_or_default(),
-                _ => head.iter().flatten().copied().collect(),
-            })
-        }
+        Reply::Whole(whole) if whole.length.is_some_and(|length| length <= NAMED_BYTES_MAX) => document(whole),
         Reply::Whole(_) => None,
     };
     let (Some(document), Some(identity)) = (document, worker.identity.load_full()) else { return Ok(()) };
@@ -186,6 +183,25 @@ fn whose(worker: &Worker, job: &Job<'_>, reply: &Reply) -> Result<(), Failed> {
             Err(Failed::elsewhere(Failure::OtherModel))
         }
         None => Ok(()),
+    }
+}
+
+/// That the engine did not let go of the request. An answer that is longer than what is held back is not read for it: it
+/// has more to say than that.
+fn given_up(whole: &Whole) -> Result<(), Failed> {
+    if document(whole).is_some_and(|document| stream::is_given_up(&document)) {
+        let (error, status) = stream::gave_up();
+        return Err(engine_error(StatusCode::from_u16(status).unwrap_or_default(), error, None));
+    }
+    Ok(())
+}
+
+/// All of an answer, where all of it is here.
+fn document(Whole { head, rest, .. }: &Whole) -> Option<Bytes> {
+    match (rest, head.len()) {
+        (Some(_), _) => None,
+        (None, 1) => head.front().cloned(),
+        (None, _) => Some(head.iter().flatten().copied().collect()),
     }
 }
 
@@ -314,7 +330,7 @@ async fn stream(mut body: Answer) -> Result<Reply, Failed> {
     }
 }
 
-async fn whole(status: StatusCode, headers: &HeaderMap, body: Answer) -> Result<Reply, Failed> {
+async fn whole(status: StatusCode, headers: &HeaderMap, body: Answer) -> Result<Whole, Failed> {
     // Whatever else an engine, or something that stands where one was, calls a success is no answer to a client.
     let encoded = headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity");
     let html = headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/html"));
@@ -328,7 +344,7 @@ async fn whole(status: StatusCode, headers: &HeaderMap, body: Answer) -> Result<
     let mut body = match translated? {
         Ok(answer) => {
             let length = Some(answer.len() as u64);
-            return Ok(Reply::Whole(Whole { content_type: JSON, head: VecDeque::from([answer]), rest: None, length }));
+            return Ok(Whole { content_type: JSON, head: VecDeque::from([answer]), rest: None, length });
         }
         Err(plain) => plain,
     };
@@ -345,11 +361,11 @@ async fn whole(status: StatusCode, headers: &HeaderMap, body: Answer) -> Result<
             }
             None => {
                 let length = Some(held as u64);
-                return Ok(Reply::Whole(Whole { content_type, head, rest: None, length }));
+                return Ok(Whole { content_type, head, rest: None, length });
             }
         }
     }
-    Ok(Reply::Whole(Whole { content_type, head, rest: Some(body), length }))
+    Ok(Whole { content_type, head, rest: Some(body), length })
 }
 
 /// What an engine's error status means for the request.

@@ -50,6 +50,12 @@ pub enum FaultKind {
         #[serde(default)]
         after: u32,
     },
+    /// The engine lets go of the request, as vLLM does to shut down or sleep: after so many events of a stream the next one
+    /// ends it for the reason `abort`, as a whole answer says it; nothing more is said, and all is well otherwise.
+    Abort {
+        #[serde(default)]
+        after: u32,
+    },
     /// The engine's own way to die: an error event and a clean end of the stream, or status 500 for a whole answer.
     Error {
         #[serde(default)]
@@ -160,6 +166,7 @@ pub(crate) enum MidKind {
     Stall,
     Cut { reset: bool },
     Garbage,
+    Abort,
     Error,
 }
 
@@ -228,6 +235,7 @@ impl Plan {
             FaultKind::Stall { after } => mid(*after, MidKind::Stall),
             FaultKind::Cut { after, reset } => mid(*after, MidKind::Cut { reset: *reset }),
             FaultKind::Garbage { after } => mid(*after, MidKind::Garbage),
+            FaultKind::Abort { after } => mid(*after, MidKind::Abort),
             FaultKind::Error { after } => mid(*after, MidKind::Error),
         };
         self.mid = self.mid.or(mid);
