@@ -1,7 +1,7 @@
 //! One attempt at one worker: the request as the engine wants it, and the answer up to its first event or byte.
 //!
 //! Until then nothing has been said to the client, so that a failure here can be tried elsewhere and a real status
-//! can still be given. Keep-alive comments are no first event.
+//! can still be given. Keep-alive comments are no first event, and a role alone is none yet.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant, SystemTime};
@@ -46,6 +46,9 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
 const UNAVAILABLE: [u16; 2] = [503, 529];
 /// Events in a row that cannot be read before a stream that has not begun counts as garbage.
 const MALFORMED_IN_A_ROW_MAX: u32 = 8;
+/// So many events that say nothing are held back: vLLM begins each choice of a chat with one, even of a chat that it gives
+/// up unheard.
+const ROLES_MAX: usize = 4;
 const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Fields of a request to an engine that are ours: its name, trace, rank and type, and the transport's three.
@@ -297,9 +300,10 @@ fn is_event_stream(headers: &HeaderMap) -> bool {
     content_type.get(..17).is_some_and(|start| start.eq_ignore_ascii_case(b"text/event-stream"))
 }
 
-/// Reads until the first event that carries data. One that cannot be read is passed over, as long as others can.
+/// Reads until the first event that says something. One that cannot be read is passed over, as long as others can.
 async fn stream(mut body: Answer) -> Result<Reply, Failed> {
     let mut splitter = Splitter::new(EVENT_BYTES_MAX);
+    let mut first = VecDeque::new();
     let mut malformed = 0;
     loop {
         while let Some(event) = splitter.next().map_err(|_| Failed::elsewhere(Failure::Malformed))? {
@@ -308,8 +312,12 @@ async fn stream(mut body: Answer) -> Result<Reply, Failed> {
             }
             let Some(data) = event.data.as_deref() else { continue };
             match stream::read(data) {
-                Chunk::Delta(_) => {
-                    return Ok(Reply::Stream(Streamed { first: VecDeque::from([event]), splitter, body }));
+                Chunk::Delta(delta) => {
+                    first.push_back(event);
+                    let is_role = !delta.has_content && delta.choices.iter().any(|choice| !choice.finished);
+                    if !is_role || first.len() > ROLES_MAX {
+                        return Ok(Reply::Stream(Streamed { first, splitter, body }));
+                    }
                 }
                 Chunk::Error { error, status } => {
                     let status = status.and_then(|status| StatusCode::from_u16(status).ok());

@@ -88,11 +88,12 @@ fn overload_is_had_elsewhere() {
     goes_elsewhere(r#"{"kind":{"status":{"code":429,"retry_after":30}}}"#, "overloaded", "", &[true]);
 }
 
-/// vLLM ends what it lets go of like an answer, with a reason of its own.
+/// vLLM ends what it lets go of like an answer, with a reason of its own. Its chats begin with a role even then.
 #[test]
 fn what_an_engine_gives_up_is_had_elsewhere() {
     goes_elsewhere(r#"{"kind":{"abort":{}}}"#, "overloaded", "", &[true]);
     goes_elsewhere(r#"{"kind":{"abort":{}}}"#, "overloaded", "", &[false]);
+    goes_elsewhere(r#"{"kind":{"abort":{"after":1}}}"#, "overloaded", "", &[true]);
 }
 
 #[test]
