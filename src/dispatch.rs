@@ -1,16 +1,16 @@
 //! When and where inside a pool: the scheduler's core and what happens at its word.
 //!
 //! [`Dispatch::open`] asks the core for a place, sends the request there and waits for the first event or byte of the
-//! answer. An attempt that fails before that is placed again by the core, elsewhere where it can; afterwards nothing
-//! is retried but what [`Dispatch::go_on`] is asked for. Second tries are a share of the traffic at most (`budget`); where a
-//! model is hedged, one may be made beside a first that is slow to begin. A [`Place`] is the core's promise for one attempt;
-//! dropping it gives the place back.
+//! answer. An attempt that fails before that is placed again by the core, elsewhere where it can; afterwards nothing is
+//! retried but what [`Dispatch::go_on`] is asked for. Second tries are a share of the traffic at most (`budget`); where
+//! a model is hedged, one may be made beside a first that is slow to begin. A [`Place`] is the core's promise for one
+//! attempt; dropping it gives the place back.
 //!
-//! Here: `driver` owns the core, `attempt` speaks with one worker, `handover` with one that computes a prompt for another,
-//! `micro_batch` makes one call of several requests, `intake` owns the tasks that feed the core with what workers report of
-//! themselves, `adapters` their LoRA adapters, `kv` what they publish of their
-//! caches, `gpus` what is said of their GPUs, `explain` tells administration what the core knows and why it decided as it
-//! did. Not here: another model or a cloud when a pool cannot (`pipeline`).
+//! Here: `driver` owns the core, `attempt` speaks with one worker, `handover` with one that computes a prompt for
+//! another, `micro_batch` makes one call of several requests, `intake` owns the tasks that feed the core with what
+//! workers report of themselves, `adapters` their LoRA adapters, `kv` what they publish of their caches, `gpus` what is
+//! said of their GPUs, `explain` tells administration what the core knows and why it decided as it did. Not here:
+//! another model or a cloud when a pool cannot (`pipeline`).
 
 mod adapters;
 mod attempt;
@@ -98,8 +98,8 @@ impl Job<'_> {
         self.asked.choices() == 1 && !echoes && self.model.adapter.is_none()
     }
 
-    /// How long an attempt may be silent before another is made beside it. An answer that is generated and comes whole is
-    /// silent to its end, and batch work has time.
+    /// How long an attempt may be silent before another is made beside it. An answer that is generated and comes whole
+    /// is silent to its end, and batch work has time.
     fn hedged_after(&self) -> Option<Duration> {
         let tells = self.streamed() || matches!(&**self.asked, Asked::Embedding(_) | Asked::Ranking(_));
         self.model.hedge_after.filter(|_| tells && self.class != Class::Batch)

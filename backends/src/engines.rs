@@ -1,11 +1,11 @@
 //! What the engines have in common, and the table of those that are known.
 //!
-//! An engine is one file here and one line in [`ENGINES`]: a pure adapter that names the paths of its server, makes of a
-//! request what it takes, and reads its answers. Recognition goes down the table; the last line, any server with
+//! An engine is one file here and one line in [`ENGINES`]: a pure adapter that names the paths of its server, makes of
+//! a request what it takes, and reads its answers. Recognition goes down the table; the last line, any server with
 //! OpenAI's API, takes what no other recognised.
 //!
-//! Invariants: an adapter never opens a connection; whatever bytes it is given it answers, at worst with `None`; what an
-//! engine would pass over although it changes the answer is refused by name.
+//! Invariants: an adapter never opens a connection; whatever bytes it is given it answers, at worst with `None`; what
+//! an engine would pass over although it changes the answer is refused by name.
 //!
 //! Not here: error bodies (`forebay-proto`).
 
@@ -265,7 +265,8 @@ pub trait Engine: Send + Sync {
         None
     }
 
-    /// Path that tells where the engine publishes its KV events, as vLLM's `/kv_event_sources` does, where there is one.
+    /// Path that tells where the engine publishes its KV events, as vLLM's `/kv_event_sources` does, where there is
+    /// one.
     fn kv_sources_path(&self) -> Option<&'static str> {
         None
     }
@@ -275,8 +276,8 @@ pub trait Engine: Send + Sync {
         None
     }
 
-    /// Whether another prompt can reuse a prefix only once that has been computed, so that of two that are prefilled at one
-    /// time both compute it.
+    /// Whether another prompt can reuse a prefix only once that has been computed, so that of two that are prefilled at
+    /// one time both compute it.
     fn caches_late(&self) -> bool {
         false
     }
@@ -301,9 +302,9 @@ pub trait Engine: Send + Sync {
     /// Whether the engine speaks this API. A model may still refuse: embeddings of a chat model.
     fn serves(&self, api: Api) -> bool;
 
-    /// Whether it gains from one call with the inputs of several requests in place of a call each, and answers each input as
-    /// if it were alone. A model's inputs must be a list in the request, and the answer a list with their `index`, as in
-    /// OpenAI's embeddings; what an adapter makes of that on the wire is its own.
+    /// Whether it gains from one call with the inputs of several requests in place of a call each, and answers each
+    /// input as if it were alone. A model's inputs must be a list in the request, and the answer a list with their
+    /// `index`, as in OpenAI's embeddings; what an adapter makes of that on the wire is its own.
     fn merges(&self, api: Api) -> bool {
         let _ = api;
         false
@@ -534,8 +535,8 @@ pub async fn probe(channel: &Channel, engine: &dyn Engine) -> Result<(), Error> 
     first_of(channel, engine.health_paths(), MODELS_BYTES_MAX).await.map(drop)
 }
 
-/// What the engine says of its load now, or of that of one of its data-parallel ranks; `None` where it publishes none that
-/// can be read.
+/// What the engine says of its load now, or of that of one of its data-parallel ranks; `None` where it publishes none
+/// that can be read.
 ///
 /// # Errors
 /// When it does not answer, or refuses.
@@ -561,7 +562,8 @@ async fn first_of(channel: &Channel, paths: &[&'static str], bytes_max: usize) -
     last
 }
 
-/// Where the engine, or one of its data-parallel ranks, publishes what its prefix cache holds; `None` where it does not, or does not say.
+/// Where the engine, or one of its data-parallel ranks, publishes what its prefix cache holds; `None` where it does
+/// not, or does not say.
 ///
 /// # Errors
 /// When it does not answer.

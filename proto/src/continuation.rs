@@ -204,7 +204,8 @@ impl Said {
         self.seam = Some(Seam { tokens, mark });
     }
 
-    /// Takes note of a chunk, the data of one event but not `[DONE]`. Behind a break gives what the client is to get in its place.
+    /// Takes note of a chunk, the data of one event but not `[DONE]`. Behind a break gives what the client is to get in
+    /// its place.
     pub fn hear(&mut self, data: &[u8]) -> Option<Vec<u8>> {
         let Ok(mut chunk) = serde_json::from_slice::<Map<String, Value>>(data) else {
             // It may say something that others can read.

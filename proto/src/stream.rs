@@ -27,7 +27,7 @@ use crate::peek::Span;
 pub enum Chunk {
     /// `[DONE]`. Alone it does not mean success: vLLM sends it after an error event too.
     Done,
-    /// Any engine's error, in OpenAI's words.
+    /// Any engine's error, in OpenAI's words; also a choice that it gave up, see [`gave_up`].
     Error {
         error: ApiError,
         /// The HTTP status that the engine would have given, where it says so.
@@ -114,6 +114,32 @@ pub fn model(json: &[u8]) -> Option<String> {
     name
 }
 
+/// The finish reason that vLLM and SGLang give to what they let go of: to shut down, to sleep, to make room.
+const ABORT: &str = r#""abort""#;
+
+/// Whether a whole answer, or a choice of it, is one that the engine let go of.
+///
+/// The words cannot be met inside of a string: there its quotes would have backslashes before them.
+#[must_use]
+pub fn is_given_up(answer: &[u8]) -> bool {
+    memchr::memmem::find_iter(answer, ABORT).any(|at| {
+        let before = answer.get(..at).unwrap_or_default().trim_ascii_end();
+        before.strip_suffix(b":").is_some_and(|key| key.trim_ascii_end().ends_with(br#""finish_reason""#))
+    })
+}
+
+/// The same as an engine would tell it, had it found words, with the HTTP status of that: not now, and not here.
+#[must_use]
+pub fn gave_up() -> (ApiError, u16) {
+    let error = ApiError {
+        message: "The engine gave the request up.".to_owned(),
+        kind: "service_unavailable_error".to_owned(),
+        param: None,
+        code: None,
+    };
+    (error, 503)
+}
+
 /// Reads the data of one event.
 #[must_use]
 pub fn read(data: &[u8]) -> Chunk {
@@ -121,6 +147,10 @@ pub fn read(data: &[u8]) -> Chunk {
         return Chunk::Done;
     }
     let Some(chunk) = wire::Chunk::read(data) else { return Chunk::Malformed };
+    if chunk.gave_up {
+        let (error, status) = gave_up();
+        return Chunk::Error { error, status: Some(status) };
+    }
     if chunk.is_error {
         let (error, status) = crate::error::from_event(data);
         return Chunk::Error { error, status };

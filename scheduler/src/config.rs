@@ -20,8 +20,8 @@ pub struct Config {
     pub decode_weight: f64,
     /// Standard deviations of the expected output that a KV cache keeps free beyond its mean (1).
     pub kv_deviations: f64,
-    /// What a cached token that no other worker holds is worth against one to prefill, in a calm pool (1.2): above 1 pays
-    /// for keeping conversations together; with 1.5 they queue behind each other when many come at once.
+    /// What a cached token that no other worker holds is worth against one to prefill, in a calm pool (1.2): above 1
+    /// pays for keeping conversations together; with 1.5 they queue behind each other when many come at once.
     pub overlap_gain_calm: f64,
     /// The same in a pool near saturation, where a lost cache costs others too (6).
     pub overlap_gain_busy: f64,
@@ -58,7 +58,8 @@ pub struct Config {
     pub wake_assumed: Duration,
     /// The same to fall asleep (2 s).
     pub sleep_assumed: Duration,
-    /// How long a worker that could not be woken, put to sleep, or given an adapter is left alone with it (5 s); doubles with each failure.
+    /// How long a worker that could not be woken, put to sleep, or given an adapter is left alone with it (5 s);
+    /// doubles with each failure.
     pub wake_retry: Duration,
     /// The longest of that (60 s).
     pub wake_retry_max: Duration,
@@ -66,21 +67,22 @@ pub struct Config {
     pub wake_max: Duration,
     /// How long after such a change what its engine says of it may still be from before (5 s: two polls).
     pub sleep_settles: Duration,
-    /// Time that a worker takes to load an adapter until that was measured (1 s: some 100 MB from a disk, and into memory).
+    /// Time that a worker takes to load an adapter until that was measured (1 s: some 100 MB from a disk, and into
+    /// memory).
     pub adapter_load_assumed: Duration,
     /// How long a worker that refused an adapter is not asked for it again (60 s: its files may have come by then).
     pub adapter_refused: Duration,
     /// How long an adapter that is in use keeps its place while another waits for one (2 s).
     pub adapter_turn: Duration,
-    /// Time of prefill below which a prefix that another request is computing is not waited for (50 ms: a few steps of the
-    /// engine).
+    /// Time of prefill below which a prefix that another request is computing is not waited for (50 ms: a few steps of
+    /// the engine).
     pub sibling_gain: Duration,
     /// Longest wait for another request's prefill (10 s).
     pub sibling_wait_max: Duration,
     /// How long it is believed to take until memory is free that is not ours (10 s).
     pub memory_lease: Duration,
-    /// How long an overloaded worker is left alone when it names no time (1 s); twice as long each time it says so again
-    /// and nothing worked in between, and up to a quarter longer by chance.
+    /// How long an overloaded worker is left alone when it names no time (1 s); twice as long each time it says so
+    /// again and nothing worked in between, and up to a quarter longer by chance.
     pub busy_lease: Duration,
     /// The longest of these (4 s: what was full has room again sooner, most often).
     pub busy_lease_max: Duration,

@@ -2,9 +2,9 @@
 //!
 //! The life of a request as events: `Arrived`, then either the core refuses it, or it is sent; for each send the shell
 //! answers with exactly one of `AttemptFailed` (nothing has reached the client yet, or the rest may come from another
-//! worker; the core places it again or refuses it) and `Ended`; the send of a prompt alone ([`crate::Leg::Prefill`]) with
-//! `AttemptFailed` or `Prefilled`, after which the core sends the rest. `Cancelled` may come at any time before, and is then the last word. Events that name an
-//! unknown request or worker are late and are ignored.
+//! worker; the core places it again or refuses it) and `Ended`; the send of a prompt alone ([`crate::Leg::Prefill`])
+//! with `AttemptFailed` or `Prefilled`, after which the core sends the rest. `Cancelled` may come at any time before,
+//! and is then the last word. Events that name an unknown request or worker are late and are ignored.
 
 use std::sync::Arc;
 use std::time::Duration;

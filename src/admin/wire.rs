@@ -143,8 +143,8 @@ pub struct Explained {
 /// Why a request was not served.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Refusal {
-    /// `queue_full`, `deadline_infeasible`, `timed_out`, `no_worker`, `adapter_unavailable`, `attempts_exhausted`, `pool_unknown` or
-    /// `too_large`.
+    /// `queue_full`, `deadline_infeasible`, `timed_out`, `no_worker`, `adapter_unavailable`, `attempts_exhausted`,
+    /// `pool_unknown` or `too_large`.
     pub reason: String,
     pub message: String,
     pub retry_after_seconds: Option<f64>,

@@ -1,7 +1,7 @@
 //! One attempt at one worker: the request as the engine wants it, and the answer up to its first event or byte.
 //!
 //! Until then nothing has been said to the client, so that a failure here can be tried elsewhere and a real status
-//! can still be given. Keep-alive comments are no first event.
+//! can still be given. Keep-alive comments are no first event, and a role alone is none yet.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant, SystemTime};
@@ -46,6 +46,9 @@ const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
 const UNAVAILABLE: [u16; 2] = [503, 529];
 /// Events in a row that cannot be read before a stream that has not begun counts as garbage.
 const MALFORMED_IN_A_ROW_MAX: u32 = 8;
+/// So many events that say nothing are held back: vLLM begins each choice of a chat with one, even of a chat that it gives
+/// up unheard.
+const ROLES_MAX: usize = 4;
 const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Fields of a request to an engine that are ours: its name, trace, rank and type, and the transport's three.
@@ -135,7 +138,9 @@ async fn open(worker: &Worker, job: &Job<'_>, number: u32, handed: Option<&Hande
     let reply = if job.streamed() && (answer.becomes_events() || is_event_stream(&headers)) {
         stream(answer).await?
     } else {
-        whole(status, &headers, answer).await?
+        let whole = whole(status, &headers, answer).await?;
+        given_up(&whole)?;
+        Reply::Whole(whole)
     };
     if is_own {
         whose(worker, job, &reply)?;
@@ -170,12 +175,7 @@ pub(super) async fn answered(
 fn whose(worker: &Worker, job: &Job<'_>, reply: &Reply) -> Result<(), Failed> {
     let document = match reply {
         Reply::Stream(streamed) => streamed.first.front().and_then(|event| event.data.clone()),
-        Reply::Whole(Whole { head, rest: None, length: Some(length), .. }) if *length <= NAMED_BYTES_MAX => {
-            Some(match head.len() {
-                1 => head.front().cloned().unwrap_or_default(),
-                _ => head.iter().flatten().copied().collect(),
-            })
-        }
+        Reply::Whole(whole) if whole.length.is_some_and(|length| length <= NAMED_BYTES_MAX) => document(whole),
         Reply::Whole(_) => None,
     };
     let (Some(document), Some(identity)) = (document, worker.identity.load_full()) else { return Ok(()) };
@@ -186,6 +186,25 @@ fn whose(worker: &Worker, job: &Job<'_>, reply: &Reply) -> Result<(), Failed> {
             Err(Failed::elsewhere(Failure::OtherModel))
         }
         None => Ok(()),
+    }
+}
+
+/// That the engine did not let go of the request. An answer that is longer than what is held back is not read for it: it
+/// has more to say than that.
+fn given_up(whole: &Whole) -> Result<(), Failed> {
+    if document(whole).is_some_and(|document| stream::is_given_up(&document)) {
+        let (error, status) = stream::gave_up();
+        return Err(engine_error(StatusCode::from_u16(status).unwrap_or_default(), error, None));
+    }
+    Ok(())
+}
+
+/// All of an answer, where all of it is here.
+fn document(Whole { head, rest, .. }: &Whole) -> Option<Bytes> {
+    match (rest, head.len()) {
+        (Some(_), _) => None,
+        (None, 1) => head.front().cloned(),
+        (None, _) => Some(head.iter().flatten().copied().collect()),
     }
 }
 
@@ -281,9 +300,10 @@ fn is_event_stream(headers: &HeaderMap) -> bool {
     content_type.get(..17).is_some_and(|start| start.eq_ignore_ascii_case(b"text/event-stream"))
 }
 
-/// Reads until the first event that carries data. One that cannot be read is passed over, as long as others can.
+/// Reads until the first event that says something. One that cannot be read is passed over, as long as others can.
 async fn stream(mut body: Answer) -> Result<Reply, Failed> {
     let mut splitter = Splitter::new(EVENT_BYTES_MAX);
+    let mut first = VecDeque::new();
     let mut malformed = 0;
     loop {
         while let Some(event) = splitter.next().map_err(|_| Failed::elsewhere(Failure::Malformed))? {
@@ -292,8 +312,12 @@ async fn stream(mut body: Answer) -> Result<Reply, Failed> {
             }
             let Some(data) = event.data.as_deref() else { continue };
             match stream::read(data) {
-                Chunk::Delta(_) => {
-                    return Ok(Reply::Stream(Streamed { first: VecDeque::from([event]), splitter, body }));
+                Chunk::Delta(delta) => {
+                    first.push_back(event);
+                    let is_role = !delta.has_content && delta.choices.iter().any(|choice| !choice.finished);
+                    if !is_role || first.len() > ROLES_MAX {
+                        return Ok(Reply::Stream(Streamed { first, splitter, body }));
+                    }
                 }
                 Chunk::Error { error, status } => {
                     let status = status.and_then(|status| StatusCode::from_u16(status).ok());
@@ -314,7 +338,7 @@ async fn stream(mut body: Answer) -> Result<Reply, Failed> {
     }
 }
 
-async fn whole(status: StatusCode, headers: &HeaderMap, body: Answer) -> Result<Reply, Failed> {
+async fn whole(status: StatusCode, headers: &HeaderMap, body: Answer) -> Result<Whole, Failed> {
     // Whatever else an engine, or something that stands where one was, calls a success is no answer to a client.
     let encoded = headers.get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity");
     let html = headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/html"));
@@ -328,7 +352,7 @@ async fn whole(status: StatusCode, headers: &HeaderMap, body: Answer) -> Result<
     let mut body = match translated? {
         Ok(answer) => {
             let length = Some(answer.len() as u64);
-            return Ok(Reply::Whole(Whole { content_type: JSON, head: VecDeque::from([answer]), rest: None, length }));
+            return Ok(Whole { content_type: JSON, head: VecDeque::from([answer]), rest: None, length });
         }
         Err(plain) => plain,
     };
@@ -345,11 +369,11 @@ async fn whole(status: StatusCode, headers: &HeaderMap, body: Answer) -> Result<
             }
             None => {
                 let length = Some(held as u64);
-                return Ok(Reply::Whole(Whole { content_type, head, rest: None, length }));
+                return Ok(Whole { content_type, head, rest: None, length });
             }
         }
     }
-    Ok(Reply::Whole(Whole { content_type, head, rest: Some(body), length }))
+    Ok(Whole { content_type, head, rest: Some(body), length })
 }
 
 /// What an engine's error status means for the request.

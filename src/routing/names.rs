@@ -1,8 +1,8 @@
 //! From a name that a client asks for to one of the models.
 //!
-//! In this order: the name or alias itself; the same after `local/`, which says that no cloud is meant; the newest version of it
-//! (`llama` and `llama@latest` are `llama@3` where there are `llama@1` and `llama@3`); the alias with a `*` that says
-//! most of it. A request that names nothing gets the default, where one is configured.
+//! In this order: the name or alias itself; the same after `local/`, which says that no cloud is meant; the newest
+//! version of it (`llama` and `llama@latest` are `llama@3` where there are `llama@1` and `llama@3`); the alias with a
+//! `*` that says most of it. A request that names nothing gets the default, where one is configured.
 //!
 //! Not here: who may ask for it.
 

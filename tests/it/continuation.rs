@@ -255,11 +255,13 @@ fn once(setting: &Setting, chat: bool, more: &str) -> (Answer, usize) {
 #[test]
 fn an_answer_that_said_nothing_yet_is_asked_for_anew() {
     let setting = Setting::new(2, "attempts_max = 3\n");
-    let role = [vec![stream_head(), chunk(&events(true, "one", &[], Value::Null)[0])], Break::Reset.steps()].concat();
+    // A role alone would not have reached the client.
+    let empty = events(true, "one", &[""; 4], Value::Null)[..5].concat();
+    let empty = [vec![stream_head(), chunk(&empty)], Break::Reset.steps()].concat();
     let all = played(&events(true, "another", &PIECES, usage(7, 30)));
     for number in 0..20 {
         // Until one that breaks off is asked first.
-        setting.workers[number % 2].play(role.clone());
+        setting.workers[number % 2].play(empty.clone());
         setting.workers[1 - number % 2].play(all.clone());
         let (answer, asked) = once(&setting, true, r#","stream_options":{"include_usage":true}"#);
         if asked == 1 {

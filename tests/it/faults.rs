@@ -88,6 +88,14 @@ fn overload_is_had_elsewhere() {
     goes_elsewhere(r#"{"kind":{"status":{"code":429,"retry_after":30}}}"#, "overloaded", "", &[true]);
 }
 
+/// vLLM ends what it lets go of like an answer, with a reason of its own. Its chats begin with a role even then.
+#[test]
+fn what_an_engine_gives_up_is_had_elsewhere() {
+    goes_elsewhere(r#"{"kind":{"abort":{}}}"#, "overloaded", "", &[true]);
+    goes_elsewhere(r#"{"kind":{"abort":{}}}"#, "overloaded", "", &[false]);
+    goes_elsewhere(r#"{"kind":{"abort":{"after":1}}}"#, "overloaded", "", &[true]);
+}
+
 #[test]
 fn silence_is_left() {
     goes_elsewhere(r#"{"kind":{"hang":{}}}"#, "timeout", "first_byte_seconds = 1\n", &[true, false]);
@@ -159,6 +167,7 @@ fn a_stream_that_breaks_is_not_begun_again() {
         r#"{"kind":{"cut":{"after":3,"reset":true}}}"#,
         r#"{"kind":{"stall":{"after":3}}}"#,
         r#"{"kind":{"error":{"after":3}}}"#,
+        r#"{"kind":{"abort":{"after":3}}}"#,
         "kill",
     ] {
         let text = long(fault);

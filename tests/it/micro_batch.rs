@@ -1,5 +1,5 @@
-//! Embeddings, rankings, scores and the like of several clients as one call: what the worker is asked, what each client gets, and
-//! who is spared whose trouble.
+//! Embeddings, rankings, scores and the like of several clients as one call: what the worker is asked, what each client
+//! gets, and who is spared whose trouble.
 
 use std::net::SocketAddr;
 use std::thread::JoinHandle;

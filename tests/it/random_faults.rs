@@ -21,7 +21,7 @@ const WORKERS: usize = 3;
 const FLAGS: [&str; 3] = ["--model", "m", "--recite"];
 
 /// What a worker may suffer from, most of it now and then only.
-const FAULTS: [&str; 13] = [
+const FAULTS: [&str; 14] = [
     r#"{"kind":{"status":{"code":500}},"probability":0.5}"#,
     r#"{"kind":{"status":{"code":503}},"probability":0.5}"#,
     r#"{"kind":{"status":{"code":429,"retry_after":1}},"probability":0.3}"#,
@@ -34,6 +34,7 @@ const FAULTS: [&str; 13] = [
     r#"{"kind":{"cut":{"after":4,"reset":true}},"probability":0.5}"#,
     r#"{"kind":{"error":{}},"probability":0.5}"#,
     r#"{"kind":{"error":{"after":3}},"probability":0.5}"#,
+    r#"{"kind":{"abort":{"after":4}},"probability":0.5}"#,
     r#"{"kind":{"delay":{"ms":700}}}"#,
 ];
 

@@ -17,6 +17,7 @@ use futures::{Stream, StreamExt, stream};
 use http::{HeaderMap, HeaderValue};
 use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use serde_json::{Value, json};
 
 use crate::{
     faults::{Mid, MidKind},
@@ -65,6 +66,7 @@ pub(crate) fn whole(bytes: Bytes, sending: Sending) -> Body {
     let half = bytes.slice(..bytes.len() / 2);
     match mid.map(|mid| mid.kind) {
         Some(MidKind::Garbage) => whole_of(GARBAGE, open),
+        Some(MidKind::Abort) => whole_of(aborted(&bytes).unwrap_or(bytes), open),
         Some(kind @ (MidKind::Stall | MidKind::Cut { .. })) => {
             let steps = stream::unfold((Some(half), open), move |(half, open)| {
                 let reset = Arc::clone(&reset);
@@ -97,6 +99,26 @@ fn ok_status() -> HeaderMap {
 fn whole_of(bytes: Bytes, mut open: Open) -> Body {
     open.complete();
     Full::new(bytes).map_err(|never| match never {}).boxed_unsync()
+}
+
+/// What OpenAI's dialect says, a whole answer or one event's data, cut short: nothing said, for the reason `abort`.
+fn aborted(json: &[u8]) -> Option<Bytes> {
+    let mut said: Value = serde_json::from_slice(json).ok()?;
+    for choice in said.get_mut("choices")?.as_array_mut()? {
+        choice["finish_reason"] = json!("abort");
+        for (said, nothing) in [("delta", json!({})), ("text", json!(""))] {
+            if let Some(said) = choice.get_mut(said) {
+                *said = nothing;
+            }
+        }
+    }
+    Some(said.to_string().into())
+}
+
+/// The last events of a stream that ends so in place of this one.
+fn aborted_events(event: &[u8]) -> Option<Bytes> {
+    let data = aborted(event.strip_prefix(b"data: ")?.trim_ascii_end())?;
+    Some([b"data: ", &*data, b"\n\n", &*crate::vllm::stream::DONE].concat().into())
 }
 
 /// A body of events.
@@ -136,6 +158,12 @@ impl Sender {
                 MidKind::Stall => self.phase = Phase::Stalled,
                 MidKind::Error => self.phase = Phase::Dying,
                 MidKind::Garbage => return Some(Ok(Frame::data(GARBAGE))),
+                MidKind::Abort => {
+                    let event = self.source.next().await?;
+                    self.phase = Phase::Dying;
+                    self.death = Vec::new().into_iter();
+                    return Some(Ok(Frame::data(aborted_events(&event).unwrap_or(event))));
+                }
                 MidKind::Cut { .. } => return Some(end(mid.kind, &self.sending.reset).await),
             }
         }

@@ -1,8 +1,8 @@
 //! Ways to fail, and which requests they hit.
 //!
 //! A [`Fault`] names what goes wrong and when. Each has its own counter of the requests that it could have hit, so that
-//! `every` and `first` count as a reader expects. Several may hit one request; of two that exclude each other, such as two
-//! statuses, the first in the list wins.
+//! `every` and `first` count as a reader expects. Several may hit one request; of two that exclude each other, such as
+//! two statuses, the first in the list wins.
 //!
 //! Not here: carrying a fault out (`body` for what happens to bytes, `server` for refused connections).
 
@@ -47,6 +47,12 @@ pub enum FaultKind {
     },
     /// Bytes that are no event after so many events of a stream, or in place of a whole answer.
     Garbage {
+        #[serde(default)]
+        after: u32,
+    },
+    /// The engine lets go of the request, as vLLM does to shut down or sleep: after so many events of a stream the next
+    /// one ends it for the reason `abort`, as a whole answer says it; nothing more is said, and all is well otherwise.
+    Abort {
         #[serde(default)]
         after: u32,
     },
@@ -160,6 +166,7 @@ pub(crate) enum MidKind {
     Stall,
     Cut { reset: bool },
     Garbage,
+    Abort,
     Error,
 }
 
@@ -228,6 +235,7 @@ impl Plan {
             FaultKind::Stall { after } => mid(*after, MidKind::Stall),
             FaultKind::Cut { after, reset } => mid(*after, MidKind::Cut { reset: *reset }),
             FaultKind::Garbage { after } => mid(*after, MidKind::Garbage),
+            FaultKind::Abort { after } => mid(*after, MidKind::Abort),
             FaultKind::Error { after } => mid(*after, MidKind::Error),
         };
         self.mid = self.mid.or(mid);

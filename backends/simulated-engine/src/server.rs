@@ -234,7 +234,7 @@ fn into_response(wire: &dyn Wire, answer: Answer, sending: Sending) -> Response<
         Answer::Whole { status: code, headers, body } => {
             let status = sending.status;
             let length = HeaderValue::from(body.len());
-            let garbled = sending.mid.is_some_and(|mid| mid.kind == MidKind::Garbage);
+            let garbled = sending.mid.is_some_and(|mid| matches!(mid.kind, MidKind::Garbage | MidKind::Abort));
             let mut response = Response::new(body::whole(body, sending));
             *response.status_mut() = code;
             if !garbled && !status {

@@ -1,7 +1,7 @@
 //! Engines on this machine, at the ports that they take by default.
 //!
-//! Only the loopback interface is asked, only with questions that change nothing, and only what lists a model, in OpenAI's way or its engine's own,
-//! is an engine: other programs like these ports too.
+//! Only the loopback interface is asked, only with questions that change nothing, and only what lists a model, in
+//! OpenAI's way or its engine's own, is an engine: other programs like these ports too.
 
 use std::time::Duration;
 

@@ -32,7 +32,8 @@ const INLINE_BYTES_MAX: usize = 8 << 10;
 
 /// How one engine's answers become OpenAI's.
 pub(super) trait Translator: Send {
-    /// One event's data, one line, or one message; adds what OpenAI's stream would have to `out`. False: it goes on as it came.
+    /// One event's data, one line, or one message; adds what OpenAI's stream would have to `out`. False: it goes on as
+    /// it came.
     fn event(&mut self, data: &[u8], out: &mut Vec<u8>) -> bool;
 
     /// The answer has ended; adds what is still owed.

@@ -26,6 +26,10 @@ const IDLE: [&str; 6] = ["stream_options", "min_tokens", "logprobs", "top_logpro
 /// whoever computes it, and who brings a cache already is not to be given another.
 const UNDIVIDED: [&str; 4] = [PARAMS, "best_of", "use_beam_search", "prompt_logprobs"];
 
+/// Whether to call a tool is the model's to say. A call that was asked for is checked by the engine, and one token is none;
+/// without that choice another prompt may be written.
+const FREE_CHOICES: [&str; 2] = [r#""auto""#, r#""none""#];
+
 /// A cache that a server keeps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kept {
@@ -41,6 +45,7 @@ pub fn prompt_alone(api: Api, body: &Bytes) -> Option<Bytes> {
     let mut members = Members::read(body)?;
     if !matches!(api, Api::ChatCompletions | Api::Completions)
         || UNDIVIDED.iter().any(|name| members.get(name).is_some())
+        || members.get("tool_choice").is_some_and(|choice| !FREE_CHOICES.contains(&choice))
     {
         return None;
     }
@@ -97,10 +102,10 @@ mod tests {
     fn the_prompt_alone_keeps_what_the_prompt_depends_on() {
         let asked = json!({"model": "m", "messages": [{"role": "user", "content": "a"}], "tools": [{}], "cache_salt": "s",
             "stream": true, "stream_options": {"include_usage": true}, "max_tokens": 100, "min_tokens": 5,
-            "logprobs": true, "top_logprobs": 2, "tool_choice": "required", "x": 1.50});
+            "logprobs": true, "top_logprobs": 2, "tool_choice": "auto", "x": 1.50});
         let keep: Value = serde_json::from_str(KEEP).expect("JSON");
         let expected = json!({"model": "m", "messages": [{"role": "user", "content": "a"}], "tools": [{}],
-            "cache_salt": "s", "tool_choice": "required", "x": 1.5, "stream": false, "max_tokens": 1,
+            "cache_salt": "s", "tool_choice": "auto", "x": 1.5, "stream": false, "max_tokens": 1,
             "max_completion_tokens": 1, "kv_transfer_params": keep});
         assert_eq!(alone(Api::ChatCompletions, &asked), Some(expected));
         let completion = alone(Api::Completions, &json!({"prompt": [1, 2], "max_tokens": null})).expect("a part");
@@ -112,6 +117,11 @@ mod tests {
         for member in ["kv_transfer_params", "best_of", "use_beam_search", "prompt_logprobs"] {
             assert_eq!(alone(Api::Completions, &json!({"prompt": "a", member: 1})), None, "{member}");
             assert!(alone(Api::Completions, &json!({"prompt": "a", member: null})).is_some(), "{member}");
+        }
+        let forced = [json!("required"), json!({"type": "function", "function": {"name": "f"}})];
+        for (choice, divides) in forced.map(|choice| (choice, false)).into_iter().chain([(json!("none"), true)]) {
+            let asked = json!({"messages": [], "tools": [{}], "tool_choice": choice});
+            assert_eq!(alone(Api::ChatCompletions, &asked).is_some(), divides, "{choice}");
         }
         assert_eq!(alone(Api::Embeddings, &json!({"input": "a"})), None);
         assert_eq!(prompt_alone(Api::Completions, &Bytes::from_static(b"[]")), None);

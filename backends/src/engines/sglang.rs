@@ -10,13 +10,10 @@ use super::{
     chunks::new_id,
     fields::refuse_unheeded,
     tally::Tally,
-    tidy::{Rule, THINKING, Tidy},
+    tidy::{THINKING, Tidy},
 };
 
 pub(super) struct SgLang;
-
-/// A request that its scheduler threw out (a full queue, a higher priority) ends as an answer, not as an error.
-const RULES: &[Rule] = &[THINKING, Rule::Failed(r#""abort""#)];
 
 const HEEDED: &[&str] = &[
     "n",
@@ -133,7 +130,7 @@ impl Engine for SgLang {
         let Some(mut members) = Members::read(&body) else { return Ok(Prepared::untouched(asked)) };
         members.rename("include_stop_str_in_output", "no_stop_trim");
         refuse_unheeded(self.name(), &members, HEEDED)?;
-        let translation = Some(Translation::new(Tidy(RULES)));
+        let translation = Some(Translation::new(Tidy(&[THINKING])));
         Ok(Prepared { body: members.write(&body), translation, ..Prepared::untouched(asked) })
     }
 }

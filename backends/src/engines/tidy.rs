@@ -3,11 +3,9 @@
 //! They are mended in the bytes, and only where they stand: everything else goes on as it came.
 
 use bytes::Bytes;
-use http::StatusCode;
 use memchr::memmem;
 
 use super::answer::{Translator, event};
-use crate::Error;
 
 /// What is different.
 #[derive(Clone, Copy, Debug)]
@@ -16,8 +14,6 @@ pub(super) enum Rule {
     Key(&'static str, &'static str),
     /// This value of `finish_reason` has another name. The quotes are part of it.
     Finish(&'static str, &'static str),
-    /// This value of `finish_reason` is the engine's way to say that it failed.
-    Failed(&'static str),
 }
 
 /// Thinking text, under the name that vLLM, Ollama and OpenAI's own open models have for it.
@@ -29,58 +25,28 @@ pub(super) struct Tidy(pub(super) &'static [Rule]);
 
 impl Translator for Tidy {
     fn event(&mut self, data: &[u8], out: &mut Vec<u8>) -> bool {
-        match tidy(self.0, data) {
-            Tidied::AsItCame => false,
-            Tidied::Changed(data) => {
-                event(out, data);
-                true
-            }
-            Tidied::Failed => {
-                event(out, FAILED);
-                true
-            }
-        }
+        let Some(data) = tidy(self.0, data) else { return false };
+        event(out, data);
+        true
     }
 
     fn whole(&mut self, body: &Bytes) -> Option<Bytes> {
-        match tidy(self.0, body) {
-            Tidied::AsItCame => Some(body.clone()),
-            Tidied::Changed(body) => Some(body.into()),
-            Tidied::Failed => None,
-        }
-    }
-
-    /// The engine threw the request out of its queue: load, as the event of a stream says it.
-    fn refused(&self) -> Error {
-        Error::Status { status: StatusCode::TOO_MANY_REQUESTS }
+        Some(tidy(self.0, body).map_or_else(|| body.clone(), Bytes::from))
     }
 }
 
-/// As an engine would tell it, had it found words.
-pub(super) const FAILED: &str =
-    r#"{"error":{"message":"The engine gave the request up.","type":"service_unavailable_error","code":503}}"#;
-
-pub(super) enum Tidied {
-    AsItCame,
-    Changed(Vec<u8>),
-    Failed,
-}
-
-pub(super) fn tidy(rules: &[Rule], json: &[u8]) -> Tidied {
+/// `None` where nothing has to be changed.
+fn tidy(rules: &[Rule], json: &[u8]) -> Option<Vec<u8>> {
     let mut changed: Option<Vec<u8>> = None;
     for rule in rules {
         let now = changed.as_deref().unwrap_or(json);
         let next = match rule {
             Rule::Key(from, to) => replaced(now, from, to, |_, after| begins(after, b':')),
             Rule::Finish(from, to) => replaced(now, from, to, |before, _| is_finish(before)),
-            Rule::Failed(word) => match replaced(now, word, "", |before, _| is_finish(before)) {
-                Some(_) => return Tidied::Failed,
-                None => None,
-            },
         };
         changed = next.or(changed);
     }
-    changed.map_or(Tidied::AsItCame, Tidied::Changed)
+    changed
 }
 
 /// Replaces a quoted word where it `fits`, given what stands before and after it.
@@ -117,30 +83,26 @@ fn is_finish(before: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    const RULES: &[Rule] = &[THINKING, Rule::Finish(r#""eos_token""#, r#""stop""#), Rule::Failed(r#""abort""#)];
+    const RULES: &[Rule] = &[THINKING, Rule::Finish(r#""eos_token""#, r#""stop""#)];
 
-    fn tidied(json: &str) -> Option<String> {
-        match tidy(RULES, json.as_bytes()) {
-            Tidied::AsItCame => Some(json.to_owned()),
-            Tidied::Changed(bytes) => Some(String::from_utf8(bytes).expect("UTF-8")),
-            Tidied::Failed => None,
-        }
+    fn tidied(json: &str) -> String {
+        let tidied = tidy(RULES, json.as_bytes()).unwrap_or_else(|| json.as_bytes().to_vec());
+        String::from_utf8(tidied).expect("UTF-8")
     }
 
     #[test]
     fn words_are_changed_where_they_mean_something() {
         assert_eq!(
-            tidied(r#"{"d":{"reasoning_content" : "hm"},"finish_reason": "eos_token"}"#).as_deref(),
-            Some(r#"{"d":{"reasoning" : "hm"},"finish_reason": "stop"}"#)
+            tidied(r#"{"d":{"reasoning_content" : "hm"},"finish_reason": "eos_token"}"#),
+            r#"{"d":{"reasoning" : "hm"},"finish_reason": "stop"}"#
         );
         for same in [
             r#"{"content":"reasoning_content","text":"eos_token"}"#,
-            r#"{"content":"\"reasoning_content\": \"finish_reason\":\"abort\""}"#,
-            r#"{"finish_reason":null,"stop_reason":"abort","x":"eos_token"}"#,
+            r#"{"content":"\"reasoning_content\": \"finish_reason\":\"eos_token\""}"#,
+            r#"{"finish_reason":null,"stop_reason":"eos_token","x":"eos_token"}"#,
             "",
         ] {
-            assert_eq!(tidied(same).as_deref(), Some(same));
+            assert_eq!(tidied(same), same);
         }
-        assert_eq!(tidied(r#"{"finish_reason":"abort"}"#), None);
     }
 }

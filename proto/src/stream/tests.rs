@@ -114,6 +114,24 @@ fn usage_counts() {
 }
 
 #[test]
+fn what_the_engine_gave_up_is_an_error() {
+    for given_up in [
+        r#"{"choices":[{"index":0,"delta":{},"finish_reason":"abort"}]}"#,
+        r#"{"choices":[{"finish_reason":"stop","text":"a"},{"text":"b","finish_reason" : "abort"}],"usage":{}}"#,
+    ] {
+        assert!(matches!(read(given_up.as_bytes()), Chunk::Error { status: Some(503), .. }), "{given_up}");
+        assert!(is_given_up(given_up.as_bytes()), "{given_up}");
+    }
+    for said in [
+        r#"{"choices":[{"finish_reason":"stop","stop_reason":"abort","text":"abort"}]}"#,
+        r#"{"choices":[{"finish_reason":"aborted","text":"\"finish_reason\":\"abort\""}]}"#,
+    ] {
+        assert_eq!(choices(said), [(0, true)], "{said}");
+        assert!(!is_given_up(said.as_bytes()), "{said}");
+    }
+}
+
+#[test]
 fn errors_of_every_engine() {
     let cases = [
         (

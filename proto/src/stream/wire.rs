@@ -14,6 +14,8 @@ pub(super) struct Chunk<'a> {
     pub(super) has_content: bool,
     /// A truthy top-level `error`, or the flat form `"object": "error"` of SGLang and TensorRT-LLM.
     pub(super) is_error: bool,
+    /// A choice ended because the engine let go of it, see [`super::gave_up`].
+    pub(super) gave_up: bool,
     pub(super) usage: Option<&'a str>,
 }
 
@@ -41,9 +43,10 @@ impl<'a> Visitor<'a> for Top<'_, 'a> {
         while let Some(key) = map.next_key::<Key>()? {
             match key {
                 Key::Choices => {
-                    let Choices { choices, has_content } = map.next_value::<Option<_>>()?.unwrap_or_default();
+                    let Choices { choices, has_content, gave_up } = map.next_value::<Option<_>>()?.unwrap_or_default();
                     self.0.choices = choices;
                     self.0.has_content = has_content;
+                    self.0.gave_up = gave_up;
                 }
                 Key::Usage => self.0.usage = Some(map.next_value::<&RawValue>()?.get()),
                 Key::Error => self.0.is_error |= map.next_value::<Truthy>()?.0,
@@ -106,6 +109,7 @@ impl<'de> Deserialize<'de> for Key {
 struct Choices {
     choices: SmallVec<[Choice; 2]>,
     has_content: bool,
+    gave_up: bool,
 }
 
 impl<'de> Deserialize<'de> for Choices {
@@ -120,9 +124,10 @@ impl<'de> Deserialize<'de> for Choices {
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Choices, A::Error> {
                 let mut all = Choices::default();
-                while let Some(OneChoice { choice, has_content }) = seq.next_element()? {
+                while let Some(OneChoice { choice, has_content, gave_up }) = seq.next_element()? {
                     all.choices.push(choice);
                     all.has_content |= has_content;
+                    all.gave_up |= gave_up;
                 }
                 Ok(all)
             }
@@ -134,6 +139,7 @@ impl<'de> Deserialize<'de> for Choices {
 struct OneChoice {
     choice: Choice,
     has_content: bool,
+    gave_up: bool,
 }
 
 impl<'de> Deserialize<'de> for OneChoice {
@@ -147,13 +153,18 @@ impl<'de> Deserialize<'de> for OneChoice {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<OneChoice, A::Error> {
-                let mut one = OneChoice { choice: Choice { index: 0, finished: false }, has_content: false };
+                let choice = Choice { index: 0, finished: false };
+                let mut one = OneChoice { choice, has_content: false, gave_up: false };
                 while let Some(key) = map.next_key::<Key>()? {
                     match key {
                         // Any number will do; `as` saturates.
                         Key::Index => one.choice.index = map.next_value::<Option<f64>>()?.unwrap_or(0.0) as u32,
                         // Some engines write "" for none; SGLang's native form is an object.
-                        Key::FinishReason => one.choice.finished = map.next_value::<Truthy>()?.0,
+                        Key::FinishReason => {
+                            let reason = map.next_value::<&RawValue>()?.get();
+                            one.choice.finished = !matches!(reason, "null" | r#""""#);
+                            one.gave_up = reason == super::ABORT;
+                        }
                         Key::Delta => {
                             one.has_content |= map.next_value::<Option<Output>>()?.is_some_and(|Output(any)| any);
                         }

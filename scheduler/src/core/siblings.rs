@@ -1,10 +1,10 @@
 //! Requests with a long prefix in common that come together, as best-of-n and groups of agents do.
 //!
-//! They are drawn to one worker by what the first of them will leave in its cache. Where an engine can reuse that only once
-//! it has been computed, a sibling that is sent meanwhile computes it, too; so it waits beside the lane until the first
-//! one's first token. Once that one was sent it waits for twice the time that was predicted for that at most, and only where what
-//! it saves is worth more than the way to the engine and back. Engines that share what is about to be computed are sent all
-//! at once.
+//! They are drawn to one worker by what the first of them will leave in its cache. Where an engine can reuse that only
+//! once it has been computed, a sibling that is sent meanwhile computes it, too; so it waits beside the lane until the
+//! first one's first token. Once that one was sent it waits for twice the time that was predicted for that at most, and
+//! only where what it saves is worth more than the way to the engine and back. Engines that share what is about to be
+//! computed are sent all at once.
 //!
 //! Invariants: whoever is waited for is at the worker or in its lane, and has no first token; nobody waits in a circle.
 
@@ -22,8 +22,8 @@ const LEADERS_SEEN: usize = 64;
 const PATIENCE: Duration = Duration::from_millis(50);
 
 impl Core {
-    /// The request at the worker whose prefill this one is to wait for. Of those in the lane only who came before: else two
-    /// could wait for each other.
+    /// The request at the worker whose prefill this one is to wait for. Of those in the lane only who came before: else
+    /// two could wait for each other.
     pub(super) fn leader(&self, slot: Slot, id: RequestId) -> Option<RequestId> {
         let worker = self.workers.get(slot).filter(|worker| worker.spec.caches_late)?;
         let request = &self.requests.get(&id)?.request;

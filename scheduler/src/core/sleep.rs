@@ -1,10 +1,11 @@
 //! Models that take turns in the memory of GPUs: who is woken, and who makes room.
 //!
-//! What is asked of a worker that sleeps waits in its lane; it is woken once for all of that, when its model fits beside
-//! those that are awake. Where it does not, others that may sleep make room. Such as had nothing to do for as long as a turn
-//! (to sleep and to wake) takes, or less when many wait, go first, those longest unused before others. Else such as were
-//! awake for their residency get nothing more, finish what they have and sleep, once what is cold was gathered for a sixth
-//! of that: a turn of a busy model costs all who wait for it. Whoever waits longest is next. So under load models take turns of a residency each.
+//! What is asked of a worker that sleeps waits in its lane; it is woken once for all of that, when its model fits
+//! beside those that are awake. Where it does not, others that may sleep make room. Such as had nothing to do for as
+//! long as a turn (to sleep and to wake) takes, or less when many wait, go first, those longest unused before others.
+//! Else such as were awake for their residency get nothing more, finish what they have and sleep, once what is cold was
+//! gathered for a sixth of that: a turn of a busy model costs all who wait for it. Whoever waits longest is next. So
+//! under load models take turns of a residency each.
 //!
 //! What fits is known twice. By account: what the workers of a GPU take when awake is at most what it has. And by what the
 //! GPU said since something last changed there: so much is free; memory that a process of nobody's takes prevents a wake.

@@ -1,7 +1,8 @@
 //! Which workers are weighed for a request.
 //!
-//! A small pool is weighed whole. In a large one: the best holders of the prompt's prefix, some that have its adapter, those that are ready first,
-//! and a few at random (so that a wrong belief about a worker is found out). This is the one place that decides it.
+//! A small pool is weighed whole. In a large one: the best holders of the prompt's prefix, some that have its adapter,
+//! those that are ready first, and a few at random (so that a wrong belief about a worker is found out). This is the
+//! one place that decides it.
 
 use smallvec::SmallVec;
 

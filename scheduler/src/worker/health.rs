@@ -3,7 +3,8 @@
 //! `Unknown` and `Down` are left by a healthy probe, and probes are asked for at growing intervals for as long as it
 //! takes; `Open` is left by time, into `HalfOpen`, in which single requests try it out, or a probe where none comes for
 //! long, as to a worker that was measured to be slow. So every negative mark ends by itself once its cause has ended.
-//! Overload is no illness and is not seen here, but in a worker that says of nearly every request that it cannot serve it.
+//! Overload is no illness and is not seen here, but in a worker that says of nearly every request that it cannot serve
+//! it.
 
 use std::time::Duration;
 
@@ -161,7 +162,8 @@ impl Health {
         self.open_next = (self.open_next * 2).min(config.breaker.open_max);
     }
 
-    /// What it runs on cannot be trusted: it is left alone, at least for [`Breaker::open_first`] since that was said last.
+    /// What it runs on cannot be trusted: it is left alone, at least for [`Breaker::open_first`] since that was said
+    /// last.
     pub(crate) fn fault(&mut self, now: Tick, config: &Config) {
         match &mut self.state {
             State::Open { until } => *until = (*until).max(now.after(config.breaker.open_first)),

@@ -5,8 +5,8 @@
 //! parent, and when it is removed.
 //!
 //! Invariants: a block that is told to the core can be taken back; the memory of one engine's blocks is bounded.
-//! Deliberately left out, since no prompt could match: blocks with images, of an adapter that the pool does not serve, in slower
-//! tiers, of layers that do not attend to the whole prefix, and all blocks behind such a one.
+//! Deliberately left out, since no prompt could match: blocks with images, of an adapter that the pool does not serve,
+//! in slower tiers, of layers that do not attend to the whole prefix, and all blocks behind such a one.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

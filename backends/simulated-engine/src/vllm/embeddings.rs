@@ -1,7 +1,8 @@
-//! `/v1/embeddings`, `/pooling` and `/classify`. A real vLLM serves them from models of their own; this one from every model.
+//! `/v1/embeddings`, `/pooling` and `/classify`. A real vLLM serves them from models of their own; this one from every
+//! model.
 //!
-//! A vector is the sum of a random direction for each token, of unit length: equal inputs give equal vectors, and inputs
-//! that share words are near each other. A pooler gives the vector; classes are its first numbers.
+//! A vector is the sum of a random direction for each token, of unit length: equal inputs give equal vectors, and
+//! inputs that share words are near each other. A pooler gives the vector; classes are its first numbers.
 
 use std::{cmp::Ordering, sync::Arc};
 
