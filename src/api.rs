@@ -38,15 +38,15 @@ pub struct Api {
 
 /// The router of the client listener.
 pub fn router(api: Api) -> Router {
-    Router::new()
-        .route("/v1/chat/completions", post(openai::chat))
-        .route("/v1/completions", post(openai::completions))
-        .route("/v1/embeddings", post(openai::embeddings))
-        .route("/v1/rerank", post(openai::rerank))
-        .route("/v1/score", post(openai::score))
-        .route("/pooling", post(openai::pooling))
-        .route("/v1/classify", post(openai::classify))
-        .route("/classify", post(openai::classify))
+    let call = |router: Router<Arc<Api>>, (path, kind): &'static (&'static str, openai::Kind)| {
+        let serve = move |State(api): State<Arc<Api>>, request: Request| async move {
+            openai::serve(&api, request, kind).await
+        };
+        router.route(path, post(serve))
+    };
+    openai::CALLS
+        .iter()
+        .fold(Router::new(), call)
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .route("/tokenize", post(tokenize::tokenize))

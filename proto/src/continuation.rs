@@ -10,6 +10,7 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::peek::{COMPLETION_TOKENS, HARMLESS};
 use crate::stream::{self, Chunk, Usage};
 
 /// Text that is kept of one answer; a longer one is not gone on with. A token is some four bytes.
@@ -35,9 +36,8 @@ const KEPT: [&str; 14] = [
     "cache_salt",
     "priority",
 ];
-/// Those that are written anew, those that the prompt's tokens already follow, and those without which the answer is the
-/// same.
-const READ: [&str; 19] = [
+/// Those that are written anew, and those that the prompt's tokens already follow.
+const READ: [&str; 11] = [
     "messages",
     "prompt",
     "max_tokens",
@@ -49,18 +49,7 @@ const READ: [&str; 19] = [
     "chat_template_kwargs",
     "documents",
     "reasoning_effort",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "request_id",
-    "session_id",
 ];
-/// `max_tokens` of a completion that names none, here as at engines.
-const COMPLETION_TOKENS: u32 = 16;
-
 /// How the rest of an answer can be asked for.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Asking {
@@ -77,7 +66,7 @@ impl Asking {
     pub fn read(body: &[u8], chat: bool) -> Option<Self> {
         let mut members: Map<String, Value> = serde_json::from_slice(body).ok()?;
         members.retain(|_, value| !value.is_null());
-        let known = |name: &str| KEPT.contains(&name) || READ.contains(&name);
+        let known = |name: &str| [&KEPT[..], &READ, &HARMLESS].iter().any(|some| some.contains(&name));
         if members.iter().any(|(name, value)| !known(name) && !asks_for_nothing(name, value)) {
             return None;
         }

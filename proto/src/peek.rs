@@ -27,6 +27,22 @@ pub use refusal::Refusal;
 /// A byte range of the body that was peeked at.
 pub type Span = std::ops::Range<usize>;
 
+/// `max_tokens` of a completion that names none, by OpenAI and vLLM.
+pub const COMPLETION_TOKENS: u32 = 16;
+
+/// Fields that say who asks and how it is billed or kept: without them the answer is the same.
+pub const HARMLESS: [&str; 9] = [
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "request_id",
+    "session_id",
+];
+
 /// Choices that one request may ask for per prompt. OpenAI's bound; vLLM's own is 16384.
 pub const CHOICES_MAX: u32 = 128;
 

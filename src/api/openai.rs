@@ -1,10 +1,8 @@
 //! OpenAI's inference calls: chat, completions, embeddings; and vLLM's rerank, score, pooling and classify, which go the
 //! same way.
 
-use std::sync::Arc;
-
 use axum::body::Body;
-use axum::extract::{Request, State};
+use axum::extract::Request;
 use axum::response::Response;
 use bytes::Bytes;
 use forebay_backends::engines;
@@ -25,48 +23,50 @@ use crate::prepare::Asked;
 use crate::telemetry::metrics::Api as ApiName;
 
 /// One of the calls: its name in metrics, what engines are asked for, its fields.
-struct Kind {
+pub(super) struct Kind {
     name: ApiName,
     api: engines::Api,
     peek: fn(&[u8]) -> Result<Asked, Refusal>,
 }
 
-pub(super) async fn chat(State(api): State<Arc<Api>>, request: Request) -> Response {
-    let peek = |body: &[u8]| peek::Chat::peek(body).map(Asked::Chat);
-    serve(&api, request, Kind { name: ApiName::Chat, api: engines::Api::ChatCompletions, peek }).await
+/// The paths, and what is asked there.
+pub(super) static CALLS: [(&str, Kind); 8] = [
+    ("/v1/chat/completions", kind(ApiName::Chat, engines::Api::ChatCompletions, chat)),
+    ("/v1/completions", kind(ApiName::Completions, engines::Api::Completions, completion)),
+    ("/v1/embeddings", kind(ApiName::Embeddings, engines::Api::Embeddings, embedding)),
+    ("/v1/rerank", kind(ApiName::Rerank, engines::Api::Rerank, ranking)),
+    ("/v1/score", kind(ApiName::Score, engines::Api::Score, score)),
+    ("/pooling", kind(ApiName::Pooling, engines::Api::Pooling, embedding)),
+    ("/v1/classify", CLASSIFY),
+    ("/classify", CLASSIFY),
+];
+const CLASSIFY: Kind = kind(ApiName::Classify, engines::Api::Classify, embedding);
+
+const fn kind(name: ApiName, api: engines::Api, peek: fn(&[u8]) -> Result<Asked, Refusal>) -> Kind {
+    Kind { name, api, peek }
 }
 
-pub(super) async fn completions(State(api): State<Arc<Api>>, request: Request) -> Response {
-    let peek = |body: &[u8]| peek::Completion::peek(body).map(Asked::Completion);
-    serve(&api, request, Kind { name: ApiName::Completions, api: engines::Api::Completions, peek }).await
+fn chat(body: &[u8]) -> Result<Asked, Refusal> {
+    peek::Chat::peek(body).map(Asked::Chat)
 }
 
-pub(super) async fn embeddings(State(api): State<Arc<Api>>, request: Request) -> Response {
-    let peek = |body: &[u8]| peek::Embedding::peek(body).map(Asked::Embedding);
-    serve(&api, request, Kind { name: ApiName::Embeddings, api: engines::Api::Embeddings, peek }).await
+fn completion(body: &[u8]) -> Result<Asked, Refusal> {
+    peek::Completion::peek(body).map(Asked::Completion)
 }
 
-pub(super) async fn rerank(State(api): State<Arc<Api>>, request: Request) -> Response {
-    let peek = |body: &[u8]| peek::Ranking::rerank(body).map(Asked::Ranking);
-    serve(&api, request, Kind { name: ApiName::Rerank, api: engines::Api::Rerank, peek }).await
+fn embedding(body: &[u8]) -> Result<Asked, Refusal> {
+    peek::Embedding::peek(body).map(Asked::Embedding)
 }
 
-pub(super) async fn score(State(api): State<Arc<Api>>, request: Request) -> Response {
-    let peek = |body: &[u8]| peek::Ranking::score(body).map(Asked::Ranking);
-    serve(&api, request, Kind { name: ApiName::Score, api: engines::Api::Score, peek }).await
+fn ranking(body: &[u8]) -> Result<Asked, Refusal> {
+    peek::Ranking::rerank(body).map(Asked::Ranking)
 }
 
-pub(super) async fn pooling(State(api): State<Arc<Api>>, request: Request) -> Response {
-    let peek = |body: &[u8]| peek::Embedding::peek(body).map(Asked::Embedding);
-    serve(&api, request, Kind { name: ApiName::Pooling, api: engines::Api::Pooling, peek }).await
+fn score(body: &[u8]) -> Result<Asked, Refusal> {
+    peek::Ranking::score(body).map(Asked::Ranking)
 }
 
-pub(super) async fn classify(State(api): State<Arc<Api>>, request: Request) -> Response {
-    let peek = |body: &[u8]| peek::Embedding::peek(body).map(Asked::Embedding);
-    serve(&api, request, Kind { name: ApiName::Classify, api: engines::Api::Classify, peek }).await
-}
-
-async fn serve(api: &Api, request: Request, kind: Kind) -> Response {
+pub(super) async fn serve(api: &Api, request: Request, kind: &Kind) -> Response {
     let name = RequestName::from_client(headers::request_id(request.headers()));
     let mut entry = match api.ledger.open(name.clone(), kind.name) {
         Ok(entry) => entry,
@@ -77,7 +77,7 @@ async fn serve(api: &Api, request: Request, kind: Kind) -> Response {
     }
     let span = tracing::debug_span!("request", id = name.as_str(), api = kind.name.name());
     let answered = {
-        let answering = std::pin::pin!(answer(api, &mut entry, request, &kind));
+        let answering = std::pin::pin!(answer(api, &mut entry, request, kind));
         tokio::select! {
             answered = answering.instrument(span) => answered,
             () = api.closing.cancelled() => Err(Error::Stopping),

@@ -3,6 +3,7 @@
 //! Engines pass over what they do not know, so that a client could believe that it was heeded. Here each adapter says
 //! what its engine heeds of what there is; the rest is refused by name unless its value asks for nothing.
 
+use forebay_proto::peek::COMPLETION_TOKENS;
 use serde_json::{Value, json};
 
 use super::{Api, Unsupported, members::Members};
@@ -52,22 +53,6 @@ const MEANINGFUL: [&str; 43] = [
     "guided_grammar",
     "regex",
     "ebnf",
-];
-
-/// `max_tokens` of a completion that names none.
-pub(super) const COMPLETION_TOKENS: u32 = 16;
-
-/// Fields that say who asks and how it is billed or kept: without them the answer is the same.
-pub(super) const HARMLESS: [&str; 9] = [
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "request_id",
-    "session_id",
 ];
 
 /// Gives a completion that names no limit OpenAI's and vLLM's, for engines that have another.

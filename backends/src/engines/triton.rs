@@ -15,6 +15,7 @@ mod tensors;
 use std::sync::Arc;
 
 use forebay_proto::metrics_text::samples;
+use forebay_proto::peek::COMPLETION_TOKENS;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::Value;
 
@@ -26,9 +27,7 @@ use self::{
 };
 use super::{
     Api, Asked, Engine, Form, Load, Mark, Members, Prepared, Totals, Translation, Unsupported, Ways,
-    fields::{COMPLETION_TOKENS, refuse_unheeded},
-    require_text,
-    tally::Tally,
+    fields::refuse_unheeded, require_text, tally::Tally,
 };
 use crate::transport::grpc;
 

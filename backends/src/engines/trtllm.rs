@@ -1,10 +1,10 @@
 //! TensorRT-LLM's `trtllm-serve` (the 1.3 and 1.4 line), over HTTP.
 
+use forebay_proto::peek::HARMLESS;
 use serde_json::Value;
 
 use super::{
     Api, Asked, Engine, Load, Mark, Members, Prepared, Totals, Translation, Unsupported,
-    fields::HARMLESS,
     tidy::{THINKING, Tidy},
 };
 

@@ -1,6 +1,7 @@
 //! `/generate` and `/generate_stream`, for servers that have no OpenAI routes.
 
 use bytes::Bytes;
+use forebay_proto::peek::COMPLETION_TOKENS;
 use serde_json::{Map, Value, json};
 
 use super::{NAME, finish_reason, grammar};
@@ -8,7 +9,7 @@ use crate::engines::{
     Asked, Members, Prepared, Translation, Unsupported,
     answer::Translator,
     chunks::{Chunks, Cost, Piece},
-    fields::{COMPLETION_TOKENS, refuse_unheeded},
+    fields::refuse_unheeded,
 };
 
 /// Its parameters that have the names and meanings that others have for them.
