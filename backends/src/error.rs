@@ -19,6 +19,9 @@ pub enum Phase {
     Whole,
 }
 
+/// What the HTTP of a connection had to say.
+pub type Source = Box<dyn std::error::Error + Send + Sync>;
+
 /// A failed exchange with a worker. Names no host, path or key, so that it may be shown.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -40,7 +43,7 @@ pub enum Error {
         /// The connection had served a request before, so the worker may have closed it as idle, just then.
         reused: bool,
         #[source]
-        source: hyper::Error,
+        source: Source,
     },
     /// Nothing came within the time allowed; the connection was closed.
     #[error("the worker was silent for {after:?} ({phase:?})")]
@@ -49,13 +52,13 @@ pub enum Error {
     #[error("the worker's answer is not HTTP that can be read")]
     Malformed {
         #[source]
-        source: hyper::Error,
+        source: Source,
     },
     /// The answer's body ended before it was complete.
     #[error("the worker broke its answer off")]
     Broken {
         #[source]
-        source: hyper::Error,
+        source: Source,
     },
     /// The answer is longer than its reader takes.
     #[error("the worker's answer is longer than {bytes_max} bytes")]

@@ -18,4 +18,4 @@ pub mod signals;
 pub mod tokenize;
 pub mod transport;
 
-pub use error::{Error, Phase};
+pub use error::{Error, Phase, Source};

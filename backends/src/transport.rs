@@ -6,11 +6,11 @@
 //! HTTP/1.1; HTTP/2 is spoken where a worker behind TLS offers it, and in the clear where the endpoint says so.
 //!
 //! Invariants:
-//! - **Cancellation is dropping.** Each connection is driven by a task, and whoever holds the connection holds the right
-//!   to abort that task. A dropped [`Channel::send`] future or a [`Body`] dropped before its end closes the TCP
-//!   connection at once, or resets the HTTP/2 stream, also while the worker is silent, so that the engine frees the
-//!   sequence.
-//! - **Never twice.** A request goes out on another connection only when hyper hands it back unwritten.
+//! - **Cancellation is dropping.** Whoever waits for an answer holds its connection: `http1` has the socket itself, and an
+//!   HTTP/2 connection is driven by a task that ends with the last one who shares it. A dropped [`Channel::send`] future or
+//!   a [`Body`] dropped before its end closes the TCP connection at once, or resets the HTTP/2 stream, also while the worker
+//!   is silent, so that the engine frees the sequence.
+//! - **Never twice.** A request goes out on another connection only when nothing of it was written.
 //! - A connection returns to its pool only after a complete answer; an idle one is kept for less time than engines keep
 //!   theirs (uvicorn under vLLM 0.33: 5 s) and their number is bounded. None is used for ever: names are looked up anew.
 //! - Three waits have limits, each its own: connecting, the first body byte, and the gap between two of them. Time in
@@ -23,6 +23,7 @@ mod channel;
 mod connect;
 mod endpoint;
 pub(crate) mod grpc;
+mod http1;
 mod pool;
 pub mod zmtp;
 

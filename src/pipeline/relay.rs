@@ -37,9 +37,6 @@ const AFTER_FINISH_MAX: Duration = Duration::from_secs(2);
 const MALFORMED_IN_A_ROW_MAX: u32 = 8;
 /// Events that lie together leave together up to here.
 const GLUED_BYTES_MAX: usize = 8 << 10;
-/// hyper's server asks a body twice in one turn of its task (1.12); the connection to the worker has its own turn only
-/// then.
-const ASKS_FOR_MORE: u8 = 2;
 const SHUTTING_DOWN: &str = "the gateway is shutting down";
 const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
 
@@ -58,8 +55,6 @@ pub struct StreamRelay {
     after_finish: Option<Pin<Box<Sleep>>>,
     closing: Closing,
     glued: Glued,
-    /// How often more was asked for since something came; see [`ASKS_FOR_MORE`].
-    asked: u8,
     continuation: Option<Box<Continuation>>,
 }
 
@@ -101,7 +96,6 @@ impl StreamRelay {
             after_finish: None,
             closing: Closing::new(closing),
             glued: Glued::default(),
-            asked: 0,
             continuation: None,
         }
     }
@@ -274,30 +268,18 @@ impl StreamRelay {
     }
 
     /// What leaves next: all that is there now.
-    ///
-    /// The connection to the worker hands over one piece at a time, and its task needs a turn for the next one, so that
-    /// the first silence says nothing yet.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
         if !self.first.is_empty() {
             return self.poll_event(context); // it leaves with the head
         }
         while self.glued.len() < GLUED_BYTES_MAX {
             match self.poll_event(context) {
-                Poll::Ready(Some(bytes)) => {
-                    self.glued.push(bytes);
-                    self.asked = 0;
-                }
+                Poll::Ready(Some(bytes)) => self.glued.push(bytes),
                 Poll::Ready(None) if self.glued.len() == 0 => return Poll::Ready(None),
                 Poll::Pending if self.glued.len() == 0 => return Poll::Pending,
-                Poll::Pending if self.asked < ASKS_FOR_MORE => {
-                    self.asked += 1;
-                    context.waker().wake_by_ref();
-                    return Poll::Pending;
-                }
                 Poll::Ready(None) | Poll::Pending => break,
             }
         }
-        self.asked = 0;
         Poll::Ready(Some(self.glued.take()))
     }
 

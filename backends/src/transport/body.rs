@@ -14,7 +14,7 @@ use http_body::Body as _;
 use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::pool::{Connection, Pool};
+use super::pool::{Connection, Line, Pool};
 use crate::{Error, Phase};
 
 /// The head of an answer, and its body still to come.
@@ -26,7 +26,8 @@ pub struct Response {
 
 /// The bytes of an answer. Read to its end it gives the connection back to the pool; dropped before, it closes it.
 pub struct Body {
-    incoming: Incoming,
+    /// Over HTTP/2; else it comes on the connection itself.
+    incoming: Option<Incoming>,
     /// Taken away at the end, whichever way it comes.
     connection: Option<Connection>,
     pool: Arc<Pool>,
@@ -36,7 +37,7 @@ pub struct Body {
 
 impl Body {
     pub(super) fn new(
-        incoming: Incoming,
+        incoming: Option<Incoming>,
         connection: Connection,
         pool: Arc<Pool>,
         first_byte: Option<(Instant, Duration)>,
@@ -59,37 +60,51 @@ impl Body {
 
     /// The next piece, `None` after the last one. After an error, too, `None` follows.
     pub fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Error>>> {
-        if self.connection.is_none() {
-            return Poll::Ready(None);
-        }
-        loop {
-            let frame = match Pin::new(&mut self.incoming).poll_frame(cx) {
-                Poll::Ready(frame) => frame,
-                Poll::Pending => {
-                    let error = ready!(self.patience.poll_lost(cx));
-                    self.connection = None;
-                    return Poll::Ready(Some(Err(error)));
-                }
-            };
-            self.patience.waiting_since = None;
-            match frame {
-                Some(Ok(frame)) => match frame.into_data() {
-                    Ok(data) if !data.is_empty() => {
-                        self.patience.first = None;
-                        return Poll::Ready(Some(Ok(data)));
-                    }
-                    Ok(_) => {}
-                    Err(frame) => self.trailers = frame.into_trailers().ok().or(self.trailers.take()),
-                },
-                Some(Err(source)) => {
-                    self.connection = None;
-                    return Poll::Ready(Some(Err(Error::Broken { source })));
-                }
-                None => {
-                    self.give_back();
-                    return Poll::Ready(None);
-                }
+        let Some(connection) = &mut self.connection else { return Poll::Ready(None) };
+        let piece = match (&mut connection.line, &mut self.incoming) {
+            (Line::Http1(http1), _) => http1.poll_piece(cx).map_err(Into::into),
+            (Line::Http2(_), Some(incoming)) => poll_http2(incoming, &mut self.trailers, cx).map_err(Into::into),
+            (Line::Http2(_), None) => Poll::Ready(None),
+        };
+        let piece = match piece {
+            Poll::Ready(piece) => piece,
+            Poll::Pending => {
+                let error = ready!(self.patience.poll_lost(cx));
+                self.connection = None;
+                return Poll::Ready(Some(Err(error)));
             }
+        };
+        self.patience.waiting_since = None;
+        match piece {
+            Some(Ok(piece)) => {
+                self.patience.first = None;
+                Poll::Ready(Some(Ok(piece)))
+            }
+            Some(Err(source)) => {
+                self.connection = None;
+                Poll::Ready(Some(Err(Error::Broken { source })))
+            }
+            None => {
+                self.give_back();
+                Poll::Ready(None)
+            }
+        }
+    }
+
+    /// Bytes still to come, at least.
+    fn expected(&self) -> u64 {
+        match (&self.connection, &self.incoming) {
+            (_, Some(incoming)) => incoming.size_hint().lower(),
+            (Some(Connection { line: Line::Http1(http1), .. }), None) => http1.expected(),
+            _ => 0,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        match (&self.connection, &self.incoming) {
+            (_, Some(incoming)) => incoming.is_end_stream(),
+            (Some(Connection { line: Line::Http1(http1), .. }), None) => http1.is_over(),
+            _ => true,
         }
     }
 
@@ -103,7 +118,7 @@ impl Body {
     /// # Errors
     /// As the pieces'; [`Error::TooLarge`] as soon as it is known to be longer.
     pub async fn collect(mut self, bytes_max: usize) -> Result<Bytes, Error> {
-        let expected = usize::try_from(self.incoming.size_hint().lower()).unwrap_or(usize::MAX);
+        let expected = usize::try_from(self.expected()).unwrap_or(usize::MAX);
         if expected > bytes_max {
             return Err(Error::TooLarge { bytes_max });
         }
@@ -128,8 +143,24 @@ impl Body {
 impl Drop for Body {
     fn drop(&mut self) {
         // A reader that counts bytes may stop at the last one; the exchange is over all the same.
-        if self.incoming.is_end_stream() {
+        if self.is_over() {
             self.give_back();
+        }
+    }
+}
+
+/// The next piece that is not empty; trailers go where they are kept.
+fn poll_http2(
+    incoming: &mut Incoming,
+    trailers: &mut Option<HeaderMap>,
+    cx: &mut Context<'_>,
+) -> Poll<Option<hyper::Result<Bytes>>> {
+    loop {
+        let Some(frame) = ready!(Pin::new(&mut *incoming).poll_frame(cx)?) else { return Poll::Ready(None) };
+        match frame.into_data() {
+            Ok(data) if !data.is_empty() => return Poll::Ready(Some(Ok(data))),
+            Ok(_) => {}
+            Err(frame) => *trailers = frame.into_trailers().ok().or(trailers.take()),
         }
     }
 }

@@ -15,13 +15,15 @@ use http::{
     uri::PathAndQuery,
 };
 use http_body_util::Full;
+use hyper::body::Incoming;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{
     Body, Endpoint, Response, Timeouts, Transport,
     connect::connect,
     grpc::{GRPC, Status},
-    pool::{Connection, Pool},
+    http1::Lost,
+    pool::{Connection, Line, Pool},
 };
 use crate::{Error, Phase};
 
@@ -72,7 +74,7 @@ struct Inner {
 /// A failed exchange, and the request where it is certain that none of it was written.
 struct Failed {
     error: Error,
-    unsent: Option<Request<Full<Bytes>>>,
+    unsent: Option<Request<Bytes>>,
 }
 
 impl Channel {
@@ -176,7 +178,7 @@ pub(super) async fn bounded<T>(limit: Duration, exchange: impl Future<Output = R
 }
 
 impl Inner {
-    fn encode(&self, outgoing: Outgoing) -> Request<Full<Bytes>> {
+    fn encode(&self, outgoing: Outgoing) -> Request<Bytes> {
         let Outgoing { method, path, mut headers, body } = outgoing;
         strip(&mut headers);
         headers.insert(HOST, self.endpoint.host_header().clone());
@@ -186,7 +188,7 @@ impl Inner {
         if method == Method::POST {
             headers.entry(CONTENT_TYPE).or_insert(const { HeaderValue::from_static("application/json") });
         }
-        let mut request = Request::new(Full::new(body));
+        let mut request = Request::new(body);
         *request.method_mut() = method;
         *request.uri_mut() = Uri::from(self.endpoint.join(path));
         *request.headers_mut() = headers;
@@ -194,7 +196,7 @@ impl Inner {
     }
 
     /// Says whom the request is for, in the way of the connection's protocol.
-    fn address(&self, request: &mut Request<Full<Bytes>>, connection: &Connection) {
+    fn address(&self, request: &mut Request<Bytes>, connection: &Connection) {
         if connection.is_http2() {
             let path = request.uri().path_and_query().cloned();
             let headers = request.headers_mut();
@@ -210,7 +212,7 @@ impl Inner {
         }
     }
 
-    async fn send_fresh(&self, request: Request<Full<Bytes>>) -> Result<Response, Error> {
+    async fn send_fresh(&self, request: Request<Bytes>) -> Result<Response, Error> {
         let shared = &self.transport.shared;
         let connection = connect(&shared.tracker, &shared.tls, &self.endpoint, self.timeouts.connect).await?;
         self.pool.offer(&connection);
@@ -218,36 +220,59 @@ impl Inner {
     }
 
     /// One request on one connection, which travels into the answer's body or, on any failure, is closed.
-    async fn exchange(
-        &self,
-        mut connection: Connection,
-        mut request: Request<Full<Bytes>>,
-    ) -> Result<Response, Failed> {
+    async fn exchange(&self, mut connection: Connection, mut request: Request<Bytes>) -> Result<Response, Failed> {
         let first_byte = self.timeouts.first_byte.map(|limit| (Instant::now() + limit, limit));
         self.address(&mut request, &connection);
-        let answer = connection.send(request);
-        let answer = match first_byte {
+        let reused = connection.reused();
+        let answer = ask(&mut connection.line, request, reused);
+        let (status, headers, incoming) = match first_byte {
             Some((deadline, after)) => timeout_at(deadline, answer)
                 .await
-                .map_err(|_| Failed { error: Error::Timeout { phase: Phase::FirstByte, after }, unsent: None })?,
-            None => answer.await,
+                .unwrap_or(Err(Failed { error: Error::Timeout { phase: Phase::FirstByte, after }, unsent: None }))?,
+            None => answer.await?,
         };
-        match answer {
-            Ok(response) => {
-                let (head, incoming) = response.into_parts();
-                let body = Body::new(incoming, connection, self.pool.clone(), first_byte, self.timeouts.idle);
-                let body = body.with_trailers(Status::is_in(&head.headers).then(|| head.headers.clone()));
-                Ok(Response { status: head.status, headers: head.headers, body })
-            }
-            Err(mut failure) => {
-                let unsent = failure.take_message();
-                let source = failure.into_error();
-                let error = if source.is_parse() {
-                    Error::Malformed { source }
-                } else {
-                    Error::Reset { reused: connection.reused(), source }
-                };
-                Err(Failed { error, unsent })
+        let body = Body::new(incoming, connection, self.pool.clone(), first_byte, self.timeouts.idle);
+        let body = body.with_trailers(Status::is_in(&headers).then(|| headers.clone()));
+        Ok(Response { status, headers, body })
+    }
+}
+
+/// The answer's head; and its body where it does not come on the connection itself.
+async fn ask(
+    line: &mut Line,
+    request: Request<Bytes>,
+    reused: bool,
+) -> Result<(StatusCode, HeaderMap, Option<Incoming>), Failed> {
+    match line {
+        Line::Http1(http1) => {
+            let lost = match http1.ask(&request).await {
+                Ok((status, headers)) => return Ok((status, headers, None)),
+                Err(lost) => lost,
+            };
+            Err(match lost {
+                Lost::Unsent(source) => {
+                    Failed { error: Error::Reset { reused, source: source.into() }, unsent: Some(request) }
+                }
+                Lost::Closed(source) => Failed { error: Error::Reset { reused, source: source.into() }, unsent: None },
+                Lost::Malformed(why) => Failed { error: Error::Malformed { source: why.into() }, unsent: None },
+            })
+        }
+        Line::Http2(http2) => {
+            let body = request.body().clone();
+            // Its future is the larger one, and the rarer.
+            match Box::pin(http2.sender.try_send_request(request.map(Full::new))).await {
+                Ok(response) => {
+                    let (head, incoming) = response.into_parts();
+                    Ok((head.status, head.headers, Some(incoming)))
+                }
+                Err(mut failure) => {
+                    let unsent = failure.take_message().map(|request| request.map(|_| body));
+                    let source = failure.into_error();
+                    let is_parse = source.is_parse();
+                    let source = source.into();
+                    let error = if is_parse { Error::Malformed { source } } else { Error::Reset { reused, source } };
+                    Err(Failed { error, unsent })
+                }
             }
         }
     }

@@ -4,7 +4,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::client::conn::{http1, http2};
+use hyper::client::conn::http2;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::{ClientConfig, RootCertStore, crypto::ring};
 use tokio::{
@@ -18,15 +18,16 @@ use tokio_util::task::TaskTracker;
 
 use super::{
     Endpoint,
-    pool::{Connection, Sender},
+    http1::{Http1, Stream},
+    pool::{Connection, Http2, Line},
 };
 use crate::{Error, Phase};
 
 /// Addresses of one name that are tried; more share the same fate.
 const ADDRESSES_MAX: usize = 8;
-/// An answer's head, also the trailers after a chunked body. Engines send some 300 bytes.
+/// An answer's head over HTTP/2. Engines send some 300 bytes.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
-/// What hyper reads ahead for a caller that is slow to take it, and thus the memory of one stalled stream.
+/// What an HTTP/2 worker may send ahead for a caller that is slow to take it, and thus the memory of one stalled stream.
 const BUFFER_BYTES_MAX: usize = 64 * 1024;
 /// What a worker may send ahead on one HTTP/2 connection: enough that streams whose callers are slow do not hold up the
 /// others.
@@ -80,7 +81,7 @@ fn native_roots() -> RootCertStore {
     roots
 }
 
-/// Opens a connection and spawns the task that drives it.
+/// Opens a connection; one of HTTP/2 gets a task that drives it.
 pub(super) async fn connect(
     tracker: &TaskTracker,
     tls: &Tls,
@@ -97,12 +98,17 @@ pub(super) async fn connect(
                 }
             })?;
         let Some(name) = endpoint.server_name() else {
-            return start(tracker, tcp, endpoint.speaks_http2()).await;
+            if endpoint.speaks_http2() {
+                return start_http2(tracker, tcp).await;
+            }
+            return Ok(Connection::new(Line::Http1(Box::new(Http1::new(Stream::Plain(tcp))))));
         };
         let connector = tls.connector().await.map_err(|source| Error::Tls { source })?;
         let stream = connector.connect(name.clone(), tcp).await.map_err(|source| Error::Tls { source })?;
-        let http2 = stream.get_ref().1.alpn_protocol() == Some(HTTP2);
-        start(tracker, stream, http2).await
+        if stream.get_ref().1.alpn_protocol() == Some(HTTP2) {
+            return start_http2(tracker, stream).await;
+        }
+        Ok(Connection::new(Line::Http1(Box::new(Http1::new(Stream::Tls(Box::new(stream)))))))
     };
     timeout(limit, opening).await.unwrap_or_else(|_| Err(late()))
 }
@@ -127,44 +133,26 @@ pub(super) async fn dial(host_and_port: (&str, u16), deadline: Instant) -> io::R
     Err(failure)
 }
 
-async fn start<S>(tracker: &TaskTracker, stream: S, speaks_http2: bool) -> Result<Connection, Error>
+async fn start_http2<S>(tracker: &TaskTracker, stream: S) -> Result<Connection, Error>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let broken = |source| Error::Reset { reused: false, source };
-    let stream = TokioIo::new(stream);
-    if speaks_http2 {
-        let (sender, connection) = http2::Builder::new(Tracked(tracker.clone()))
-            .timer(TokioTimer::new())
-            .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX))
-            .initial_stream_window_size(u32::try_from(BUFFER_BYTES_MAX).unwrap_or(u32::MAX))
-            .initial_connection_window_size(WINDOW_BYTES)
-            .keep_alive_interval(PING_INTERVAL)
-            .keep_alive_timeout(PING_INTERVAL)
-            .handshake::<_, Full<Bytes>>(stream)
-            .await
-            .map_err(broken)?;
-        return Ok(Connection::new(Sender::Http2(sender), drive(tracker, connection)));
-    }
-    let (sender, connection) = http1::Builder::new()
-        .max_header_size(HEAD_BYTES_MAX)
-        .max_buf_size(BUFFER_BYTES_MAX)
-        .handshake::<_, Full<Bytes>>(stream)
+    let (sender, connection) = http2::Builder::new(Tracked(tracker.clone()))
+        .timer(TokioTimer::new())
+        .max_header_list_size(u32::try_from(HEAD_BYTES_MAX).unwrap_or(u32::MAX))
+        .initial_stream_window_size(u32::try_from(BUFFER_BYTES_MAX).unwrap_or(u32::MAX))
+        .initial_connection_window_size(WINDOW_BYTES)
+        .keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_INTERVAL)
+        .handshake::<_, Full<Bytes>>(TokioIo::new(stream))
         .await
-        .map_err(broken)?;
-    Ok(Connection::new(Sender::Http1(sender), drive(tracker, connection)))
-}
-
-fn drive(
-    tracker: &TaskTracker,
-    connection: impl Future<Output = hyper::Result<()>> + Send + 'static,
-) -> tokio::task::AbortHandle {
+        .map_err(|source| Error::Reset { reused: false, source: source.into() })?;
     let task = tracker.spawn(async move {
         if let Err(error) = connection.await {
             tracing::trace!(%error, "connection to a worker ended");
         }
     });
-    task.abort_handle()
+    Ok(Connection::new(Line::Http2(Http2::new(sender, task.abort_handle()))))
 }
 
 /// Where hyper's HTTP/2 spawns what it needs beside the connection's own task; all of it ends with that one.

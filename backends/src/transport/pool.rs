@@ -8,14 +8,12 @@
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{Request, Response};
 use http_body_util::Full;
-use hyper::{
-    body::Incoming,
-    client::conn::{TrySendError, http1, http2},
-};
+use hyper::client::conn::http2;
 use parking_lot::Mutex;
 use tokio::{task::AbortHandle, time::Instant};
+
+use super::http1::Http1;
 
 /// More than an engine's usual largest batch (vLLM: 256 sequences), so that a burst that ends leaves all its connections
 /// for the next one.
@@ -27,48 +25,46 @@ const STREAMS_MAX: usize = 100;
 /// The right to use an open connection. Dropping it closes an HTTP/1.1 connection at once, whatever is under way on it;
 /// an HTTP/2 connection closes when the last one who shares it is gone.
 pub(super) struct Connection {
-    sender: Sender,
-    task: Arc<Task>,
+    pub(super) line: Line,
     born: Instant,
     reused: bool,
 }
 
 /// What a request is handed to.
-pub(super) enum Sender {
-    Http1(http1::SendRequest<Full<Bytes>>),
-    Http2(http2::SendRequest<Full<Bytes>>),
+pub(super) enum Line {
+    Http1(Box<Http1>),
+    Http2(Http2),
+}
+
+/// One of the rights to an HTTP/2 connection.
+#[derive(Clone)]
+pub(super) struct Http2 {
+    pub(super) sender: http2::SendRequest<Full<Bytes>>,
+    task: Arc<Task>,
 }
 
 /// The task that drives a connection.
 struct Task(AbortHandle);
 
+impl Http2 {
+    pub(super) fn new(sender: http2::SendRequest<Full<Bytes>>, task: AbortHandle) -> Self {
+        Self { sender, task: Arc::new(Task(task)) }
+    }
+}
+
 impl Drop for Task {
     fn drop(&mut self) {
-        // hyper closes by itself where an answer is dropped, but a request that is stuck half-way, to a worker that does
-        // not read, it would go on writing to the end (1.12).
         self.0.abort();
     }
 }
 
 impl Connection {
-    pub(super) fn new(sender: Sender, task: AbortHandle) -> Self {
-        Self { sender, task: Arc::new(Task(task)), born: Instant::now(), reused: false }
+    pub(super) fn new(line: Line) -> Self {
+        Self { line, born: Instant::now(), reused: false }
     }
 
     pub(super) fn is_http2(&self) -> bool {
-        matches!(self.sender, Sender::Http2(_))
-    }
-
-    /// As hyper: what was certainly not written comes back with the error.
-    pub(super) async fn send(
-        &mut self,
-        request: Request<Full<Bytes>>,
-    ) -> Result<Response<Incoming>, TrySendError<Request<Full<Bytes>>>> {
-        match &mut self.sender {
-            Sender::Http1(sender) => sender.try_send_request(request).await,
-            // Its future is the larger one, and the rarer.
-            Sender::Http2(sender) => Box::pin(sender.try_send_request(request)).await,
-        }
+        matches!(self.line, Line::Http2(_))
     }
 
     /// Whether an earlier request was answered on it, or is under way.
@@ -76,23 +72,25 @@ impl Connection {
         self.reused
     }
 
-    fn is_ready(&self) -> bool {
-        match &self.sender {
-            Sender::Http1(sender) => sender.is_ready(),
-            Sender::Http2(sender) => sender.is_ready(),
+    fn is_ready(&mut self) -> bool {
+        match &mut self.line {
+            Line::Http1(http1) => http1.is_ready(),
+            Line::Http2(http2) => http2.sender.is_ready(),
         }
     }
 
     /// Requests under way on a connection of which the pool holds one handle.
     fn streams(&self) -> usize {
-        Arc::strong_count(&self.task) - 1
+        match &self.line {
+            Line::Http1(_) => 0,
+            Line::Http2(http2) => Arc::strong_count(&http2.task) - 1,
+        }
     }
 
     /// Another right to use it, where several may.
     fn share(&self) -> Option<Self> {
-        let Sender::Http2(sender) = &self.sender else { return None };
-        let sender = Sender::Http2(sender.clone());
-        Some(Self { sender, task: Arc::clone(&self.task), born: self.born, reused: true })
+        let Line::Http2(http2) = &self.line else { return None };
+        Some(Self { line: Line::Http2(http2.clone()), born: self.born, reused: true })
     }
 }
 
@@ -130,9 +128,10 @@ impl Pool {
             entry.since = now;
             return entry.connection.share();
         }
-        // Passed over are those that the worker closed, and those whose task has not finished the last exchange.
-        let at = open.idle.iter().rposition(|entry| entry.connection.is_ready())?;
-        open.idle.remove(at).map(|entry| entry.connection)
+        // Those that the worker closed are dropped on the way.
+        std::iter::from_fn(|| open.idle.pop_back())
+            .map(|entry| entry.connection)
+            .find_map(|mut connection| if connection.is_ready() { Some(connection) } else { None })
     }
 
     /// Lets others use a fresh connection, too, where its protocol allows that.
@@ -144,8 +143,7 @@ impl Pool {
 
     /// Keeps a connection whose answer is complete.
     pub(super) fn put(&self, mut connection: Connection) {
-        let Sender::Http1(sender) = &connection.sender else { return };
-        if sender.is_closed() {
+        if !matches!(&connection.line, Line::Http1(http1) if http1.is_free()) {
             return;
         }
         connection.reused = true;
@@ -169,11 +167,9 @@ impl Pool {
 
     /// Number of connections that can take a request now.
     pub(super) fn ready(&self) -> usize {
-        let open = self.open.lock();
-        open.iter()
-            .flat_map(|open| open.idle.iter().chain(&open.shared))
-            .filter(|idle| idle.connection.is_ready())
-            .count()
+        let mut open = self.open.lock();
+        let open = open.iter_mut().flat_map(|open| open.idle.iter_mut().chain(&mut open.shared));
+        open.filter_map(|idle| idle.connection.is_ready().then_some(())).count()
     }
 
     /// Lets go of what is too old or waits too long. What is under way on a shared one goes on.
@@ -182,7 +178,7 @@ impl Pool {
         while open.idle.front().is_some_and(|entry| age(entry.since) >= self.keep_alive) {
             open.idle.pop_front();
         }
-        open.shared.retain(|Idle { connection, since }| {
+        open.shared.retain_mut(|Idle { connection, since }| {
             let rests = connection.streams() == 0 && age(*since) >= self.keep_alive;
             connection.is_ready() && !rests && age(connection.born) < self.lifetime
         });

@@ -1,6 +1,12 @@
 //! What works: reuse, bounds, concurrency, prompt closing.
 
-use std::time::Instant;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Instant,
+};
 
 use forebay_backends::{
     Error,
@@ -155,6 +161,64 @@ async fn a_connection_the_worker_wants_closed_is_not_kept() {
 }
 
 #[tokio::test]
+async fn interim_answers_are_passed_over() {
+    const INTERIM: &str = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n";
+    const ANSWER: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+    let server = Server::start(|mut served| async move {
+        served.request().await;
+        served.send(format!("{INTERIM}{ANSWER}")).await;
+        served.request().await;
+        served.send(INTERIM).await;
+        for byte in ANSWER.bytes() {
+            served.send([byte]).await;
+            tokio::task::yield_now().await;
+        }
+        served.closed().await;
+    })
+    .await;
+    let channel = server.channel(Timeouts::default());
+    for _ in 0..2 {
+        let answer = channel.send(post("x")).await.expect("an answer");
+        assert_eq!((answer.status.as_u16(), answer.headers.len()), (200, 1));
+        assert_eq!(read(answer.body).await.expect("a body"), b"ok");
+    }
+    assert_eq!(server.seen.connections(), 1);
+}
+
+#[tokio::test]
+async fn a_connection_that_says_more_than_it_was_asked_is_not_kept() {
+    for more in ["HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nbad", "x"] {
+        let server = Server::start(move |mut served| async move {
+            while served.request().await.is_some() {
+                served.send(format!("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok{more}")).await;
+            }
+        })
+        .await;
+        let channel = server.channel(Timeouts::default());
+        for expected in 1..=2 {
+            let answer = channel.send(post("x")).await.expect("an answer");
+            assert_eq!(read(answer.body).await.expect("a body"), b"ok");
+            assert_eq!(server.seen.connections(), expected);
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_answer_may_begin_before_the_request_is_read() {
+    let server = Server::start(|mut served| async move {
+        served.send("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nyes\r\n").await;
+        let length = served.request().await.map_or(0, |request| request.body.len());
+        served.send(format!("8\r\n{length:8}\r\n0\r\n\r\n")).await;
+        served.closed().await;
+    })
+    .await;
+    let channel = server.channel(Timeouts::default());
+    let answer = channel.send(post("x".repeat(16 << 20))).await.expect("an answer");
+    assert_eq!(read(answer.body).await.expect("a body"), b"yes16777216");
+    assert_eq!(channel.idle_connections(), 1);
+}
+
+#[tokio::test]
 async fn a_body_read_to_its_last_byte_gives_the_connection_back() {
     let server = echo().await;
     let channel = server.channel(Timeouts::default());
@@ -189,21 +253,32 @@ async fn ipv6() {
 }
 
 #[tokio::test]
-async fn closing_lets_the_tracker_become_empty() {
-    let server = echo().await;
-    let tracker = TaskTracker::new();
-    let transport = Transport::new(tracker.clone());
+async fn closing_ends_what_waits_at_once_and_the_rest_with_its_answer() {
+    let ended = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&ended);
+    let server = Server::start(move |mut served| {
+        let counted = Arc::clone(&counted);
+        async move {
+            while let Some(request) = served.request().await {
+                served.answer(200, &String::from_utf8_lossy(&request.body)).await;
+            }
+            counted.fetch_add(1, Ordering::SeqCst);
+        }
+    })
+    .await;
+    let transport = Transport::new(TaskTracker::new());
     let endpoint = Endpoint::new(&format!("http://{}", server.address).parse().expect("a URL"), None);
     let channel = transport.channel(endpoint.expect("an endpoint"), Timeouts::default());
-    read(channel.send(post("x")).await.expect("an answer").body).await.expect("a body");
+    let first = channel.send(post("x")).await.expect("an answer");
     let under_way = channel.send(post("y")).await.expect("an answer");
+    read(first.body).await.expect("a body");
+    assert_eq!(channel.idle_connections(), 1);
 
     transport.close();
-    tracker.close();
+    until("the idle one is closed", || ended.load(Ordering::SeqCst) == 1).await;
     assert_eq!(channel.idle_connections(), 0);
-    assert!(!tracker.is_empty(), "what is under way is not disturbed");
-    assert_eq!(read(under_way.body).await.expect("a body"), b"y");
-    timeout(PATIENCE, tracker.wait()).await.expect("no connection is left");
+    assert_eq!(read(under_way.body).await.expect("what is under way is not disturbed"), b"y");
+    until("none is kept", || ended.load(Ordering::SeqCst) == 2).await;
 }
 
 /// How soon the server sees the connection closed after `leave` was called.
