@@ -10,13 +10,17 @@ mod models;
 mod openai;
 mod tokenize;
 
+use std::pin::Pin;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::{Request, State};
+use axum::extract::State;
 use axum::response::Response;
 use axum::routing::{any, get, post};
+use http::Request;
+use hyper::body::Incoming;
 use tokio_util::sync::CancellationToken;
+use tower::Service;
 
 use crate::ids::RequestName;
 use crate::ledger::Ledger;
@@ -36,17 +40,36 @@ pub struct Api {
     pub closing: CancellationToken,
 }
 
-/// The router of the client listener.
-pub fn router(api: Api) -> Router {
-    let call = |router: Router<Arc<Api>>, (path, kind): &'static (&'static str, openai::Kind)| {
-        let serve = move |State(api): State<Arc<Api>>, request: Request| async move {
-            openai::serve(&api, request, kind).await
-        };
-        router.route(path, post(serve))
-    };
-    openai::CALLS
-        .iter()
-        .fold(Router::new(), call)
+/// An answer in the making.
+pub type Answering = Pin<Box<dyn Future<Output = Response> + Send>>;
+
+/// Who answers the client listener's requests. Calls of models, which nearly all are, do not pass the router, which takes
+/// some 5% of a small one's instructions.
+pub fn answerer(api: Api) -> impl Fn(Request<Incoming>) -> Answering + Send + Sync {
+    let api = Arc::new(api);
+    let router = router(&api);
+    move |request| match openai::kind_of(request.method(), request.uri().path()) {
+        Some(kind) => {
+            let api = Arc::clone(&api);
+            Box::pin(async move { openai::serve(&api, request, kind).await })
+        }
+        None => {
+            let answering = router.clone().call(request);
+            Box::pin(async {
+                match answering.await {
+                    Ok(answer) => answer,
+                    Err(never) => match never {},
+                }
+            })
+        }
+    }
+}
+
+fn router(api: &Arc<Api>) -> Router {
+    // Other methods than POST come by here.
+    let paths = openai::CALLS.iter().map(|(path, _)| *path);
+    paths
+        .fold(Router::new(), |router, path| router.route(path, post(method_not_allowed)))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::one))
         .route("/tokenize", post(tokenize::tokenize))
@@ -54,7 +77,7 @@ pub fn router(api: Api) -> Router {
         .route("/health", get(|| async {}))
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(any(not_found))
-        .with_state(Arc::new(api))
+        .with_state(Arc::clone(api))
 }
 
 /// What the HTTP library refuses by itself, in the shape of every refusal: header lines and a body for a status.
@@ -63,12 +86,12 @@ pub fn unread(status: u16) -> (String, Vec<u8>) {
     errors::unread(status, &RequestName::fresh())
 }
 
-async fn not_found(request: Request) -> Response {
+async fn not_found(request: axum::extract::Request) -> Response {
     let name = RequestName::from_client(headers::request_id(request.headers()));
     Error::UnknownPath { method: request.method().clone(), path: request.uri().path().to_owned() }.respond(&name)
 }
 
-async fn method_not_allowed(State(_): State<Arc<Api>>, request: Request) -> Response {
+async fn method_not_allowed(State(_): State<Arc<Api>>, request: axum::extract::Request) -> Response {
     let name = RequestName::from_client(headers::request_id(request.headers()));
     Error::Method { method: request.method().clone(), path: request.uri().path().to_owned() }.respond(&name)
 }

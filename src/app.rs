@@ -31,7 +31,7 @@ use crate::pipeline::Pipeline;
 use crate::pipeline::shared::Shared;
 use crate::prepare::Prepare;
 use crate::routing::Routing;
-use crate::server::{Bounds, Server};
+use crate::server::{self, Bounds, Server};
 use crate::telemetry::{ModelMetrics, Registry, Traces};
 use catalog::Catalog;
 use joined::Joined;
@@ -92,29 +92,29 @@ impl Gateway {
     ) -> anyhow::Result<Self> {
         let (serving, tracker) = (TaskTracker::new(), TaskTracker::new());
         let [stopping, closing, abort, background] = std::array::from_fn(|_| CancellationToken::new());
-        let server = &config.server;
-        let directory = server.data_dir.join("journal");
-        let owner = OwnerKey::load_or_make(&server.data_dir)?;
+        let settings = &config.server;
+        let directory = settings.data_dir.join("journal");
+        let owner = OwnerKey::load_or_make(&settings.data_dir)?;
         let fresh_key = owner.fresh().cloned();
         let other = Arc::new(ModelMetrics::register("other"));
-        let (ledger, journal) = Ledger::start(&directory, server.access_log, other)
+        let (ledger, journal) = Ledger::start(&directory, settings.access_log, other)
             .with_context(|| format!("cannot write the usage journal in {}", directory.display()))?;
         let transport = Transport::new(tracker.clone());
         let (dispatch, learned) = Dispatch::start(registry.clone(), transport.clone(), &tracker, background.clone())
             .context("cannot start the thread for KV-cache events")?;
         let routing = Arc::new(Routing::default());
         let prepare = Arc::new(Prepare::start().context("cannot start the counting threads")?);
-        let server_traces = match &server.otlp {
+        let server_traces = match &settings.otlp {
             Some(url) => {
                 let endpoint = Endpoint::new(url, None).context("server.otlp")?.with_http2(true);
-                Some(Traces::new(transport.channel(endpoint, Timeouts::default()), server.trace_share))
+                Some(Traces::new(transport.channel(endpoint, Timeouts::default()), settings.trace_share))
             }
             None => None,
         };
-        let stall_max = server.stall_max;
+        let stall_max = settings.stall_max;
         let bounds = |connections_max| Bounds { connections_max, stall_max };
-        let (body_bytes_max, connections_max) = (server.body_bytes_max, server.max_connections.get() as usize);
-        let joined = Joined::load(&server.data_dir, reader)?;
+        let (body_bytes_max, connections_max) = (settings.body_bytes_max, settings.max_connections.get() as usize);
+        let joined = Joined::load(&settings.data_dir, reader)?;
         let (lists, listed) = Lists::new(tracker.clone());
         let catalog = Arc::new(Catalog::new(Arc::clone(&routing), Arc::clone(&dispatch), here, lists, joined));
         let (orders, ordered) = mpsc::channel(ORDERS_MAX);
@@ -141,9 +141,11 @@ impl Gateway {
             traces
         });
         let api = Api { pipeline, ledger, traces, body_bytes_max, closing: closing.clone() };
-        let client = Server::new(listeners.client, api::router(api), bounds(connections_max), api::unread)?;
+        let answerer = Box::new(api::answerer(api));
+        let client = Server::new(listeners.client, answerer, bounds(connections_max), api::unread)?;
         let admin = Admin { registry, dispatch: Arc::clone(&dispatch), owner, orders, stopping: stopping.clone() };
-        let ops = Server::new(listeners.ops, admin::router(admin), bounds(OPS_CONNECTIONS_MAX), api::unread)?;
+        let answerer = server::routed(admin::router(admin));
+        let ops = Server::new(listeners.ops, answerer, bounds(OPS_CONNECTIONS_MAX), api::unread)?;
         let addresses = (client.address(), ops.address());
         serving.spawn(client.run(serving.clone(), stopping.clone(), abort.clone()));
         // The ops listener answers until the very end, so that a drain can be watched.

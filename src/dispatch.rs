@@ -138,6 +138,13 @@ pub enum Reply {
     Whole(Whole),
 }
 
+impl Reply {
+    /// Whether nothing more is to come of it.
+    fn is_all(&self) -> bool {
+        matches!(self, Self::Whole(Whole { rest: None, .. }))
+    }
+}
+
 /// A stream whose first event is here.
 pub struct Streamed {
     pub first: VecDeque<Event>,
@@ -376,7 +383,10 @@ impl Dispatch {
             };
             match answered {
                 Ok(reply) => {
-                    leg.place.first_token();
+                    // An answer that is all here has ended as well, which tells more.
+                    if !reply.is_all() {
+                        leg.place.first_token();
+                    }
                     let Leg { place, worker, sent, .. } = leg;
                     let matched_before = matched_before.filter(|_| sent.leg == Part::Decode);
                     return Ok(Opened {

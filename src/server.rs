@@ -8,7 +8,9 @@
 mod socket;
 mod stall;
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -16,19 +18,19 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::response::Response;
-use http::HeaderValue;
 use http::header::CONNECTION;
+use http::{HeaderValue, Request};
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto::Builder;
+use socket::{Refuse, Socket};
+use stall::Watched;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::Service;
-
-use socket::{Refuse, Socket};
-use stall::Watched;
 
 /// Time for a client to send its request line and headers.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -57,11 +59,29 @@ pub struct Bounds {
     pub stall_max: Duration,
 }
 
-/// One listener with its router and bounds.
+/// Who answers a listener's requests.
+pub type Answerer = Box<dyn Fn(Request<Incoming>) -> Answering + Send + Sync>;
+/// An answer in the making.
+pub type Answering = Pin<Box<dyn Future<Output = Response> + Send>>;
+
+/// A router as who answers.
+pub fn routed(router: Router) -> Answerer {
+    Box::new(move |request| {
+        let answering = router.clone().call(request);
+        Box::pin(async {
+            match answering.await {
+                Ok(answer) => answer,
+                Err(never) => match never {},
+            }
+        })
+    })
+}
+
+/// One listener with who answers there and its bounds.
 pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
-    router: Router,
+    answerer: Answerer,
     connections: Arc<Semaphore>,
     bounds: Bounds,
     refuse: Refuse,
@@ -72,10 +92,10 @@ impl Server {
     ///
     /// # Errors
     /// When the socket has no local address.
-    pub fn new(listener: TcpListener, router: Router, bounds: Bounds, refuse: Refuse) -> std::io::Result<Self> {
+    pub fn new(listener: TcpListener, answerer: Answerer, bounds: Bounds, refuse: Refuse) -> std::io::Result<Self> {
         let address = listener.local_addr()?;
         let connections = Arc::new(Semaphore::new(bounds.connections_max.min(Semaphore::MAX_PERMITS)));
-        Ok(Self { listener, address, router, connections, bounds, refuse })
+        Ok(Self { listener, address, answerer, connections, bounds, refuse })
     }
 
     #[must_use]
@@ -85,11 +105,12 @@ impl Server {
 
     /// Serves until `stop`; then connections finish what they are at, until `abort`.
     pub async fn run(self, tracker: TaskTracker, stop: CancellationToken, abort: CancellationToken) {
-        let Self { listener, address, router, connections, bounds, refuse } = self;
+        let Self { listener, address, answerer, connections, bounds, refuse } = self;
         let stopping = AtomicBool::new(false);
         let serving = Serving {
-            protocol: protocol(),
-            router,
+            http1: http1(),
+            http2: http2(),
+            answerer,
             stall_max: bounds.stall_max,
             refuse,
             stop,
@@ -160,12 +181,16 @@ fn turn_away(listener: &TcpListener) {
     let _ = listener;
 }
 
-fn protocol() -> Builder<TokioExecutor> {
-    let mut builder = Builder::new(TokioExecutor::new());
+fn http1() -> http1::Builder {
+    let mut builder = http1::Builder::new();
     // At most 100 header fields, by itself: to say so would make it fill tables of them for every request (hyper 1.12).
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(HEADER_BYTES_MAX);
+    builder.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(HEADER_BYTES_MAX);
     builder
-        .http2()
+}
+
+fn http2() -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(HTTP2_STREAMS_MAX)
         .max_pending_accept_reset_streams(HTTP2_RESETS_MAX)
@@ -204,8 +229,9 @@ enum Version {
 
 /// What the connections of a listener share.
 struct Serving {
-    protocol: Builder<TokioExecutor>,
-    router: Router,
+    http1: http1::Builder,
+    http2: http2::Builder<TokioExecutor>,
+    answerer: Answerer,
     stall_max: Duration,
     refuse: Refuse,
     stop: CancellationToken,
@@ -213,6 +239,22 @@ struct Serving {
     /// As `stop`, for every answer to ask.
     stopping: AtomicBool,
     tracker: TaskTracker,
+}
+
+/// Serves a connection of either protocol until it is over; from the end on it takes nothing more.
+macro_rules! drive {
+    ($serving:ident, $connection:ident, $end:expr) => {
+        tokio::select! {
+            ended = $connection.as_mut() => ended,
+            () = $end => {
+                $connection.as_mut().graceful_shutdown();
+                tokio::select! {
+                    ended = $connection.as_mut() => ended,
+                    () = $serving.abort.cancelled() => Ok(()),
+                }
+            }
+        }
+    };
 }
 
 impl Serving {
@@ -226,28 +268,20 @@ impl Serving {
         let Some(version) = begun else { return };
         let serving = Arc::clone(&self);
         let service = service_fn(move |request| {
-            let answering = serving.router.clone().call(request);
+            let answering = (serving.answerer)(request);
             let serving = Arc::clone(&serving);
-            async move { answering.await.map(|answer| serving.finish(answer, version)) }
+            async move { Ok::<_, Infallible>(serving.finish(answering.await, version)) }
         });
-        let socket = Socket::new(stream, self.stall_max, self.refuse);
-        let connection = self.protocol.serve_connection(TokioIo::new(socket), service);
-        tokio::pin!(connection);
-        let end = async {
-            match version {
-                Version::Http1 => self.idle_at_the_end().await,
-                // It has a word for it, behind which nothing that was asked is lost.
-                Version::Http2 => self.stop.cancelled().await,
+        let socket = TokioIo::new(Socket::new(stream, self.stall_max, self.refuse));
+        let ended = match version {
+            Version::Http1 => {
+                let mut connection = std::pin::pin!(self.http1.serve_connection(socket, service));
+                drive!(self, connection, self.idle_at_the_end())
             }
-        };
-        let ended = tokio::select! {
-            ended = connection.as_mut() => ended,
-            () = end => {
-                connection.as_mut().graceful_shutdown();
-                tokio::select! {
-                    ended = connection.as_mut() => ended,
-                    () = self.abort.cancelled() => return,
-                }
+            // It has a word for the end, behind which nothing that was asked is lost. Boxed, since it is larger and rarer.
+            Version::Http2 => {
+                let mut connection = Box::pin(self.http2.serve_connection(socket, service));
+                drive!(self, connection, self.stop.cancelled())
             }
         };
         if let Err(error) = ended {
@@ -287,7 +321,8 @@ mod tests {
     async fn a_client_that_does_not_say_what_it_wants_is_let_go() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let bounds = Bounds { connections_max: 2, stall_max: Duration::from_secs(60) };
-        let server = Server::new(listener, Router::new(), bounds, |_| Default::default()).unwrap();
+        let answerer: Answerer = Box::new(|_| Box::pin(async { Response::default() }));
+        let server = Server::new(listener, answerer, bounds, |_| Default::default()).unwrap();
         let address = server.address();
         let tracker = TaskTracker::new();
         let stop = CancellationToken::new();

@@ -6,14 +6,18 @@
 //! Not here: the `/v1/responses` and Anthropic streams, and what the text says.
 
 mod completeness;
+mod reader;
 #[cfg(test)]
 mod tests;
 mod usage;
 mod wire;
 
 use std::fmt;
+use std::sync::LazyLock;
 
 pub use completeness::Completeness;
+use memchr::memmem::Finder;
+pub use reader::Reader;
 use serde::Deserializer;
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
 use smallvec::SmallVec;
@@ -58,6 +62,17 @@ pub struct Choice {
     pub index: u32,
     /// Whether it has a finish reason.
     pub finished: bool,
+}
+
+/// Whether the first member called `model`, at whatever depth, is this plain name. It cannot be met inside of a string:
+/// there its quotes would have backslashes before them.
+#[must_use]
+pub fn names(json: &[u8], model: &str) -> bool {
+    static KEY: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(br#""model""#));
+    let value = KEY.find(json).and_then(|at| json.get(at + KEY.needle().len()..));
+    let value = value.and_then(|rest| rest.trim_ascii_start().strip_prefix(b":"));
+    let value = value.and_then(|rest| rest.trim_ascii_start().strip_prefix(b"\""));
+    value.and_then(|rest| rest.strip_prefix(model.as_bytes())).is_some_and(|rest| rest.starts_with(b"\""))
 }
 
 /// The model that an answer, or an event of one, says it comes from. Nothing is read behind it, and engines name it before

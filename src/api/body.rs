@@ -4,11 +4,9 @@ pub(super) mod coding;
 
 use std::time::Duration;
 
-use axum::body::Body;
-use axum::extract::Request;
 use bytes::{Bytes, BytesMut};
-use http::header;
-use http_body::Body as _;
+use http::{Request, header};
+use http_body::Body;
 use http_body_util::BodyExt;
 use tokio::time::{Instant, timeout_at};
 
@@ -22,12 +20,16 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 /// … and longer by what this many bytes a second take: 2 Mbit/s.
 const BYTES_PER_SECOND_MIN: u32 = 256 << 10;
 
+/// A request's body, whoever holds it.
+pub(super) trait RequestBody: Body<Data = Bytes, Error: std::error::Error + 'static> + Unpin {}
+impl<B: Body<Data = Bytes, Error: std::error::Error + 'static> + Unpin> RequestBody for B {}
+
 /// The whole body of a JSON request, decoded where it is compressed.
 ///
 /// # Errors
 /// A content type other than JSON, an encoding we do not decode, a body over `body_bytes_max` (also when it is decoded),
 /// one that does not come in time, breaks off or is framed wrongly.
-pub(super) async fn read(api: &Api, request: Request) -> Result<Bytes, Error> {
+pub(super) async fn read<B: RequestBody>(api: &Api, request: Request<B>) -> Result<Bytes, Error> {
     let headers = request.headers();
     if let Some(content_type) = headers.get(header::CONTENT_TYPE)
         && !is_json(content_type.as_bytes())
@@ -66,7 +68,7 @@ async fn decode(api: &Api, coding: Coding, body: Bytes) -> Result<Bytes, Error> 
 }
 
 /// A body of which `expected` bytes are announced.
-async fn collect(mut body: Body, expected: usize, bytes_max: usize) -> Result<Bytes, Error> {
+async fn collect<B: RequestBody>(mut body: B, expected: usize, bytes_max: usize) -> Result<Bytes, Error> {
     let began = Instant::now();
     let mut whole = BytesMut::new();
     loop {
@@ -108,6 +110,7 @@ fn is_json(content_type: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use axum::body::Body;
     use http_body::Frame;
     use http_body_util::StreamBody;
 

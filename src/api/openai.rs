@@ -2,13 +2,13 @@
 //! same way.
 
 use axum::body::Body;
-use axum::extract::Request;
 use axum::response::Response;
 use bytes::Bytes;
 use forebay_backends::engines;
 use forebay_proto::peek::{self, Refusal};
-use http::HeaderValue;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
+use http::{HeaderValue, Method, Request};
+use hyper::body::Incoming;
 use tracing::Instrument;
 
 use super::errors::Error;
@@ -66,7 +66,13 @@ fn score(body: &[u8]) -> Result<Asked, Refusal> {
     peek::Ranking::score(body).map(Asked::Ranking)
 }
 
-pub(super) async fn serve(api: &Api, request: Request, kind: &Kind) -> Response {
+/// What a request asks for, if it is one of the calls.
+pub(super) fn kind_of(method: &Method, path: &str) -> Option<&'static Kind> {
+    let found = CALLS.iter().find(|(own, _)| *own == path).map(|(_, kind)| kind);
+    found.filter(|_| *method == Method::POST)
+}
+
+pub(super) async fn serve(api: &Api, request: Request<Incoming>, kind: &Kind) -> Response {
     let name = RequestName::from_client(headers::request_id(request.headers()));
     let mut entry = match api.ledger.open(name.clone(), kind.name) {
         Ok(entry) => entry,
@@ -107,7 +113,7 @@ struct Own {
     hide_usage: bool,
 }
 
-async fn answer(api: &Api, entry: &mut Entry, request: Request, kind: &Kind) -> Result<Open, Error> {
+async fn answer(api: &Api, entry: &mut Entry, request: Request<Incoming>, kind: &Kind) -> Result<Open, Error> {
     let headers::Said { class, deadline, forwarded } = headers::read(request.headers(), entry.arrived())?;
     let body: Bytes = body::read(api, request).await?;
     let asked = api.pipeline.prepare.read(&body, kind.peek).await.map_err(pipeline::Error::from)??;

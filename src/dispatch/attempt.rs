@@ -178,8 +178,12 @@ fn whose(worker: &Worker, job: &Job<'_>, reply: &Reply) -> Result<(), Failed> {
         Reply::Whole(whole) if whole.length.is_some_and(|length| length <= NAMED_BYTES_MAX) => document(whole),
         Reply::Whole(_) => None,
     };
-    let (Some(document), Some(identity)) = (document, worker.identity.load_full()) else { return Ok(()) };
-    let is_strange = |model: &str| *model != *identity.name_of(job.model) && identity.is_stranger(model);
+    let (Some(document), Some(identity)) = (document, &*worker.identity.load()) else { return Ok(()) };
+    let own = identity.name_of(job.model);
+    if stream::names(&document, &own) {
+        return Ok(()); // as nearly all do, and sooner seen than read
+    }
+    let is_strange = |model: &str| *model != *own && identity.is_stranger(model);
     match stream::model(&document).filter(|model| is_strange(model)) {
         Some(model) => {
             tracing::warn!(worker = &*worker.name, model, expected = identity.model, "answered as another model");

@@ -50,6 +50,7 @@ pub struct StreamRelay {
     first: VecDeque<Event>,
     /// The client did not ask for the usage we asked for.
     hide_usage: bool,
+    reader: stream::Reader,
     completeness: Completeness,
     malformed: u32,
     after_finish: Option<Pin<Box<Sleep>>>,
@@ -91,6 +92,7 @@ impl StreamRelay {
             splitter,
             first,
             hide_usage,
+            reader: stream::Reader::default(),
             completeness: Completeness::new(choices),
             malformed: 0,
             after_finish: None,
@@ -119,7 +121,7 @@ impl StreamRelay {
         let told = self.continuation.as_mut().and_then(|continuation| continuation.hear(event));
         let event = told.as_ref().unwrap_or(event);
         let Some(data) = &event.data else { return Some(event.raw.clone()) };
-        match stream::read(data) {
+        match self.reader.read(data) {
             Chunk::Done if self.completeness.complete() => {
                 self.succeed(State::Ending);
                 Some(event.raw.clone())
@@ -452,7 +454,8 @@ fn finished(entry: &Entry, before: u32) -> End {
 /// An answer that is one JSON document.
 pub struct WholeRelay {
     entry: Entry,
-    place: Place,
+    /// Until the worker is done with it.
+    place: Option<Place>,
     head: VecDeque<Bytes>,
     upstream: Option<Answer>,
     /// `None` where the usage is read already.
@@ -481,9 +484,20 @@ impl WholeRelay {
                 entry.used(tap::of_whole(answer));
                 None
             }
-            _ => Some(Tap::new()),
+            (None, pieces) => {
+                let mut tap = Tap::new();
+                pieces.iter().for_each(|piece| tap.feed(piece));
+                entry.used(tap.finish());
+                None
+            }
+            (Some(_), _) => Some(Tap::new()),
         };
-        let mut relay = Self { entry, place, head, upstream: rest, tap, left: length, closing: Closing::new(closing) };
+        let closing = Closing::new(closing);
+        let mut relay = Self { entry, place: Some(place), head, upstream: rest, tap, left: length, closing };
+        if relay.upstream.is_none() {
+            // Its worker is free, however long the client takes.
+            relay.left_by_worker(finished(&relay.entry, 0));
+        }
         if relay.is_all() {
             relay.complete();
         }
@@ -514,13 +528,19 @@ impl WholeRelay {
     fn complete(&mut self) {
         self.entry.used(self.tap.take().and_then(Tap::finish));
         self.entry.end(Outcome::Completed, 200);
-        self.place.ended(finished(&self.entry, 0));
+        self.left_by_worker(finished(&self.entry, 0));
+    }
+
+    fn left_by_worker(&mut self, end: End) {
+        if let Some(mut place) = self.place.take() {
+            place.ended(end);
+        }
     }
 
     /// The status line is out: only a cut connection tells the client that this is not the whole answer.
     fn cut(&mut self, end: End) {
         self.entry.end(Outcome::Cut, 200);
-        self.place.ended(end);
+        self.left_by_worker(end);
         self.upstream = None;
     }
 }

@@ -241,3 +241,21 @@ fn the_model_that_answers() {
         assert_eq!(model(json).as_deref(), named, "{}", String::from_utf8_lossy(json));
     }
 }
+
+#[test]
+fn a_plain_name_is_seen_without_reading() {
+    for (json, seen) in [
+        (r#"{"id":"x","model":"m/a"}"#, true),
+        (r#"{ "model" : "m/a" , "x": 1}"#, true),
+        (r#"{"model":"m/ab"}"#, false),
+        (r#"{"model":"m/"}"#, false),
+        (r#"{"model":"m\/a"}"#, false),
+        (r#"{"model":null}"#, false),
+        (r#"{"text":"\"model\":\"m/a\""}"#, false),
+        (r#"{"object":"model","model":"m/a"}"#, false),
+        (r#"{"model":"m/a"#, false),
+        ("", false),
+    ] {
+        assert_eq!(names(json.as_bytes(), "m/a"), seen, "{json}");
+    }
+}
