@@ -6,17 +6,25 @@
 //! for as long, and is unloaded when what it has is over: so adapters take turns where there are fewer places than are
 //! asked for.
 //!
+//! An adapter that is configured no more is unloaded where nothing is asked of it, whoever loaded it. One whose files moved
+//! gets nothing more, is unloaded once it is not in use, and loaded anew for those who wait.
+//!
 //! A load that fails, or finds no memory, is not tried again for a while, and whoever waited for it is placed anew.
 //!
 //! Invariants: nobody is told to load or unload what it was told already; nothing is unloaded that requests were sent for;
 //! what we load takes no more places than there are; nobody stands in a lane's order whose adapter is not there.
 //! Not here: what a load costs a request (`placement::terms`).
 
+use smallvec::SmallVec;
+
 use super::{Core, Place};
 use crate::explain::Cause;
 use crate::lane::Gate;
 use crate::worker::Slot;
-use crate::{Action, Adapter, AdapterEnd, AdapterId, AdapterState, RequestId, WorkerId};
+use crate::{Action, Adapter, AdapterChange, AdapterEnd, AdapterId, AdapterState, PoolId, RequestId, WorkerId};
+
+/// Adapters that are configured no more and remembered; where there are more, the first is forgotten and stays loaded.
+const GONE_MAX: usize = 256;
 
 impl Core {
     /// An engine says which adapters it has.
@@ -30,6 +38,29 @@ impl Core {
         if !came.is_empty() || !gone.is_empty() {
             self.adapters_changed(slot);
             self.rehome(pool, out);
+        }
+    }
+
+    /// An adapter left the configuration, came back, or has other files.
+    pub(super) fn adapter_changed(&mut self, pool: PoolId, adapter: AdapterId, change: AdapterChange) {
+        let Some(state) = self.pools.get_mut(&pool) else { return };
+        if change == AdapterChange::Gone {
+            state.adapters_gone.insert(adapter);
+            if state.adapters_gone.len() > GONE_MAX {
+                state.adapters_gone.pop_first();
+            }
+        } else {
+            state.adapters_gone.remove(&adapter);
+        }
+        let slots: Vec<Slot> = state.workers.iter().copied().collect();
+        for slot in slots {
+            if let Some(worker) = self.workers.get_mut(slot).filter(|_| change == AdapterChange::Moved) {
+                worker.adapters.moved(self.now, adapter);
+                if worker.adapters.is_stale(adapter) {
+                    self.close(slot, adapter);
+                }
+            }
+            self.touch(slot);
         }
     }
 
@@ -64,6 +95,7 @@ impl Core {
 
     /// Looks whether a worker is to be told to load or unload something.
     pub(super) fn load_adapters(&mut self, slot: Slot, out: &mut Vec<Action>) {
+        self.unload_unwanted(slot, out);
         let Some(worker) = self.workers.get(slot) else { return };
         let wanted = worker.lane.wanted();
         let moving: Vec<_> = worker.adapters.moving().collect();
@@ -75,7 +107,7 @@ impl Core {
         let more = wanted.iter().any(|(_, adapter)| needs_place(*adapter));
         for (adapter, state, since) in moving {
             match state {
-                AdapterState::Leaving if !more => self.stay(slot, adapter),
+                AdapterState::Leaving if !more && !self.is_stale(slot, adapter) => self.stay(slot, adapter),
                 AdapterState::Leaving => self.unload(slot, adapter, out),
                 AdapterState::Loading | AdapterState::Unloading if since.after(self.config.wake_max) <= self.now => {
                     self.adapter_turned(id, adapter, AdapterEnd::Failed, out);
@@ -118,10 +150,24 @@ impl Core {
         }
     }
 
-    /// Unloads an adapter, once nothing is asked of it any more.
+    fn is_stale(&self, slot: Slot, adapter: AdapterId) -> bool {
+        self.workers.get(slot).is_some_and(|worker| worker.adapters.is_stale(adapter))
+    }
+
+    /// Unloads what is not to be there any more.
+    fn unload_unwanted(&mut self, slot: Slot, out: &mut Vec<Action>) {
+        let Some(worker) = self.workers.get(slot) else { return };
+        let Some(pool) = self.pools.get(&worker.pool) else { return };
+        // whoever asked while it was configured is served
+        let leaves = |id: &AdapterId| worker.adapters.is_stale(*id) || worker.lane.asks_for(*id) == 0;
+        let unwanted: SmallVec<[AdapterId; 4]> = worker.adapters.unwanted(&pool.adapters_gone).filter(leaves).collect();
+        unwanted.into_iter().for_each(|adapter| self.unload(slot, adapter, out));
+    }
+
+    /// Unloads an adapter, once nothing that was sent for it is under way.
     fn unload(&mut self, slot: Slot, adapter: AdapterId, out: &mut Vec<Action>) {
         let Some(worker) = self.workers.get(slot) else { return };
-        if !worker.adapters.is_used(adapter) && worker.may_send() {
+        if !worker.adapters.is_used(adapter) && worker.may_send() && worker.adapters.unload_after <= self.now {
             out.push(Action::UnloadAdapter { worker: worker.id, adapter });
             self.turn_adapter(slot, adapter, AdapterState::Unloading);
         }
@@ -148,11 +194,9 @@ impl Core {
         self.touch(slot);
     }
 
-    /// Those in the lane's order who need it wait for it.
+    /// Those in the lane who need it wait for it, and for nothing else.
     fn close(&mut self, slot: Slot, adapter: AdapterId) {
-        let Some(worker) = self.workers.get_mut(slot).filter(|worker| worker.lane.asks_for(adapter) > 0) else {
-            return;
-        };
+        let Some(worker) = self.workers.get_mut(slot) else { return };
         let bound: Vec<RequestId> = worker.lane.ids().collect();
         for id in bound {
             if let Some(Place::Lane(_, at)) = self.requests.get_mut(&id).map(|entry| &mut entry.place)

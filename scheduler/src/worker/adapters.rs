@@ -5,7 +5,7 @@
 //!
 //! Not here: who is given which adapter and whose place it gets (`core::adapters`), and who waits for it (`lane`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::config::Config;
@@ -39,6 +39,17 @@ pub enum AdapterState {
     Unloading,
 }
 
+/// What became of an adapter in the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AdapterChange {
+    /// It is not there any more. Workers forget it once nobody asks for it.
+    Gone,
+    /// It is there again, as it was.
+    Back,
+    /// Its files are others. Nothing more is asked of the old ones, and workers load it anew.
+    Moved,
+}
+
 /// What became of telling a worker to load an adapter, or to unload it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AdapterEnd {
@@ -57,9 +68,15 @@ struct Here {
     since: Tick,
     /// When something was sent for it, or ended, last.
     used: Tick,
+    /// Its files are others now than those that it was loaded from.
+    stale: bool,
 }
 
 impl Here {
+    fn new(now: Tick, adapter: Adapter, state: AdapterState) -> Self {
+        Self { adapter, state, since: now, used: now, stale: false }
+    }
+
     /// Whether it is there until the worker is told something else.
     fn stays(&self) -> bool {
         matches!(self.state, AdapterState::Loaded | AdapterState::Leaving)
@@ -82,7 +99,7 @@ pub(crate) struct Adapters {
     /// Requests that were sent for each and have not ended.
     sent: BTreeMap<AdapterId, u32>,
     /// Nothing is unloaded before: that failed.
-    unload_after: Tick,
+    pub(crate) unload_after: Tick,
 }
 
 impl Adapters {
@@ -97,6 +114,27 @@ impl Adapters {
 
     pub(crate) fn states(&self) -> impl Iterator<Item = (AdapterId, AdapterState)> {
         self.here.iter().map(|(id, here)| (*id, here.state))
+    }
+
+    /// Those that are to leave though nobody needs their place: `gone` ones, and such whose files moved.
+    pub(crate) fn unwanted(&self, gone: &BTreeSet<AdapterId>) -> impl Iterator<Item = AdapterId> {
+        let here = self.here.iter().filter(|(_, here)| here.adapter.loadable && here.stays());
+        here.filter(|(id, here)| here.stale || gone.contains(id)).map(|(id, _)| *id)
+    }
+
+    pub(crate) fn is_stale(&self, adapter: AdapterId) -> bool {
+        self.here.get(&adapter).is_some_and(|here| here.stale)
+    }
+
+    /// Its files are others now, so that what is known of the old ones is void.
+    pub(crate) fn moved(&mut self, now: Tick, adapter: AdapterId) {
+        self.failures.remove(&adapter);
+        if let Some(here) = self.here.get_mut(&adapter).filter(|here| here.adapter.loadable) {
+            here.stale = true;
+            if here.state == AdapterState::Loaded {
+                self.turn(now, adapter, AdapterState::Leaving);
+            }
+        }
     }
 
     /// Since when each is in its state, of those that were told something or are to be.
@@ -135,7 +173,8 @@ impl Adapters {
                 lasted if lasted < load => load - lasted,
                 lasted => lasted,
             },
-            Some(_) | None => load + self.retry(adapter).seconds_since(now),
+            Some(_) => load + self.unload_after.seconds_since(now),
+            None => load + self.retry(adapter).seconds_since(now),
         }
     }
 
@@ -186,7 +225,7 @@ impl Adapters {
 
     /// It was told to load it.
     pub(crate) fn load(&mut self, now: Tick, adapter: Adapter) {
-        self.here.insert(adapter.id, Here { adapter, state: AdapterState::Loading, since: now, used: now });
+        self.here.insert(adapter.id, Here::new(now, adapter, AdapterState::Loading));
     }
 
     pub(crate) fn turn(&mut self, now: Tick, adapter: AdapterId, to: AdapterState) {
@@ -206,20 +245,26 @@ impl Adapters {
     ) -> Option<(Option<AdapterState>, Option<f64>)> {
         let here = self.here.get_mut(&adapter)?;
         let mut took = None;
+        let there = if here.stale { AdapterState::Leaving } else { AdapterState::Loaded };
         match (here.state, end) {
             (AdapterState::Loaded | AdapterState::Leaving, _) => return None,
             (AdapterState::Loading, AdapterEnd::Done) => {
                 took = Some(now.seconds_since(here.since));
                 self.failures.remove(&adapter);
-                self.turn(now, adapter, AdapterState::Loaded);
+                self.turn(now, adapter, there);
             }
             (AdapterState::Loading, AdapterEnd::Failed | AdapterEnd::Refused) => {
                 self.here.remove(&adapter);
                 self.failed(now, adapter, end == AdapterEnd::Refused, config);
             }
             (AdapterState::Unloading, AdapterEnd::Done) => drop(self.here.remove(&adapter)),
-            (AdapterState::Unloading, AdapterEnd::Failed | AdapterEnd::Refused) => {
+            (AdapterState::Unloading, AdapterEnd::Failed) => {
                 self.unload_after = now.after(config.wake_retry);
+                self.turn(now, adapter, there);
+            }
+            (AdapterState::Unloading, AdapterEnd::Refused) => {
+                self.unload_after = now.after(config.adapter_refused);
+                here.stale = false; // better the old files than none
                 self.turn(now, adapter, AdapterState::Loaded);
             }
         }
@@ -258,8 +303,7 @@ impl Adapters {
         }
         for adapter in &came {
             self.failures.remove(&adapter.id);
-            let here = Here { adapter: *adapter, state: AdapterState::Loaded, since: now, used: now };
-            self.here.insert(adapter.id, here);
+            self.here.insert(adapter.id, Here::new(now, *adapter, AdapterState::Loaded));
         }
         (came.iter().map(|adapter| adapter.id).collect(), gone)
     }

@@ -36,6 +36,10 @@ fn seen(world: &mut World, worker: u32, adapters: &[Adapter]) -> Vec<Action> {
     world.event(Event::AdaptersSeen { worker: WorkerId(worker), adapters: adapters.to_vec() })
 }
 
+fn changed(world: &mut World, of: u32, change: AdapterChange) -> Vec<Action> {
+    world.event(Event::AdapterChanged { pool: POOL, adapter: AdapterId(of), change })
+}
+
 /// Of these actions, such as load or unload.
 fn turns(actions: &[Action]) -> Vec<Action> {
     let turns = actions.iter().filter(|a| matches!(a, Action::LoadAdapter { .. } | Action::UnloadAdapter { .. }));
@@ -197,6 +201,74 @@ fn memory_that_somebody_has_prevents_a_load() {
     assert_eq!(turns(&world.wait(5600)), [load(0, 1)]);
 }
 
+#[test]
+fn what_is_configured_no_more_is_unloaded_once_nobody_asks_for_it() {
+    let mut world = World::with_workers(1, &WorkerSpec { sequences_max: 1, ..spec() });
+    ask(&mut world, 1, 1);
+    turned(&mut world, 0, 1, AdapterEnd::Done);
+    ask(&mut world, 2, 1);
+    assert_eq!((world.sent_to(1), world.sent_to(2)), (Some(0), None), "one at a time");
+    assert_eq!(changed(&mut world, 1, AdapterChange::Gone), []);
+    world.finish(1);
+    assert_eq!(world.sent_to(2), Some(0), "it asked before");
+    assert_eq!(turns(&world.finish(2)), [unload(0, 1)]);
+    // one that fails is tried again, though nobody asks for anything
+    turned(&mut world, 0, 1, AdapterEnd::Failed);
+    assert_eq!(turns(&world.wait(4900)), []);
+    assert_eq!(turns(&world.wait(200)), [unload(0, 1)]);
+    turned(&mut world, 0, 1, AdapterEnd::Done);
+    assert_eq!(world.core.worker_views(world.now).next().unwrap().adapters, []);
+    // a server that has it when it returns forgets it, too; and none once it is configured again
+    assert_eq!(turns(&seen(&mut world, 0, &[adapter(1)])), [unload(0, 1)]);
+    turned(&mut world, 0, 1, AdapterEnd::Done);
+    changed(&mut world, 1, AdapterChange::Back);
+    assert_eq!(turns(&seen(&mut world, 0, &[adapter(1)])), []);
+    // what a worker began with is not ours to unload
+    seen(&mut world, 0, &[Adapter { loadable: false, ..adapter(2) }]);
+    assert_eq!(turns(&changed(&mut world, 2, AdapterChange::Gone)), []);
+}
+
+#[test]
+fn only_so_many_are_remembered_that_are_configured_no_more() {
+    let mut world = World::with_workers(1, &spec());
+    (1..=257).for_each(|of| drop(changed(&mut world, of, AdapterChange::Gone)));
+    assert_eq!(turns(&seen(&mut world, 0, &[adapter(1)])), []);
+    assert_eq!(turns(&seen(&mut world, 0, &[adapter(2)])), [unload(0, 2)]);
+}
+
+#[test]
+fn an_adapter_whose_files_moved_is_loaded_anew_once_its_requests_ended() {
+    let mut world = World::with_workers(1, &spec());
+    ask(&mut world, 1, 1);
+    turned(&mut world, 0, 1, AdapterEnd::Done);
+    assert_eq!(world.sent_to(1), Some(0));
+    assert_eq!(turns(&changed(&mut world, 1, AdapterChange::Moved)), [], "it is in use");
+    assert_eq!(turns(&ask(&mut world, 2, 1)), []);
+    assert_eq!(world.sent_to(2), None, "nothing more is asked of the old files");
+    assert_eq!(turns(&world.finish(1)), [unload(0, 1)]);
+    turned(&mut world, 0, 1, AdapterEnd::Failed);
+    assert_eq!(turns(&world.wait(5600)), [unload(0, 1)]);
+    assert_eq!(turns(&turned(&mut world, 0, 1, AdapterEnd::Done)), [load(0, 1)]);
+    // files that move while they are loaded may be the old ones
+    assert_eq!(turns(&changed(&mut world, 1, AdapterChange::Moved)), []);
+    assert_eq!(turns(&turned(&mut world, 0, 1, AdapterEnd::Done)), [unload(0, 1)]);
+    assert_eq!(turns(&turned(&mut world, 0, 1, AdapterEnd::Done)), [load(0, 1)]);
+    turned(&mut world, 0, 1, AdapterEnd::Done);
+    assert_eq!(world.sent_to(2), Some(0));
+    world.finish(2);
+    // what nobody asks for is not loaded again; and where the engine does not unload, the old files serve
+    assert_eq!(turns(&changed(&mut world, 1, AdapterChange::Moved)), [unload(0, 1)]);
+    ask(&mut world, 3, 1);
+    turned(&mut world, 0, 1, AdapterEnd::Refused);
+    assert_eq!(world.sent_to(3), Some(0));
+    // a refusal was of the old files
+    ask(&mut world, 4, 2);
+    turned(&mut world, 0, 2, AdapterEnd::Refused);
+    assert_eq!(world.refusal(4), Some(Refusal::AdapterUnavailable));
+    changed(&mut world, 2, AdapterChange::Moved);
+    assert_eq!(turns(&ask(&mut world, 5, 2)), [load(0, 2)]);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Ask(u32),
@@ -205,6 +277,7 @@ enum Step {
     Fail(usize),
     Turn(usize, AdapterEnd),
     Seen(u32, Vec<u32>),
+    Changed(u32, AdapterChange),
     Probed(u32, bool),
     Cancel(usize),
     Places(u32, u32),
@@ -213,6 +286,7 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     let end = prop_oneof![4 => Just(AdapterEnd::Done), 1 => Just(AdapterEnd::Failed), 1 => Just(AdapterEnd::Refused)];
+    let change = prop_oneof![Just(AdapterChange::Gone), Just(AdapterChange::Back), Just(AdapterChange::Moved)];
     prop_oneof![
         6 => (0..5_u32).prop_map(Step::Ask),
         1 => Just(Step::Plain),
@@ -220,6 +294,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => any::<usize>().prop_map(Step::Fail),
         6 => (any::<usize>(), end).prop_map(|(at, end)| Step::Turn(at, end)),
         1 => (0..3_u32, prop::collection::vec(0..5_u32, 0..3)).prop_map(|(worker, has)| Step::Seen(worker, has)),
+        1 => (0..4_u32, change).prop_map(|(of, change)| Step::Changed(of, change)),
         1 => (0..3_u32, any::<bool>()).prop_map(|(worker, healthy)| Step::Probed(worker, healthy)),
         1 => any::<usize>().prop_map(Step::Cancel),
         1 => (0..3_u32, 0..3_u32).prop_map(|(worker, places)| Step::Places(worker, places)),
@@ -261,6 +336,7 @@ fn play(world: &mut World, step: Step) {
             }
         }
         Step::Seen(worker, has) => drop(seen(world, worker, &has.into_iter().map(adapter).collect::<Vec<_>>())),
+        Step::Changed(of, change) => drop(changed(world, of, change)),
         Step::Probed(worker, healthy) => drop(world.probed(worker, healthy)),
         Step::Cancel(at) => {
             if let Some(request) = pick(&world.waiting(), at) {
@@ -275,8 +351,8 @@ fn play(world: &mut World, step: Step) {
 proptest! {
     #![proptest_config(ProptestConfig { max_shrink_iters: 4096, ..ProptestConfig::with_cases(400) })]
 
-    /// The world asserts at each step: nothing is sent where its adapter is not, nothing in use is unloaded, nobody is told
-    /// twice.
+    /// The world asserts at each step: nothing is sent where its adapter is not or has old files, nothing in use is unloaded,
+    /// nobody is told twice. In the end, none is left that is configured no more.
     #[test]
     fn whatever_comes_everybody_has_an_outcome(steps in prop::collection::vec(step(), 1..120)) {
         let mut world = World::with_workers(3, &spec());
@@ -286,6 +362,8 @@ proptest! {
         for worker in 0..3 {
             world.join(worker, spec());
         }
+        changed(&mut world, 0, AdapterChange::Gone);
+        changed(&mut world, 4, AdapterChange::Gone);
         for _ in 0..300 {
             let probed: Vec<_> = world.wait(1000).into_iter().filter_map(|action| match action {
                 Action::Probe { worker } => Some(worker),
@@ -301,10 +379,12 @@ proptest! {
             for id in world.sent() {
                 world.finish(id.0);
             }
-            if world.waiting().is_empty() && world.sent().is_empty() {
+            let leaves = |key: &(WorkerId, AdapterId)| key.1 == AdapterId(0);
+            if world.waiting().is_empty() && world.sent().is_empty() && !world.adapters.iter().any(leaves) {
                 break;
             }
         }
+        prop_assert!(!world.adapters.iter().any(|(_, adapter)| *adapter == AdapterId(0)), "{:?}", world.adapters);
         prop_assert!(world.waiting().is_empty(), "{:?}", world.waiting());
         let timed_out = |stage: &Stage| matches!(stage, Stage::Refused(Refusal::TimedOut));
         prop_assert!(world.now > Tick(60_000_000) || !world.stages.values().any(timed_out));

@@ -31,6 +31,8 @@ pub(super) struct World {
     /// Adapters by worker, as far as the core was told; and those that a worker was told to load (true) or unload.
     pub(super) adapters: BTreeSet<(WorkerId, AdapterId)>,
     pub(super) turning: BTreeMap<(WorkerId, AdapterId), bool>,
+    /// Of both, those whose files moved since.
+    stale: BTreeSet<(WorkerId, AdapterId)>,
     pub(super) log: Vec<(Tick, Action)>,
     pub(super) next: u64,
 }
@@ -83,6 +85,7 @@ impl World {
             told: BTreeSet::new(),
             adapters: BTreeSet::new(),
             turning: BTreeMap::new(),
+            stale: BTreeSet::new(),
             log: Vec::new(),
             next: 0,
         };
@@ -168,12 +171,20 @@ impl World {
                 if loads == (*end == AdapterEnd::Done) {
                     self.adapters.insert((*worker, *adapter));
                 }
+                if !loads && *end == AdapterEnd::Refused {
+                    self.stale.remove(&(*worker, *adapter));
+                }
+            }
+            Event::AdapterChanged { adapter, change: AdapterChange::Moved, .. } => {
+                let known = self.adapters.iter().chain(self.turning.keys()).filter(|key| key.1 == *adapter);
+                self.stale.extend(known);
             }
             Event::WorkerLeft { worker } => {
                 self.health.remove(worker);
             }
             _ => {}
         }
+        self.stale.retain(|key| self.adapters.contains(key) || self.turning.contains_key(key));
         let mut out = Vec::new();
         self.core.handle(self.now, event, &mut out);
         self.perform(&out);
@@ -219,6 +230,8 @@ impl World {
                     let adapter = self.core.request(*request).and_then(|request| request.adapter);
                     let has = adapter.is_none_or(|adapter| self.adapters.contains(&(*worker, adapter.id)));
                     assert!(has, "{request} was sent to {worker}, which does not have its adapter");
+                    let old = adapter.is_some_and(|adapter| self.stale.contains(&(*worker, adapter.id)));
+                    assert!(!old, "{request} was sent to {worker}, which has other files");
                 }
                 Action::Refuse { request, reason, retry_after } => {
                     let before = self.stages.insert(*request, Stage::Refused(*reason));
@@ -238,6 +251,7 @@ impl World {
                 Action::LoadAdapter { worker, adapter } => {
                     let key = (*worker, *adapter);
                     assert!(!self.adapters.contains(&key), "{worker} has {adapter}");
+                    self.stale.remove(&key);
                     assert!(self.turning.insert(key, true).is_none(), "{worker} was told of {adapter} before");
                 }
                 Action::UnloadAdapter { worker, adapter } => {
