@@ -4,12 +4,12 @@
 //! that. Where its places are taken, the adapter that was used longest ago and of which nothing is asked now is unloaded
 //! first. Where all are in use, one that had its place for a turn gets nothing more at this worker once another was waited
 //! for as long, and is unloaded when what it has is over: so adapters take turns where there are fewer places than are
-//! asked for.
+//! asked for. The same where it is memory that lacks; what was freed is there once the GPU says so.
 //!
 //! An adapter that is configured no more is unloaded where nothing is asked of it, whoever loaded it. One whose files moved
 //! gets nothing more, is unloaded once it is not in use, and loaded anew for those who wait.
 //!
-//! A load that fails, or finds no memory, is not tried again for a while, and whoever waited for it is placed anew.
+//! A load that fails, or finds no memory that an adapter could make free, is not tried again for a while, and whoever waited for it is placed anew.
 //!
 //! Invariants: nobody is told to load or unload what it was told already; nothing is unloaded that requests were sent for;
 //! what we load takes no more places than there are; nobody stands in a lane's order whose adapter is not there.
@@ -68,10 +68,15 @@ impl Core {
     pub(super) fn adapter_turned(&mut self, id: WorkerId, adapter: AdapterId, end: AdapterEnd, out: &mut Vec<Action>) {
         let Some(slot) = self.workers.slot(id) else { return };
         let Some(worker) = self.workers.get_mut(slot) else { return };
-        let pool = worker.pool;
+        let (pool, gpus, bytes) = (worker.pool, worker.spec.gpus.clone(), worker.adapters.bytes_of(adapter));
         let Some((state, took)) = worker.adapters.turned(self.now, adapter, end, &self.config) else { return };
         if let (Some(pool), Some(took)) = (self.pools.get_mut(&pool), took) {
             pool.adapter_loaded(took);
+        }
+        for id in gpus.iter().filter(|_| bytes > 0) {
+            if let Some(gpu) = self.gpus.get_mut(id) {
+                gpu.memory_changed = Some(self.now);
+            }
         }
         self.adapters_changed(slot);
         if state == Some(AdapterState::Loaded) {
@@ -126,12 +131,13 @@ impl Core {
                 continue;
             }
             let waited = self.now.since(entry.arrived);
-            if !self.has_memory(slot, asked.memory_bytes) {
+            let Some(lacks) = self.lacks_memory(slot, asked.memory_bytes) else { continue };
+            if lacks > worker.adapters.memory_bytes() {
                 if let Some(worker) = self.workers.get_mut(slot) {
                     worker.adapters.failed(self.now, adapter, false, &self.config);
                 }
                 self.disperse(slot, adapter, out);
-            } else if worker.adapters.places_taken() < worker.spec.adapters_max {
+            } else if lacks == 0 && worker.adapters.places_taken() < worker.spec.adapters_max {
                 out.push(Action::LoadAdapter { worker: id, adapter });
                 if let Some(worker) = self.workers.get_mut(slot) {
                     worker.adapters.load(self.now, asked);
@@ -139,10 +145,10 @@ impl Core {
                 self.adapters_changed(slot);
             } else if coming > 0 {
                 coming -= 1;
-            } else if let Some(spare) = worker.spare_adapter(self.now) {
+            } else if let Some(spare) = worker.spare_adapter(self.now, lacks > 0) {
                 self.unload(slot, spare, out);
             } else if waited >= self.config.adapter_turn
-                && let Some(had) = worker.adapters.had_its_turn(self.now, &self.config)
+                && let Some(had) = worker.adapters.had_its_turn(self.now, lacks > 0, &self.config)
             {
                 self.turn_adapter(slot, had, AdapterState::Leaving);
                 self.close(slot, had);
@@ -230,10 +236,19 @@ impl Core {
         self.touch(slot);
     }
 
-    /// Whether so much is free on each GPU of a worker, as far as they say.
-    fn has_memory(&self, slot: Slot, bytes: u64) -> bool {
-        let Some(worker) = self.workers.get(slot).filter(|_| bytes > 0) else { return true };
-        let gpus = worker.spec.gpus.iter().filter_map(|id| self.gpus.get(id));
-        gpus.filter_map(|gpu| gpu.free_bytes(self.now, &self.config)).all(|free| free >= bytes)
+    /// Of so many bytes on each GPU of a worker, those that are not free, as far as the GPUs say; none where they have said
+    /// nothing since something changed there.
+    fn lacks_memory(&self, slot: Slot, bytes: u64) -> Option<u64> {
+        let Some(worker) = self.workers.get(slot).filter(|_| bytes > 0) else { return Some(0) };
+        let mut lacks = 0;
+        for gpu in worker.spec.gpus.iter().filter_map(|id| self.gpus.get(id)) {
+            let Some(free) = gpu.free_bytes(self.now, &self.config) else { continue };
+            if gpu.read_before_change() {
+                return None;
+            }
+            let coming = gpu.workers().filter_map(|other| Some(self.workers.get(other)?.adapters.coming_bytes()));
+            lacks = lacks.max(coming.fold(bytes, u64::saturating_add).saturating_sub(free));
+        }
+        Some(lacks)
     }
 }

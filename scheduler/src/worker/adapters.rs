@@ -154,6 +154,22 @@ impl Adapters {
         u32::try_from(self.here.values().filter(|here| here.adapter.loadable).count()).unwrap_or(u32::MAX)
     }
 
+    /// Bytes on each GPU that those take which are there, or leave, or come, as far as they are ours to unload.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        self.here.values().filter(|here| here.adapter.loadable).map(|here| here.adapter.memory_bytes).sum()
+    }
+
+    /// Of these, what those take that come.
+    pub(crate) fn coming_bytes(&self) -> u64 {
+        let coming = self.here.values().filter(|here| here.state == AdapterState::Loading);
+        coming.map(|here| here.adapter.memory_bytes).sum()
+    }
+
+    /// What one that is here takes.
+    pub(crate) fn bytes_of(&self, adapter: AdapterId) -> u64 {
+        self.here.get(&adapter).map_or(0, |here| here.adapter.memory_bytes)
+    }
+
     /// Whether it is loaded, or will be without more to do.
     pub(crate) fn is_coming(&self, adapter: AdapterId) -> bool {
         matches!(self.state(adapter), Some(AdapterState::Loading | AdapterState::Loaded))
@@ -178,21 +194,24 @@ impl Adapters {
         }
     }
 
-    /// The one that was used longest ago of those that `rest`, if one may be unloaded now.
-    pub(crate) fn spare(&self, now: Tick, rest: impl Fn(AdapterId) -> bool) -> Option<AdapterId> {
-        let spare = self.here.iter().filter(|(id, here)| self.may_leave(now, here) && !self.is_used(**id));
+    /// The one that was used longest ago of those that `rest`, if one may be unloaded now; `for_memory`: of those that take
+    /// any.
+    pub(crate) fn spare(&self, now: Tick, for_memory: bool, rest: impl Fn(AdapterId) -> bool) -> Option<AdapterId> {
+        let may = |here: &Here| self.may_leave(now, here, for_memory);
+        let spare = self.here.iter().filter(|(id, here)| may(here) && !self.is_used(**id));
         spare.filter(|(id, _)| rest(**id)).min_by_key(|(id, here)| (here.used, **id)).map(|(id, _)| *id)
     }
 
-    /// The one that had its place for longest, of those that had it for a turn.
-    pub(crate) fn had_its_turn(&self, now: Tick, config: &Config) -> Option<AdapterId> {
+    /// The one that had its place for longest, of those that had it for a turn; `for_memory` as above.
+    pub(crate) fn had_its_turn(&self, now: Tick, for_memory: bool, config: &Config) -> Option<AdapterId> {
         let over = |here: &Here| now.since(here.since) >= config.adapter_turn;
-        let had = self.here.iter().filter(|(_, here)| self.may_leave(now, here) && over(here));
+        let had = self.here.iter().filter(|(_, here)| self.may_leave(now, here, for_memory) && over(here));
         had.min_by_key(|(id, here)| (here.since, **id)).map(|(id, _)| *id)
     }
 
-    fn may_leave(&self, now: Tick, here: &Here) -> bool {
-        here.adapter.loadable && here.state == AdapterState::Loaded && self.unload_after <= now
+    fn may_leave(&self, now: Tick, here: &Here, for_memory: bool) -> bool {
+        let helps = here.adapter.loadable && (!for_memory || here.adapter.memory_bytes > 0);
+        helps && here.state == AdapterState::Loaded && self.unload_after <= now
     }
 
     /// Whether something that was sent for it has not ended.

@@ -201,6 +201,63 @@ fn memory_that_somebody_has_prevents_a_load() {
     assert_eq!(turns(&world.wait(5600)), [load(0, 1)]);
 }
 
+/// A world whose workers share a GPU of 80 GiB, and take more adapters than fit.
+fn on_one_gpu(workers: u32) -> World {
+    World::with_workers(workers, &WorkerSpec { gpus: vec![GpuId(0)], adapters_max: 9, ..WorkerSpec::default() })
+}
+
+fn has_free(world: &mut World, gib: u64) -> Vec<Action> {
+    let used = (80 - gib) as f64 / 80.0;
+    let report = GpuReport { memory: Some(used), memory_bytes: Some(80 * GIB), ..GpuReport::default() };
+    let mut actions = world.wait(1000);
+    actions.extend(world.event(Event::Gpu { gpu: GpuId(0), report }));
+    actions
+}
+
+fn ask_large(world: &mut World, id: u64, of: u32) -> Vec<Action> {
+    world.arrive(Request { adapter: Some(Adapter { memory_bytes: 4 * GIB, ..adapter(of) }), ..request(id, 160) })
+}
+
+#[test]
+fn where_memory_lacks_another_adapter_leaves_and_the_gpu_has_the_last_word() {
+    let mut world = on_one_gpu(1);
+    has_free(&mut world, 6);
+    assert_eq!(turns(&ask_large(&mut world, 1, 1)), [load(0, 1)]);
+    assert_eq!(turns(&ask_large(&mut world, 2, 2)), [], "the first one's memory counts before it has it");
+    turned(&mut world, 0, 1, AdapterEnd::Done);
+    assert_eq!(turns(&has_free(&mut world, 2)), [], "the first is in use");
+    assert_eq!(turns(&world.finish(1)), [unload(0, 1)]);
+    assert_eq!(turns(&turned(&mut world, 0, 1, AdapterEnd::Done)), [], "what the GPU said was before");
+    assert_eq!(turns(&has_free(&mut world, 6)), [load(0, 2)]);
+    turned(&mut world, 0, 2, AdapterEnd::Done);
+    assert_eq!(world.sent_to(2), Some(0));
+    // one in use had its turn; what is freed, somebody else takes: nobody can make room any more
+    has_free(&mut world, 2);
+    world.wait(2000);
+    has_free(&mut world, 2);
+    assert_eq!(turns(&ask_large(&mut world, 3, 3)), []);
+    (0..3).for_each(|_| assert_eq!(turns(&has_free(&mut world, 2)), []));
+    assert_eq!(turns(&world.finish(2)), [unload(0, 2)]);
+    turned(&mut world, 0, 2, AdapterEnd::Done);
+    assert_eq!(turns(&has_free(&mut world, 2)), []);
+    assert_eq!(world.waiting(), [RequestId(3)], "it is not refused: the memory may come back");
+    (0..4).for_each(|_| assert_eq!(turns(&has_free(&mut world, 6)), [], "it is left alone for a while"));
+    assert_eq!(turns(&has_free(&mut world, 6)), [load(0, 3)]);
+}
+
+#[test]
+fn a_worker_whose_gpu_has_no_memory_costs_more() {
+    let mut world = World::with_workers(0, &spec());
+    for worker in 0..2 {
+        world.join(worker, WorkerSpec { gpus: vec![GpuId(worker)], ..spec() });
+        world.probed(worker, true);
+    }
+    has_free(&mut world, 2);
+    assert_eq!(turns(&ask_large(&mut world, 1, 1)), [load(1, 1)]);
+    assert_eq!(term(&world, 1, 1), 1.25);
+    assert_eq!(term(&world, 1, 0), 1.25 + 5.0 + 2.0, "nobody there can make room");
+}
+
 #[test]
 fn what_is_configured_no_more_is_unloaded_once_nobody_asks_for_it() {
     let mut world = World::with_workers(1, &WorkerSpec { sequences_max: 1, ..spec() });
@@ -409,6 +466,54 @@ proptest! {
         for view in world.core.worker_views(world.now) {
             prop_assert!(view.adapters.len() <= PLACES as usize, "{:?}", view.adapters);
         }
+    }
+}
+
+/// What the GPU has free beside these adapters and 67 GiB that are no adapter's.
+fn free_gib(world: &World) -> u64 {
+    13_u64.saturating_sub(4 * (world.adapters.len() + world.turning.len()) as u64)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { max_shrink_iters: 4096, ..ProptestConfig::with_cases(200) })]
+
+    /// Three adapters fit on the GPU of two workers.
+    #[test]
+    fn what_is_loaded_fits_and_everybody_gets_it(
+        steps in prop::collection::vec((0..4_u8, 0..5_u32, any::<usize>()), 1..80),
+    ) {
+        let mut world = on_one_gpu(2);
+        has_free(&mut world, 13);
+        let step = |world: &mut World, (kind, of, at): (u8, u32, usize)| -> Result<(), TestCaseError> {
+            let turning: Vec<_> = world.turning.keys().copied().collect();
+            match kind {
+                0 => {
+                    world.next += 1;
+                    let id = world.next;
+                    ask_large(world, id, of);
+                }
+                1 => drop(pick(&turning, at).map(|(worker, of)| turned(world, worker.0, of.0, AdapterEnd::Done))),
+                2 => drop(pick(&world.sent(), at).map(|id| world.finish(id.0))),
+                _ => {
+                    let free = free_gib(world);
+                    has_free(world, free);
+                }
+            }
+            prop_assert!(world.adapters.len() + world.turning.len() <= 3, "{:?} {:?}", world.adapters, world.turning);
+            Ok(())
+        };
+        for (at, this) in steps.into_iter().enumerate() {
+            step(&mut world, this)?;
+            if at % 8 == 0 {
+                step(&mut world, (3, 0, 0))?;
+            }
+        }
+        for _ in 0..200 {
+            (0..4).try_for_each(|at| step(&mut world, (1, 0, at)))?;
+            (0..80).try_for_each(|at| step(&mut world, (2, 0, at)))?;
+            step(&mut world, (3, 0, 0))?;
+        }
+        prop_assert_eq!(world.waiting(), []);
     }
 }
 
