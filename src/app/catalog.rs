@@ -240,7 +240,7 @@ impl State {
                 let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
                 Known {
                     pool,
-                    metrics: Arc::new(ModelMetrics::register(model.name.as_str())),
+                    metrics: Arc::new(ModelMetrics::new(model.name.as_str())),
                     created: now.map_or(0, |now| now.as_secs()),
                     said: BTreeMap::new(),
                     block_tokens: BLOCK_TOKENS,

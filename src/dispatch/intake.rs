@@ -326,7 +326,7 @@ impl Intake {
             places: Places::default(),
             returned: Notify::new(),
             traffic: Traffic::default(),
-            metrics: WorkerMetrics::default(),
+            metrics: WorkerMetrics::new(&spec.name),
         });
         Member { pool: pool.pool, spec: spec.clone(), worker, draining: false, gone: CancellationToken::new() }
     }
