@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::support::client::{self, Answer, Connection, post_with};
 use crate::support::eventually;
+use crate::support::gpus::Agent;
 use crate::support::process::{Gateway, Worker, model, tokenizer};
 
 const COMPLETIONS: &str = "/v1/completions";
@@ -285,6 +286,36 @@ fn a_server_whose_load_hangs_keeps_nobody_from_another() {
     }
     assert_eq!((by(&ask(&gateway, "sql")), changes(&workers[1])), ("w1".to_owned(), loaded(&["sql"])));
     assert_eq!(known(&gateway)[0]["sql"], "loading", "it still hangs");
+}
+
+#[test]
+fn where_a_gpu_is_full_another_adapter_leaves_before_one_comes() {
+    const GIB: u64 = 1 << 30;
+    let workers = [worker(&[])];
+    let agent = Agent::start(1);
+    agent.gpus.set("0.processes", &format!("{}:1000", workers[0].process.id()));
+    let takes = |bytes: u64| agent.gpus.set("0.memory.used", &bytes.to_string());
+    takes(77 * GIB);
+    let node = format!("[[node]]\nname = \"n\"\nagent = \"http://{}\"\n", agent.address);
+    let table =
+        |name: &str| format!("[[model.adapter]]\nname = {name:?}\npath = {:?}\nmemory_mib = 2048\n", tokenizer());
+    let keys = adapters(&[], None) + &table("a") + &table("b");
+    let gateway = Gateway::start(&(node + &model("m", &[workers[0].address], &keys)));
+    let says = |bytes: u64| {
+        let gpu = || gateway.admin("workers").json()["workers"][0]["gpus"][0].clone();
+        eventually("the GPU to say so", || (gpu()["memory_used_bytes"] == bytes).then_some(()));
+    };
+    says(77 * GIB);
+    ask(&gateway, "a");
+    takes(79 * GIB);
+    says(79 * GIB);
+    let mut client = Connection::to(gateway.client);
+    client.post(COMPLETIONS, &[], prompt("b").as_bytes());
+    until_changes(&workers[0], 2);
+    assert_eq!(changes(&workers[0])[1], ("a".to_owned(), false));
+    takes(77 * GIB);
+    assert_eq!(client.answer().status, 200);
+    assert_eq!(changes(&workers[0])[2..], loaded(&["b"]), "places were free all along");
 }
 
 #[test]

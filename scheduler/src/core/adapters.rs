@@ -20,7 +20,7 @@ use smallvec::SmallVec;
 use super::{Core, Place};
 use crate::explain::Cause;
 use crate::lane::Gate;
-use crate::worker::Slot;
+use crate::worker::{Slot, Worker};
 use crate::{Action, Adapter, AdapterChange, AdapterEnd, AdapterId, AdapterState, PoolId, RequestId, WorkerId};
 
 /// Adapters that are configured no more and remembered; where there are more, the first is forgotten and stays loaded.
@@ -54,7 +54,8 @@ impl Core {
         }
         let slots: Vec<Slot> = state.workers.iter().copied().collect();
         for slot in slots {
-            if let Some(worker) = self.workers.get_mut(slot).filter(|_| change == AdapterChange::Moved) {
+            let takes = |worker: &&mut Worker| change == AdapterChange::Moved && worker.spec.adapters_max > 0;
+            if let Some(worker) = self.workers.get_mut(slot).filter(takes) {
                 worker.adapters.moved(self.now, adapter);
                 if worker.adapters.is_stale(adapter) {
                     self.close(slot, adapter);
@@ -164,8 +165,9 @@ impl Core {
     fn unload_unwanted(&mut self, slot: Slot, out: &mut Vec<Action>) {
         let Some(worker) = self.workers.get(slot) else { return };
         let Some(pool) = self.pools.get(&worker.pool) else { return };
-        // whoever asked while it was configured is served
-        let leaves = |id: &AdapterId| worker.adapters.is_stale(*id) || worker.lane.asks_for(*id) == 0;
+        // whoever asked while it was configured is served; and who takes none at our word keeps what it has
+        let rests = |id: &AdapterId| worker.spec.adapters_max > 0 && worker.lane.asks_for(*id) == 0;
+        let leaves = |id: &AdapterId| worker.adapters.is_stale(*id) || rests(id);
         let unwanted: SmallVec<[AdapterId; 4]> = worker.adapters.unwanted(&pool.adapters_gone).filter(leaves).collect();
         unwanted.into_iter().for_each(|adapter| self.unload(slot, adapter, out));
     }
@@ -173,7 +175,7 @@ impl Core {
     /// Unloads an adapter, once nothing that was sent for it is under way.
     fn unload(&mut self, slot: Slot, adapter: AdapterId, out: &mut Vec<Action>) {
         let Some(worker) = self.workers.get(slot) else { return };
-        if !worker.adapters.is_used(adapter) && worker.may_send() && worker.adapters.unload_after <= self.now {
+        if !worker.adapters.is_used(adapter) && worker.may_send() && worker.adapters.unload_after(adapter) <= self.now {
             out.push(Action::UnloadAdapter { worker: worker.id, adapter });
             self.turn_adapter(slot, adapter, AdapterState::Unloading);
         }

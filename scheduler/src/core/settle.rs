@@ -190,9 +190,7 @@ impl Core {
         let rescore = laden.then(|| worker.rescored.after(self.config.rescore_every));
         let health = worker.health.next_wake().filter(|_| !worker.draining);
         let asleep = worker.sleep.gives_up(&self.config);
-        let unload_after = worker.adapters.unload_after;
-        let unwanted = (unload_after > now && worker.adapters.unwanted(&pool.adapters_gone).next().is_some())
-            .then_some(unload_after);
+        let unwanted = worker.adapters.unload_retry(now, &pool.adapters_gone);
         let wanted = [busy, rescore, health, asleep, siblings, unwanted].into_iter().flatten().min();
         self.timers.set(Timer::Worker(slot), &mut worker.timer, wanted);
         appeared.then_some(worker.pool)

@@ -70,11 +70,19 @@ struct Here {
     used: Tick,
     /// Its files are others now than those that it was loaded from.
     stale: bool,
+    /// It is not unloaded before, since that failed; and for how long it is left alone when it fails next.
+    unload_after: Tick,
+    next: Duration,
 }
 
 impl Here {
     fn new(now: Tick, adapter: Adapter, state: AdapterState) -> Self {
-        Self { adapter, state, since: now, used: now, stale: false }
+        Self { adapter, state, since: now, used: now, stale: false, unload_after: Tick::ZERO, next: Duration::ZERO }
+    }
+
+    /// Its state while it is there and the worker is told nothing.
+    fn at_rest(&self) -> AdapterState {
+        if self.stale { AdapterState::Leaving } else { AdapterState::Loaded }
     }
 
     /// Whether it is there until the worker is told something else.
@@ -98,8 +106,6 @@ pub(crate) struct Adapters {
     failures: BTreeMap<AdapterId, Failure>,
     /// Requests that were sent for each and have not ended.
     sent: BTreeMap<AdapterId, u32>,
-    /// Nothing is unloaded before: that failed.
-    pub(crate) unload_after: Tick,
 }
 
 impl Adapters {
@@ -120,6 +126,17 @@ impl Adapters {
     pub(crate) fn unwanted(&self, gone: &BTreeSet<AdapterId>) -> impl Iterator<Item = AdapterId> {
         let here = self.here.iter().filter(|(_, here)| here.adapter.loadable && here.stays());
         here.filter(|(id, here)| here.stale || gone.contains(id)).map(|(id, _)| *id)
+    }
+
+    /// When the next of those that failed to leave may be tried again.
+    pub(crate) fn unload_retry(&self, now: Tick, gone: &BTreeSet<AdapterId>) -> Option<Tick> {
+        let retries = self.unwanted(gone).map(|adapter| self.unload_after(adapter));
+        retries.filter(|at| *at > now).min()
+    }
+
+    /// Until when an unload that failed is not tried again.
+    pub(crate) fn unload_after(&self, adapter: AdapterId) -> Tick {
+        self.here.get(&adapter).map_or(Tick::ZERO, |here| here.unload_after)
     }
 
     pub(crate) fn is_stale(&self, adapter: AdapterId) -> bool {
@@ -189,7 +206,7 @@ impl Adapters {
                 lasted if lasted < load => load - lasted,
                 lasted => lasted,
             },
-            Some(_) => load + self.unload_after.seconds_since(now),
+            Some(here) => load + here.unload_after.seconds_since(now),
             None => load + self.retry(adapter).seconds_since(now),
         }
     }
@@ -211,7 +228,7 @@ impl Adapters {
 
     fn may_leave(&self, now: Tick, here: &Here, for_memory: bool) -> bool {
         let helps = here.adapter.loadable && (!for_memory || here.adapter.memory_bytes > 0);
-        helps && here.state == AdapterState::Loaded && self.unload_after <= now
+        helps && here.state == AdapterState::Loaded && here.unload_after <= now
     }
 
     /// Whether something that was sent for it has not ended.
@@ -264,12 +281,12 @@ impl Adapters {
     ) -> Option<(Option<AdapterState>, Option<f64>)> {
         let here = self.here.get_mut(&adapter)?;
         let mut took = None;
-        let there = if here.stale { AdapterState::Leaving } else { AdapterState::Loaded };
         match (here.state, end) {
             (AdapterState::Loaded | AdapterState::Leaving, _) => return None,
             (AdapterState::Loading, AdapterEnd::Done) => {
                 took = Some(now.seconds_since(here.since));
                 self.failures.remove(&adapter);
+                let there = here.at_rest();
                 self.turn(now, adapter, there);
             }
             (AdapterState::Loading, AdapterEnd::Failed | AdapterEnd::Refused) => {
@@ -277,14 +294,12 @@ impl Adapters {
                 self.failed(now, adapter, end == AdapterEnd::Refused, config);
             }
             (AdapterState::Unloading, AdapterEnd::Done) => drop(self.here.remove(&adapter)),
-            (AdapterState::Unloading, AdapterEnd::Failed) => {
-                self.unload_after = now.after(config.wake_retry);
+            (AdapterState::Unloading, AdapterEnd::Failed | AdapterEnd::Refused) => {
+                here.next = (here.next * 2).max(config.wake_retry).min(config.wake_retry_max);
+                here.unload_after = now.after(here.next);
+                here.stale &= end == AdapterEnd::Failed; // better the old files than none
+                let there = here.at_rest();
                 self.turn(now, adapter, there);
-            }
-            (AdapterState::Unloading, AdapterEnd::Refused) => {
-                self.unload_after = now.after(config.adapter_refused);
-                here.stale = false; // better the old files than none
-                self.turn(now, adapter, AdapterState::Loaded);
             }
         }
         Some((self.state(adapter), took))

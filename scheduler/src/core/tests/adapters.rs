@@ -286,6 +286,17 @@ fn what_is_configured_no_more_is_unloaded_once_nobody_asks_for_it() {
 }
 
 #[test]
+fn a_worker_that_takes_no_adapters_keeps_those_that_it_has() {
+    let mut world = World::with_workers(1, &WorkerSpec::default());
+    seen(&mut world, 0, &[adapter(1)]);
+    for change in [AdapterChange::Gone, AdapterChange::Moved] {
+        assert_eq!(turns(&changed(&mut world, 1, change)), []);
+    }
+    ask(&mut world, 1, 1);
+    assert_eq!(world.sent_to(1), Some(0));
+}
+
+#[test]
 fn only_so_many_are_remembered_that_are_configured_no_more() {
     let mut world = World::with_workers(1, &spec());
     (1..=257).for_each(|of| drop(changed(&mut world, of, AdapterChange::Gone)));

@@ -31,8 +31,9 @@ pub(super) struct World {
     /// Adapters by worker, as far as the core was told; and those that a worker was told to load (true) or unload.
     pub(super) adapters: BTreeSet<(WorkerId, AdapterId)>,
     pub(super) turning: BTreeMap<(WorkerId, AdapterId), bool>,
-    /// Of both, those whose files moved since.
+    /// Of both, those whose files moved since, where workers take adapters at our word; and who takes none.
     stale: BTreeSet<(WorkerId, AdapterId)>,
+    fixed: BTreeSet<WorkerId>,
     pub(super) log: Vec<(Tick, Action)>,
     pub(super) next: u64,
 }
@@ -86,6 +87,7 @@ impl World {
             adapters: BTreeSet::new(),
             turning: BTreeMap::new(),
             stale: BTreeSet::new(),
+            fixed: BTreeSet::new(),
             log: Vec::new(),
             next: 0,
         };
@@ -110,6 +112,11 @@ impl World {
             HealthState::Unknown
         });
         self.roles.insert(worker, spec.role);
+        if spec.adapters_max > 0 {
+            self.fixed.remove(&worker)
+        } else {
+            self.fixed.insert(worker)
+        };
         self.event(Event::WorkerJoined { worker, pool: POOL, spec })
     }
 
@@ -176,8 +183,8 @@ impl World {
                 }
             }
             Event::AdapterChanged { adapter, change: AdapterChange::Moved, .. } => {
-                let known = self.adapters.iter().chain(self.turning.keys()).filter(|key| key.1 == *adapter);
-                self.stale.extend(known);
+                let moved = |key: &&(WorkerId, AdapterId)| key.1 == *adapter && !self.fixed.contains(&key.0);
+                self.stale.extend(self.adapters.iter().chain(self.turning.keys()).filter(moved));
             }
             Event::WorkerLeft { worker } => {
                 self.health.remove(worker);
