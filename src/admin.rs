@@ -65,10 +65,10 @@ pub fn router(admin: Admin) -> Router {
 }
 
 async fn metrics(State(admin): State<Arc<Admin>>) -> Response {
-    let workers = admin.dispatch.publish();
+    let told = admin.dispatch.publish();
     #[expect(clippy::cast_precision_loss, reason = "tasks are far below 2^52")]
     admin.registry.tasks.set(tokio::runtime::Handle::current().metrics().num_alive_tasks() as f64);
-    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], admin.registry.render() + &workers).into_response()
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], admin.registry.render() + &told).into_response()
 }
 
 /// Ready while some worker takes requests and the process is not stopping.

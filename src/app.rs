@@ -32,7 +32,7 @@ use crate::pipeline::shared::Shared;
 use crate::prepare::Prepare;
 use crate::routing::Routing;
 use crate::server::{self, Bounds, Server};
-use crate::telemetry::{ModelMetrics, Registry, Traces};
+use crate::telemetry::{Registry, Traces};
 use catalog::Catalog;
 use joined::Joined;
 use lists::Lists;
@@ -96,7 +96,7 @@ impl Gateway {
         let directory = settings.data_dir.join("journal");
         let owner = OwnerKey::load_or_make(&settings.data_dir)?;
         let fresh_key = owner.fresh().cloned();
-        let other = Arc::new(ModelMetrics::register("other"));
+        let other = Arc::clone(&registry.other_models);
         let (ledger, journal) = Ledger::start(&directory, settings.access_log, other)
             .with_context(|| format!("cannot write the usage journal in {}", directory.display()))?;
         let transport = Transport::new(tracker.clone());

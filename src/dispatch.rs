@@ -479,11 +479,10 @@ impl Dispatch {
         Some(Leg { place, worker, sent, number })
     }
 
-    /// Writes the gauges that describe pools and workers, when someone reads the metrics; gives the text of those that
-    /// describe workers, which stand beside the [`Registry`]'s.
+    /// The text of what is told of models, workers and GPUs now, which stands beside the [`Registry`]'s.
     #[must_use]
     pub fn publish(&self) -> String {
-        self.workers.publish(&self.driver)
+        self.workers.publish(&self.driver, &self.registry.other_models) + &self.intake.nodes.publish()
     }
 
     /// How many workers take requests.

@@ -50,6 +50,8 @@ pub struct Adapter {
     pub path: Option<Arc<str>>,
     /// What it takes of each GPU of a worker.
     pub memory_bytes: u64,
+    /// It is configured no more, but for whoever asked for it before, and workers may still have it.
+    pub gone: bool,
 }
 
 impl Adapter {

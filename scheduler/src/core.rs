@@ -177,6 +177,7 @@ impl Core {
             Event::SleepSeen { worker, asleep } => self.sleep_seen(worker, asleep),
             Event::SleepDone { worker, worked } => self.sleep_done(worker, worked),
             Event::AdaptersSeen { worker, adapters } => self.adapters_seen(worker, &adapters, out),
+            Event::AdapterChanged { pool, adapter, change } => self.adapter_changed(pool, adapter, change),
             Event::AdapterTurned { worker, adapter, end } => self.adapter_turned(worker, adapter, end, out),
             Event::LoadLost { worker } => self.load_lost(worker, out),
             Event::Probed { worker, healthy } => self.probed(worker, healthy, out),

@@ -9,7 +9,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::{Adapter, AdapterEnd, AdapterId, GpuId, PoolId, RequestId, Role, RouteId, TenantId, WorkerId};
+use crate::{
+    Adapter, AdapterChange, AdapterEnd, AdapterId, GpuId, PoolId, RequestId, Role, RouteId, TenantId, WorkerId,
+};
 
 /// Priority class of a request; the order of the variants is the order of service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -404,6 +406,15 @@ pub enum Event {
         adapter: AdapterId,
         /// Whether it did.
         end: AdapterEnd,
+    },
+    /// The configuration of an adapter that workers can be given changed.
+    AdapterChanged {
+        /// Whose workers.
+        pool: PoolId,
+        /// Which.
+        adapter: AdapterId,
+        /// How.
+        change: AdapterChange,
     },
     /// Its metrics could not be read.
     LoadLost {

@@ -61,6 +61,6 @@ pub use leg::{Leg, Role};
 pub use placement::term_names;
 pub use time::Tick;
 pub use view::{PoolView, ScaleView, WorkerView};
-pub use worker::adapters::{Adapter, AdapterEnd, AdapterState};
+pub use worker::adapters::{Adapter, AdapterChange, AdapterEnd, AdapterState};
 pub use worker::health::HealthState;
 pub use worker::sleep::SleepState;

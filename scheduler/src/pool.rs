@@ -39,6 +39,8 @@ pub(crate) struct Pool {
     pub(crate) laden: BTreeSet<Slot>,
     /// Workers that have an adapter, or are about to.
     pub(crate) adapters: BTreeSet<(AdapterId, Slot)>,
+    /// Those that are configured no more.
+    pub(crate) adapters_gone: BTreeSet<AdapterId>,
     /// Mean seconds that it takes to load an adapter, once one was.
     adapter_seconds: Option<f64>,
     /// Requests that no worker can be bound to.
@@ -127,6 +129,7 @@ impl Pool {
             by_ready: BTreeSet::new(),
             unfit: BTreeSet::new(),
             adapters: BTreeSet::new(),
+            adapters_gone: BTreeSet::new(),
             adapter_seconds: None,
             laden: BTreeSet::new(),
             unbound: Lane::default(),

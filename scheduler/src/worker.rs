@@ -46,6 +46,8 @@ const ALIKE: f64 = 0.2;
 const BUSY_JITTER: f64 = 0.25;
 /// What others at a worker lose while it loads an adapter, as a share of the time that takes.
 const LOAD_BURDEN: f64 = 0.25;
+/// Time until a GPU tells what memory was freed: agents read once a second.
+const READING_SECONDS: f64 = 1.0;
 /// Part of a window below which it counts as empty, so that the next prompt is sent whatever its size.
 const EMPTY: f64 = 0.1;
 
@@ -165,22 +167,29 @@ impl Worker {
         adapter.is_none_or(|adapter| self.adapters.may_have(now, adapter, self.spec.adapters_max))
     }
 
-    /// Seconds until it has the adapter, where a load takes so long; and what others lose by a load that has not begun, so
-    /// that who comes together is gathered at one worker.
+    /// Seconds until it has the adapter, where a load takes so long, another may have to leave first, and memory to be free;
+    /// and what others lose by a load that has not begun, so that who comes together is gathered at one worker.
     pub(crate) fn adapter_seconds(&self, now: Tick, adapter: Option<Adapter>, load: f64, config: &Config) -> f64 {
         let Some(adapter) = adapter else { return 0.0 };
         let seconds = self.adapters.wait_seconds(now, adapter.id, load);
         if self.adapters.is_coming(adapter.id) {
             return seconds;
         }
-        let is_full = self.adapters.places_taken() >= self.spec.adapters_max && self.spare_adapter(now).is_none();
+        let lacks = self.beneath.free_bytes(now).map_or(0, |free| adapter.memory_bytes.saturating_sub(free));
+        let memory = match lacks {
+            0 => 0.0,
+            lacks if lacks <= self.adapters.memory_bytes() => READING_SECONDS,
+            _ => config.wake_retry.as_secs_f64(),
+        };
+        let is_full = (lacks > 0 || self.adapters.places_taken() >= self.spec.adapters_max)
+            && self.spare_adapter(now, lacks > 0).is_none();
         let turn = || self.stay_seconds.unwrap_or(config.adapter_turn.as_secs_f64());
-        seconds + load * LOAD_BURDEN + if is_full { turn() } else { 0.0 }
+        seconds + load * LOAD_BURDEN + memory + if is_full { turn() } else { 0.0 }
     }
 
-    /// The adapter that was used longest ago, of those that nothing is asked of here.
-    pub(crate) fn spare_adapter(&self, now: Tick) -> Option<AdapterId> {
-        self.adapters.spare(now, |adapter| self.lane.asks_for(adapter) == 0)
+    /// The adapter that was used longest ago, of those that nothing is asked of here, for its place or for its memory.
+    pub(crate) fn spare_adapter(&self, now: Tick, for_memory: bool) -> Option<AdapterId> {
+        self.adapters.spare(now, for_memory, |adapter| self.lane.asks_for(adapter) == 0)
     }
 
     /// Whether requests may be sent to it, now or once it is awake, as far as its health goes.

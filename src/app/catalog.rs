@@ -30,6 +30,9 @@ use crate::telemetry::ModelMetrics;
 
 /// Tokens in a prefix block until an engine says how large its KV blocks are (vLLM's default).
 const BLOCK_TOKENS: u32 = 16;
+/// Adapters of a model that are configured no more and remembered, so that workers unload them; else those that left first
+/// stay loaded.
+const ADAPTERS_GONE_MAX: usize = 256;
 /// How often a worker that leaves is looked at.
 const LEAVING_LOOK: Duration = Duration::from_millis(100);
 
@@ -237,7 +240,7 @@ impl State {
                 let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
                 Known {
                     pool,
-                    metrics: Arc::new(ModelMetrics::register(model.name.as_str())),
+                    metrics: Arc::new(ModelMetrics::new(model.name.as_str())),
                     created: now.map_or(0, |now| now.as_secs()),
                     said: BTreeMap::new(),
                     block_tokens: BLOCK_TOKENS,
@@ -260,9 +263,15 @@ impl State {
                     base: model.name.as_str().into(),
                     path: adapter.path.as_deref().map(Into::into),
                     memory_bytes: adapter.memory_mib.map_or(0, |mib| u64::from(mib.get()) << 20),
+                    gone: false,
                 }
             };
-            let adapters: Vec<Adapter> = model.adapters.iter().map(adapter).collect();
+            let mut adapters: Vec<Adapter> = model.adapters.iter().map(adapter).collect();
+            let is_gone = |before: &&Adapter| before.path.is_some() && adapters.iter().all(|now| now.id != before.id);
+            let (before, just): (Vec<_>, Vec<_>) = known.adapters.iter().filter(is_gone).partition(|known| known.gone);
+            let over = (before.len() + just.len()).saturating_sub(ADAPTERS_GONE_MAX);
+            let gone: Vec<Adapter> = before.into_iter().chain(just).skip(over).cloned().collect();
+            adapters.extend(gone.into_iter().map(|adapter| Adapter { gone: true, ..adapter }));
             if adapters != *known.adapters {
                 known.adapters = adapters.into();
             }
@@ -290,7 +299,8 @@ impl State {
         let known = models.filter_map(|model| Some((model, self.models.get(model.name.as_str())?)));
         let both = known.flat_map(|(model, known)| {
             let base = self.model(model, known);
-            let adapters: Vec<_> = known.adapters.iter().map(|adapter| base.adapted(adapter)).collect();
+            let adapters = known.adapters.iter().filter(|adapter| !adapter.gone);
+            let adapters: Vec<_> = adapters.map(|adapter| base.adapted(adapter)).collect();
             std::iter::once(base).chain(adapters)
         });
         both.map(Arc::new).collect()

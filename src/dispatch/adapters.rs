@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use forebay_backends::engines::{self, AdapterError, Load, ServedModel};
-use forebay_scheduler::{AdapterEnd, AdapterId, Event, PoolId, WorkerId};
+use forebay_scheduler::{AdapterChange, AdapterEnd, AdapterId, Event, PoolId, WorkerId};
 
 use super::intake::Intake;
 use super::workers::Worker;
@@ -97,7 +97,8 @@ impl Intake {
             let found = intake.adapters(worker.pool).iter().find(|known| known.id == adapter).cloned();
             let end = match found {
                 Some(adapter) => intake.changed_adapter(&worker, &adapter, change).await,
-                // It is configured no more, and nobody asks for it.
+                // It left the configuration long ago, and is remembered no more.
+                None if change == Change::Load => AdapterEnd::Refused,
                 None => AdapterEnd::Done,
             };
             intake.driver.tell(Event::AdapterTurned { worker: id, adapter, end });
@@ -133,19 +134,23 @@ impl Intake {
         }
     }
 
-    /// The adapters of a pool are others now. Where an adapter's files moved, workers forget those that they have.
-    pub(super) fn adapters_configured(self: &Arc<Self>, pool: PoolId, before: &Arc<[Adapter]>) {
-        let now = self.adapters(pool);
-        let moved =
-            |old: &&Adapter| now.iter().any(|new| new.id == old.id && new.path.is_some() && new.path != old.path);
-        let moved: Arc<[Adapter]> = before.iter().filter(moved).cloned().collect();
+    /// The adapters of a pool are others now.
+    pub(super) fn adapters_configured(self: &Arc<Self>, pool: PoolId, before: &[Adapter]) {
+        for now in &*self.adapters(pool) {
+            let Some(before) = before.iter().find(|before| before.id == now.id) else { continue };
+            let change = match (before.gone, now.gone) {
+                (false, true) => AdapterChange::Gone,
+                (_, false) if now.path.is_some() && now.path != before.path => AdapterChange::Moved,
+                (true, false) => AdapterChange::Back,
+                (false, false) | (true, true) => continue,
+            };
+            tracing::info!(adapter = &*now.name, ?change, "an adapter is configured otherwise");
+            self.driver.tell(Event::AdapterChanged { pool, adapter: now.id, change });
+        }
         for worker in self.workers_of(pool) {
             let Some(gone) = self.gone(worker.id) else { continue };
-            let (intake, moved) = (Arc::clone(self), Arc::clone(&moved));
+            let intake = Arc::clone(self);
             self.tracker.spawn(gone.run_until_cancelled_owned(async move {
-                for adapter in &*moved {
-                    let _ = intake.changed_adapter(&worker, adapter, Change::Unload).await;
-                }
                 intake.renew_places(&worker);
                 intake.list_adapters(&worker).await;
             }));

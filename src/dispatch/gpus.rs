@@ -116,7 +116,6 @@ impl Dispatch {
             let stays = specs.iter().any(|spec| spec.is(&node.spec));
             if !stays {
                 node.gone.cancel();
-                node.clear();
                 let named = |id: &GpuId| state.named.iter().any(|(_, named)| named == id);
                 left.extend(node.gpus.values().map(|seen| seen.id).filter(|id| !named(id)));
             }
@@ -160,6 +159,11 @@ impl Dispatch {
 }
 
 impl Nodes {
+    /// The text of the GPUs' series.
+    pub(super) fn publish(&self) -> String {
+        GpuMetrics::render(self.0.lock().nodes.iter().flat_map(|node| node.gpus.values()).map(|seen| &seen.metrics))
+    }
+
     /// The GPUs of these names, before anybody told of them: who shares one is known from the configuration alone.
     pub(super) fn named(&self, names: &[GpuName]) -> Vec<GpuId> {
         let State { next, nodes, named } = &mut *self.0.lock();
@@ -242,16 +246,10 @@ impl Node {
         let now = Instant::now();
         let key = |gpu: &Gpu| gpu.uuid.clone().unwrap_or_else(|| gpu.index.clone());
         let keys: BTreeSet<String> = snapshot.gpus.iter().map(key).collect();
-        self.gpus.retain(|known, seen| {
-            let stays = keys.contains(known);
-            if !stays {
-                seen.metrics.clear();
-            }
-            stays
-        });
+        self.gpus.retain(|known, _| keys.contains(known));
         for gpu in &snapshot.gpus {
             let seen = self.gpus.entry(key(gpu)).or_insert_with(|| {
-                let metrics = GpuMetrics::new(Arc::clone(&self.spec.name), gpu.index.clone());
+                let metrics = GpuMetrics::new(&self.spec.name, &gpu.index);
                 let known = named.iter().find(|(name, _)| is_named(name, &self.spec, gpu)).map(|(_, id)| *id);
                 let id = known.unwrap_or_else(|| fresh(next));
                 Seen { id, metrics, said: gpu.clone(), at: now, corrupted: None, fault: None, foreign_processes: 0 }

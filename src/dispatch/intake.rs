@@ -47,7 +47,7 @@ pub struct PoolSpec {
     pub model: Arc<str>,
     pub limits: PoolLimits,
     pub metrics: Arc<ModelMetrics>,
-    /// That its workers serve beside the model.
+    /// That its workers serve beside the model, and those that they may still have.
     pub adapters: Arc<[Adapter]>,
     /// How many of them one worker is given.
     pub adapters_max: Option<u32>,
@@ -326,7 +326,7 @@ impl Intake {
             places: Places::default(),
             returned: Notify::new(),
             traffic: Traffic::default(),
-            metrics: WorkerMetrics::default(),
+            metrics: WorkerMetrics::new(&spec.name),
         });
         Member { pool: pool.pool, spec: spec.clone(), worker, draining: false, gone: CancellationToken::new() }
     }

@@ -16,7 +16,6 @@ use tokio::sync::Notify;
 use super::adapters::Places;
 use super::driver::{Driver, takes_requests};
 use crate::routing::Model;
-use crate::telemetry::metrics::CLASSES;
 use crate::telemetry::{ModelMetrics, WorkerMetrics};
 
 /// One engine instance.
@@ -125,19 +124,13 @@ impl Workers {
 
     pub(super) fn apply(&self, workers: &[Arc<Worker>], pools: Vec<(PoolId, Arc<ModelMetrics>)>) {
         let table: HashMap<_, _> = workers.iter().map(|worker| (worker.id, Arc::clone(worker))).collect();
-        let is_gone = |pool: &PoolId| !pools.iter().any(|(stays, _)| stays == pool);
-        for (_, metrics) in self.pools.load().iter().filter(|(pool, _)| is_gone(pool)) {
-            (0..CLASSES.len()).for_each(|class| metrics.queue_depth(class, 0));
-            metrics.prefix_index(0, 0);
-            metrics.scale(None);
-        }
         self.table.store(Arc::new(table));
         self.pools.store(Arc::new(pools));
     }
 
-    /// Brings the gauges up to date; gives the text of the workers' series.
-    pub(super) fn publish(&self, driver: &Driver) -> String {
-        let table = self.table.load();
+    /// Brings the gauges up to date; gives the text of the models' series, `other` among them, and of the workers'.
+    pub(super) fn publish(&self, driver: &Driver, other: &ModelMetrics) -> String {
+        let (table, pools) = (self.table.load(), self.pools.load());
         driver.read(|core, now| {
             for view in core.worker_views(now) {
                 if let Some(worker) = table.get(&view.worker) {
@@ -151,7 +144,7 @@ impl Workers {
                     gauges.promised_tokens.set(view.promised_tokens as f64);
                 }
             }
-            for (pool, metrics) in self.pools.load().iter() {
+            for (pool, metrics) in pools.iter() {
                 if let Some(view) = core.pool_view(*pool) {
                     for (class, waiting) in view.queued_requests.iter().enumerate() {
                         metrics.queue_depth(class, *waiting as usize);
@@ -161,9 +154,8 @@ impl Workers {
                 }
             }
         });
-        let mut workers: Vec<_> = table.values().map(|worker| (&*worker.name, &worker.metrics)).collect();
-        workers.sort_unstable_by_key(|(name, _)| *name);
-        WorkerMetrics::render(&workers)
+        let models = pools.iter().map(|(_, metrics)| &**metrics).chain([other]);
+        ModelMetrics::render(models) + &WorkerMetrics::render(table.values().map(|worker| &worker.metrics))
     }
 }
 

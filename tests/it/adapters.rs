@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::support::client::{self, Answer, Connection, post_with};
 use crate::support::eventually;
+use crate::support::gpus::Agent;
 use crate::support::process::{Gateway, Worker, model, tokenizer};
 
 const COMPLETIONS: &str = "/v1/completions";
@@ -196,6 +197,70 @@ fn an_adapter_that_somebody_else_unloaded_is_loaded_again() {
     assert_eq!(changes(&workers[0]).len(), 4);
 }
 
+/// A request for the adapter whose answer takes its time, once it has begun.
+fn begin_long(gateway: &Gateway, adapter: &str) -> Connection {
+    let body = json!({"model": adapter, "prompt": [1, 2, 3], "max_tokens": 4000, "ignore_eos": true, "stream": true});
+    let mut client = Connection::to(gateway.client);
+    client.post(COMPLETIONS, &[], body.to_string().as_bytes());
+    eventually("the answer to begin", || {
+        (gateway.metric("forebay_worker_running{worker=\"w0\"}") == 1.0).then_some(())
+    });
+    client
+}
+
+fn until_changes(worker: &Worker, count: usize) {
+    eventually("the worker to be told", || (changes(worker).len() >= count).then_some(()));
+}
+
+#[test]
+fn an_adapter_taken_out_is_unloaded_once_its_requests_ended() {
+    let workers = [worker(&["--speed", "1"])];
+    let keys = |names: &[&str]| model("m", &[workers[0].address], &adapters(names, Some(&tokenizer())));
+    let gateway = gateway(&workers.each_ref(), &adapters(&["sql", "law"], Some(&tokenizer())));
+    ask(&gateway, "law");
+    let client = begin_long(&gateway, "sql");
+    gateway.configure("", &keys(&[]));
+    gateway.process.signal("HUP");
+    // The one that nobody uses goes at once; the other is asked for no more, and goes when its request has ended.
+    until_changes(&workers[0], 3);
+    assert_eq!(changes(&workers[0])[2], ("law".to_owned(), false));
+    assert_eq!(gateway.post(COMPLETIONS, &prompt("sql")).error()["code"], "model_not_found");
+    assert_eq!(known(&gateway)[0].keys().collect::<Vec<_>>(), ["sql"]);
+    drop(client);
+    until_changes(&workers[0], 4);
+    assert_eq!(changes(&workers[0])[3], ("sql".to_owned(), false));
+    let listed = client::get(workers[0].address, "/v1/models").json();
+    assert_eq!(listed["data"].as_array().map(Vec::len), Some(1), "{listed}");
+    // One that comes back is loaded when it is asked for.
+    gateway.configure("", &keys(&["sql"]));
+    gateway.process.signal("HUP");
+    eventually("it to be served", || (gateway.post(COMPLETIONS, &prompt("sql")).status == 200).then_some(()));
+    assert_eq!(changes(&workers[0])[4..], loaded(&["sql"]));
+}
+
+#[test]
+fn an_adapter_whose_path_changes_is_loaded_from_there_once_its_requests_ended() {
+    let workers = [worker(&["--speed", "1"])];
+    let other = tempfile::tempdir().expect("a directory");
+    let gateway = gateway(&workers.each_ref(), &adapters(&["sql"], Some(&tokenizer())));
+    let busy = begin_long(&gateway, "sql");
+    gateway.configure("", &model("m", &[workers[0].address], &adapters(&["sql"], Some(other.path()))));
+    gateway.process.signal("HUP");
+    eventually("it to leave", || (known(&gateway)[0].get("sql")? == "leaving").then_some(()));
+    let mut waits = Connection::to(gateway.client);
+    waits.post(COMPLETIONS, &[], prompt("sql").as_bytes());
+    gateway.until_queued(1);
+    assert_eq!(changes(&workers[0]), loaded(&["sql"]), "its request is under way");
+    drop(busy);
+    assert_eq!(waits.answer().status, 200);
+    let told: Vec<_> = changes(&workers[0]).into_iter().map(|(_, loads)| loads).collect();
+    assert_eq!(told, [true, false, true]);
+    assert!(gateway.process.err().contains("Moved"));
+    let listed = client::get(workers[0].address, "/v1/models").json();
+    let root = listed["data"][1]["root"].as_str().map(Path::new);
+    assert_eq!(root, Some(other.path()), "{listed}");
+}
+
 #[test]
 fn a_server_that_fails_to_load_is_asked_again() {
     let workers = [worker(&["--fault", "status:code=500,path=/v1/load_lora_adapter,first=1"])];
@@ -221,6 +286,36 @@ fn a_server_whose_load_hangs_keeps_nobody_from_another() {
     }
     assert_eq!((by(&ask(&gateway, "sql")), changes(&workers[1])), ("w1".to_owned(), loaded(&["sql"])));
     assert_eq!(known(&gateway)[0]["sql"], "loading", "it still hangs");
+}
+
+#[test]
+fn where_a_gpu_is_full_another_adapter_leaves_before_one_comes() {
+    const GIB: u64 = 1 << 30;
+    let workers = [worker(&[])];
+    let agent = Agent::start(1);
+    agent.gpus.set("0.processes", &format!("{}:1000", workers[0].process.id()));
+    let takes = |bytes: u64| agent.gpus.set("0.memory.used", &bytes.to_string());
+    takes(77 * GIB);
+    let node = format!("[[node]]\nname = \"n\"\nagent = \"http://{}\"\n", agent.address);
+    let table =
+        |name: &str| format!("[[model.adapter]]\nname = {name:?}\npath = {:?}\nmemory_mib = 2048\n", tokenizer());
+    let keys = adapters(&[], None) + &table("a") + &table("b");
+    let gateway = Gateway::start(&(node + &model("m", &[workers[0].address], &keys)));
+    let says = |bytes: u64| {
+        let gpu = || gateway.admin("workers").json()["workers"][0]["gpus"][0].clone();
+        eventually("the GPU to say so", || (gpu()["memory_used_bytes"] == bytes).then_some(()));
+    };
+    says(77 * GIB);
+    ask(&gateway, "a");
+    takes(79 * GIB);
+    says(79 * GIB);
+    let mut client = Connection::to(gateway.client);
+    client.post(COMPLETIONS, &[], prompt("b").as_bytes());
+    until_changes(&workers[0], 2);
+    assert_eq!(changes(&workers[0])[1], ("a".to_owned(), false));
+    takes(77 * GIB);
+    assert_eq!(client.answer().status, 200);
+    assert_eq!(changes(&workers[0])[2..], loaded(&["b"]), "places were free all along");
 }
 
 #[test]

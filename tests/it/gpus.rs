@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde_json::Value;
 
-use crate::support::client::{Connection, post_with};
+use crate::support::client::{self, Connection, post_with};
 use crate::support::eventually;
 use crate::support::gpus::{Agent, StandIn, library};
 use crate::support::process::{Gateway, Process, Worker, run, tokenizer};
@@ -301,15 +301,21 @@ fn telemetry_that_stops_is_a_lease_that_ends_and_an_agent_that_returns_is_heard(
     node.agent.gpus.set("0.throttle", "0x40");
     node.agent.gpus.set("0.clock", "1000");
     node.until(0, "the throttling", |worker| worker["gpu_derate"] == 0.5);
-    let Node { agent, gateway, workers: _workers } = node;
+    let Node { agent, gateway, workers } = node;
     let Agent { process, address, gpus } = agent;
     drop(process);
     until(&gateway, 0, "the end of the lease", |worker| worker["gpu_derate"] == 1.0);
     let silent = listed(&gateway, 0);
     assert_eq!((&silent["health"], &silent["takes_requests"]), (&"up".into(), &true.into()), "{silent}");
-    assert!(gateway.metric("forebay_gpu_temperature_celsius{node=\"n\",gpu=\"0\"}").is_nan());
+    let told = || client::get(gateway.ops, "/metrics").text().matches("node=\"n\"").count();
+    assert_eq!(told(), 0, "what is not known is not told");
     let _agent = Agent::over(gpus, library(&[]), &address.to_string(), &[]);
     until(&gateway, 0, "the agent", |worker| worker["gpu_derate"] == 0.5);
+    assert_eq!(told(), 2 * 6);
+    let addresses: Vec<_> = workers.iter().map(|worker| worker.address).collect();
+    gateway.configure("", &models(&addresses, ""));
+    gateway.process.signal("HUP");
+    eventually("the node's series to go", || (told() == 0).then_some(()));
 }
 
 #[test]

@@ -139,6 +139,49 @@ fn nothing_that_a_client_sends_makes_a_series() {
 }
 
 #[test]
+fn the_series_of_a_model_are_there_as_long_as_the_model() {
+    let workers = [(); 2].map(|()| Worker::start(&["--model", "m"]));
+    let tokenizer = format!("tokenizer = {:?}\n", tokenizer());
+    let first = model("m", &[workers[0].address], &tokenizer);
+    let second = model("n", &[workers[1].address], &tokenizer).replace("\"w0\"", "\"w1\"");
+    let gateway = Gateway::start(&format!("{first}{second}"));
+    let up = |worker: &str| gateway.metric(&format!("forebay_worker_up{{worker=\"{worker}\"}}")) == 1.0;
+    let ask = |name: &str| {
+        let body = streamed("hello").replace(r#""m""#, &format!("{name:?}"));
+        gateway.post("/v1/chat/completions", &body).status
+    };
+    let of = |text: &str, name: &str| -> BTreeSet<_> {
+        series(text).into_iter().filter(|(_, labels)| labels.get("model").is_some_and(|model| model == name)).collect()
+    };
+    eventually("both workers", || (up("w0") && up("w1")).then_some(()));
+    assert_eq!((ask("m"), ask("n"), ask("n"), ask("x")), (200, 200, 200, 404));
+    eventually("all rows", || (gateway.rows().len() == 4).then_some(()));
+    let before = scrape(&gateway);
+    assert!(of(&before, "n").len() > 50, "{before}");
+    let answered = "forebay_requests_total{model=\"n\",api=\"chat\",code=\"200\"}";
+    assert_eq!(crate::support::process::metric(&before, answered), 2.0);
+
+    gateway.configure("", &first);
+    gateway.process.signal("HUP");
+    let after = eventually("the model's series to go", || {
+        Some(scrape(&gateway)).filter(|text| of(text, "n").is_empty() && !text.contains("\"w1\""))
+    });
+    assert_eq!((of(&after, "m"), of(&after, "other")), (of(&before, "m"), of(&before, "other")), "the rest stays");
+    for family in series(&after).into_iter().map(|(name, _)| name) {
+        let name =
+            ["_bucket", "_sum", "_count"].into_iter().find_map(|end| family.strip_suffix(end)).unwrap_or(&family);
+        let kinds = after.lines().filter(|line| line.starts_with(&format!("# TYPE {name} "))).count();
+        assert_eq!(kinds, 1, "{family}");
+    }
+
+    gateway.configure("", &format!("{first}{second}"));
+    gateway.process.signal("HUP");
+    eventually("the worker to be back", || up("w1").then_some(()));
+    assert_eq!(ask("n"), 200);
+    eventually("the answer to be counted", || (gateway.metric(answered) == 1.0).then_some(()));
+}
+
+#[test]
 fn gauges_follow_the_workers() {
     let worker = Worker::start(&["--model", "m", "--speed", "1"]);
     let recorder = Recorder::start("m", vec![held_stream()]);

@@ -144,6 +144,7 @@ impl Gpu {
         beneath.foreign = more(beneath.foreign, foreign);
         beneath.unexplained = beneath.unexplained.max(self.unexplained.map_or(0.0, |(_, share)| share));
         beneath.memory = more(beneath.memory, reading.memory);
+        beneath.free_bytes = [beneath.free_bytes, reading.free_bytes].into_iter().flatten().min();
     }
 }
 

@@ -190,7 +190,8 @@ impl Core {
         let rescore = laden.then(|| worker.rescored.after(self.config.rescore_every));
         let health = worker.health.next_wake().filter(|_| !worker.draining);
         let asleep = worker.sleep.gives_up(&self.config);
-        let wanted = [busy, rescore, health, asleep, siblings].into_iter().flatten().min();
+        let unwanted = worker.adapters.unload_retry(now, &pool.adapters_gone);
+        let wanted = [busy, rescore, health, asleep, siblings, unwanted].into_iter().flatten().min();
         self.timers.set(Timer::Worker(slot), &mut worker.timer, wanted);
         appeared.then_some(worker.pool)
     }

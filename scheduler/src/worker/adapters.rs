@@ -5,7 +5,7 @@
 //!
 //! Not here: who is given which adapter and whose place it gets (`core::adapters`), and who waits for it (`lane`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::config::Config;
@@ -39,6 +39,17 @@ pub enum AdapterState {
     Unloading,
 }
 
+/// What became of an adapter in the configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AdapterChange {
+    /// It is not there any more. Workers forget it once nobody asks for it.
+    Gone,
+    /// It is there again, as it was.
+    Back,
+    /// Its files are others. Nothing more is asked of the old ones, and workers load it anew.
+    Moved,
+}
+
 /// What became of telling a worker to load an adapter, or to unload it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AdapterEnd {
@@ -57,9 +68,23 @@ struct Here {
     since: Tick,
     /// When something was sent for it, or ended, last.
     used: Tick,
+    /// Its files are others now than those that it was loaded from.
+    stale: bool,
+    /// It is not unloaded before, since that failed; and for how long it is left alone when it fails next.
+    unload_after: Tick,
+    next: Duration,
 }
 
 impl Here {
+    fn new(now: Tick, adapter: Adapter, state: AdapterState) -> Self {
+        Self { adapter, state, since: now, used: now, stale: false, unload_after: Tick::ZERO, next: Duration::ZERO }
+    }
+
+    /// Its state while it is there and the worker is told nothing.
+    fn at_rest(&self) -> AdapterState {
+        if self.stale { AdapterState::Leaving } else { AdapterState::Loaded }
+    }
+
     /// Whether it is there until the worker is told something else.
     fn stays(&self) -> bool {
         matches!(self.state, AdapterState::Loaded | AdapterState::Leaving)
@@ -81,8 +106,6 @@ pub(crate) struct Adapters {
     failures: BTreeMap<AdapterId, Failure>,
     /// Requests that were sent for each and have not ended.
     sent: BTreeMap<AdapterId, u32>,
-    /// Nothing is unloaded before: that failed.
-    unload_after: Tick,
 }
 
 impl Adapters {
@@ -97,6 +120,38 @@ impl Adapters {
 
     pub(crate) fn states(&self) -> impl Iterator<Item = (AdapterId, AdapterState)> {
         self.here.iter().map(|(id, here)| (*id, here.state))
+    }
+
+    /// Those that are to leave though nobody needs their place: `gone` ones, and such whose files moved.
+    pub(crate) fn unwanted(&self, gone: &BTreeSet<AdapterId>) -> impl Iterator<Item = AdapterId> {
+        let here = self.here.iter().filter(|(_, here)| here.adapter.loadable && here.stays());
+        here.filter(|(id, here)| here.stale || gone.contains(id)).map(|(id, _)| *id)
+    }
+
+    /// When the next of those that failed to leave may be tried again.
+    pub(crate) fn unload_retry(&self, now: Tick, gone: &BTreeSet<AdapterId>) -> Option<Tick> {
+        let retries = self.unwanted(gone).map(|adapter| self.unload_after(adapter));
+        retries.filter(|at| *at > now).min()
+    }
+
+    /// Until when an unload that failed is not tried again.
+    pub(crate) fn unload_after(&self, adapter: AdapterId) -> Tick {
+        self.here.get(&adapter).map_or(Tick::ZERO, |here| here.unload_after)
+    }
+
+    pub(crate) fn is_stale(&self, adapter: AdapterId) -> bool {
+        self.here.get(&adapter).is_some_and(|here| here.stale)
+    }
+
+    /// Its files are others now, so that what is known of the old ones is void.
+    pub(crate) fn moved(&mut self, now: Tick, adapter: AdapterId) {
+        self.failures.remove(&adapter);
+        if let Some(here) = self.here.get_mut(&adapter).filter(|here| here.adapter.loadable) {
+            here.stale = true;
+            if here.state == AdapterState::Loaded {
+                self.turn(now, adapter, AdapterState::Leaving);
+            }
+        }
     }
 
     /// Since when each is in its state, of those that were told something or are to be.
@@ -114,6 +169,22 @@ impl Adapters {
     /// Places that are taken; what was there from the start and stays takes none.
     pub(crate) fn places_taken(&self) -> u32 {
         u32::try_from(self.here.values().filter(|here| here.adapter.loadable).count()).unwrap_or(u32::MAX)
+    }
+
+    /// Bytes on each GPU that those take which are there, or leave, or come, as far as they are ours to unload.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        self.here.values().filter(|here| here.adapter.loadable).map(|here| here.adapter.memory_bytes).sum()
+    }
+
+    /// Of these, what those take that come.
+    pub(crate) fn coming_bytes(&self) -> u64 {
+        let coming = self.here.values().filter(|here| here.state == AdapterState::Loading);
+        coming.map(|here| here.adapter.memory_bytes).sum()
+    }
+
+    /// What one that is here takes.
+    pub(crate) fn bytes_of(&self, adapter: AdapterId) -> u64 {
+        self.here.get(&adapter).map_or(0, |here| here.adapter.memory_bytes)
     }
 
     /// Whether it is loaded, or will be without more to do.
@@ -135,25 +206,29 @@ impl Adapters {
                 lasted if lasted < load => load - lasted,
                 lasted => lasted,
             },
-            Some(_) | None => load + self.retry(adapter).seconds_since(now),
+            Some(here) => load + here.unload_after.seconds_since(now),
+            None => load + self.retry(adapter).seconds_since(now),
         }
     }
 
-    /// The one that was used longest ago of those that `rest`, if one may be unloaded now.
-    pub(crate) fn spare(&self, now: Tick, rest: impl Fn(AdapterId) -> bool) -> Option<AdapterId> {
-        let spare = self.here.iter().filter(|(id, here)| self.may_leave(now, here) && !self.is_used(**id));
+    /// The one that was used longest ago of those that `rest`, if one may be unloaded now; `for_memory`: of those that take
+    /// any.
+    pub(crate) fn spare(&self, now: Tick, for_memory: bool, rest: impl Fn(AdapterId) -> bool) -> Option<AdapterId> {
+        let may = |here: &Here| self.may_leave(now, here, for_memory);
+        let spare = self.here.iter().filter(|(id, here)| may(here) && !self.is_used(**id));
         spare.filter(|(id, _)| rest(**id)).min_by_key(|(id, here)| (here.used, **id)).map(|(id, _)| *id)
     }
 
-    /// The one that had its place for longest, of those that had it for a turn.
-    pub(crate) fn had_its_turn(&self, now: Tick, config: &Config) -> Option<AdapterId> {
+    /// The one that had its place for longest, of those that had it for a turn; `for_memory` as above.
+    pub(crate) fn had_its_turn(&self, now: Tick, for_memory: bool, config: &Config) -> Option<AdapterId> {
         let over = |here: &Here| now.since(here.since) >= config.adapter_turn;
-        let had = self.here.iter().filter(|(_, here)| self.may_leave(now, here) && over(here));
+        let had = self.here.iter().filter(|(_, here)| self.may_leave(now, here, for_memory) && over(here));
         had.min_by_key(|(id, here)| (here.since, **id)).map(|(id, _)| *id)
     }
 
-    fn may_leave(&self, now: Tick, here: &Here) -> bool {
-        here.adapter.loadable && here.state == AdapterState::Loaded && self.unload_after <= now
+    fn may_leave(&self, now: Tick, here: &Here, for_memory: bool) -> bool {
+        let helps = here.adapter.loadable && (!for_memory || here.adapter.memory_bytes > 0);
+        helps && here.state == AdapterState::Loaded && here.unload_after <= now
     }
 
     /// Whether something that was sent for it has not ended.
@@ -186,7 +261,7 @@ impl Adapters {
 
     /// It was told to load it.
     pub(crate) fn load(&mut self, now: Tick, adapter: Adapter) {
-        self.here.insert(adapter.id, Here { adapter, state: AdapterState::Loading, since: now, used: now });
+        self.here.insert(adapter.id, Here::new(now, adapter, AdapterState::Loading));
     }
 
     pub(crate) fn turn(&mut self, now: Tick, adapter: AdapterId, to: AdapterState) {
@@ -211,7 +286,8 @@ impl Adapters {
             (AdapterState::Loading, AdapterEnd::Done) => {
                 took = Some(now.seconds_since(here.since));
                 self.failures.remove(&adapter);
-                self.turn(now, adapter, AdapterState::Loaded);
+                let there = here.at_rest();
+                self.turn(now, adapter, there);
             }
             (AdapterState::Loading, AdapterEnd::Failed | AdapterEnd::Refused) => {
                 self.here.remove(&adapter);
@@ -219,8 +295,11 @@ impl Adapters {
             }
             (AdapterState::Unloading, AdapterEnd::Done) => drop(self.here.remove(&adapter)),
             (AdapterState::Unloading, AdapterEnd::Failed | AdapterEnd::Refused) => {
-                self.unload_after = now.after(config.wake_retry);
-                self.turn(now, adapter, AdapterState::Loaded);
+                here.next = (here.next * 2).max(config.wake_retry).min(config.wake_retry_max);
+                here.unload_after = now.after(here.next);
+                here.stale &= end == AdapterEnd::Failed; // better the old files than none
+                let there = here.at_rest();
+                self.turn(now, adapter, there);
             }
         }
         Some((self.state(adapter), took))
@@ -258,8 +337,7 @@ impl Adapters {
         }
         for adapter in &came {
             self.failures.remove(&adapter.id);
-            let here = Here { adapter: *adapter, state: AdapterState::Loaded, since: now, used: now };
-            self.here.insert(adapter.id, here);
+            self.here.insert(adapter.id, Here::new(now, *adapter, AdapterState::Loaded));
         }
         (came.iter().map(|adapter| adapter.id).collect(), gone)
     }

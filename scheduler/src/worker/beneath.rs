@@ -33,6 +33,8 @@ pub(crate) struct Beneath {
     pub(crate) unexplained: f64,
     /// Share of the memory taken that was free at its emptiest.
     pub(crate) memory: Option<f64>,
+    /// Bytes of memory that nobody has on the fullest of them.
+    pub(crate) free_bytes: Option<u64>,
     /// Other workers that have work on the same GPUs.
     pub(crate) neighbours: usize,
     /// A GPU's fault is why it gets nothing, or got nothing last.
@@ -49,6 +51,7 @@ impl Default for Beneath {
             foreign: None,
             unexplained: 0.0,
             memory: None,
+            free_bytes: None,
             neighbours: 0,
             fault: false,
             occupies: false,
@@ -82,5 +85,9 @@ impl Beneath {
 
     pub(crate) fn memory(&self, now: Tick) -> Option<f64> {
         self.memory.filter(|_| now < self.until)
+    }
+
+    pub(crate) fn free_bytes(&self, now: Tick) -> Option<u64> {
+        self.free_bytes.filter(|_| now < self.until)
     }
 }

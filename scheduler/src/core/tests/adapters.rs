@@ -36,6 +36,10 @@ fn seen(world: &mut World, worker: u32, adapters: &[Adapter]) -> Vec<Action> {
     world.event(Event::AdaptersSeen { worker: WorkerId(worker), adapters: adapters.to_vec() })
 }
 
+fn changed(world: &mut World, of: u32, change: AdapterChange) -> Vec<Action> {
+    world.event(Event::AdapterChanged { pool: POOL, adapter: AdapterId(of), change })
+}
+
 /// Of these actions, such as load or unload.
 fn turns(actions: &[Action]) -> Vec<Action> {
     let turns = actions.iter().filter(|a| matches!(a, Action::LoadAdapter { .. } | Action::UnloadAdapter { .. }));
@@ -197,6 +201,142 @@ fn memory_that_somebody_has_prevents_a_load() {
     assert_eq!(turns(&world.wait(5600)), [load(0, 1)]);
 }
 
+/// A world whose workers share a GPU of 80 GiB, and take more adapters than fit.
+fn on_one_gpu(workers: u32) -> World {
+    World::with_workers(workers, &WorkerSpec { gpus: vec![GpuId(0)], adapters_max: 9, ..WorkerSpec::default() })
+}
+
+fn has_free(world: &mut World, gib: u64) -> Vec<Action> {
+    let used = (80 - gib) as f64 / 80.0;
+    let report = GpuReport { memory: Some(used), memory_bytes: Some(80 * GIB), ..GpuReport::default() };
+    let mut actions = world.wait(1000);
+    actions.extend(world.event(Event::Gpu { gpu: GpuId(0), report }));
+    actions
+}
+
+fn ask_large(world: &mut World, id: u64, of: u32) -> Vec<Action> {
+    world.arrive(Request { adapter: Some(Adapter { memory_bytes: 4 * GIB, ..adapter(of) }), ..request(id, 160) })
+}
+
+#[test]
+fn where_memory_lacks_another_adapter_leaves_and_the_gpu_has_the_last_word() {
+    let mut world = on_one_gpu(1);
+    has_free(&mut world, 6);
+    assert_eq!(turns(&ask_large(&mut world, 1, 1)), [load(0, 1)]);
+    assert_eq!(turns(&ask_large(&mut world, 2, 2)), [], "the first one's memory counts before it has it");
+    turned(&mut world, 0, 1, AdapterEnd::Done);
+    assert_eq!(turns(&has_free(&mut world, 2)), [], "the first is in use");
+    assert_eq!(turns(&world.finish(1)), [unload(0, 1)]);
+    assert_eq!(turns(&turned(&mut world, 0, 1, AdapterEnd::Done)), [], "what the GPU said was before");
+    assert_eq!(turns(&has_free(&mut world, 6)), [load(0, 2)]);
+    turned(&mut world, 0, 2, AdapterEnd::Done);
+    assert_eq!(world.sent_to(2), Some(0));
+    // one in use had its turn; what is freed, somebody else takes: nobody can make room any more
+    has_free(&mut world, 2);
+    world.wait(2000);
+    has_free(&mut world, 2);
+    assert_eq!(turns(&ask_large(&mut world, 3, 3)), []);
+    (0..3).for_each(|_| assert_eq!(turns(&has_free(&mut world, 2)), []));
+    assert_eq!(turns(&world.finish(2)), [unload(0, 2)]);
+    turned(&mut world, 0, 2, AdapterEnd::Done);
+    assert_eq!(turns(&has_free(&mut world, 2)), []);
+    assert_eq!(world.waiting(), [RequestId(3)], "it is not refused: the memory may come back");
+    (0..4).for_each(|_| assert_eq!(turns(&has_free(&mut world, 6)), [], "it is left alone for a while"));
+    assert_eq!(turns(&has_free(&mut world, 6)), [load(0, 3)]);
+}
+
+#[test]
+fn a_worker_whose_gpu_has_no_memory_costs_more() {
+    let mut world = World::with_workers(0, &spec());
+    for worker in 0..2 {
+        world.join(worker, WorkerSpec { gpus: vec![GpuId(worker)], ..spec() });
+        world.probed(worker, true);
+    }
+    has_free(&mut world, 2);
+    assert_eq!(turns(&ask_large(&mut world, 1, 1)), [load(1, 1)]);
+    assert_eq!(term(&world, 1, 1), 1.25);
+    assert_eq!(term(&world, 1, 0), 1.25 + 5.0 + 2.0, "nobody there can make room");
+}
+
+#[test]
+fn what_is_configured_no_more_is_unloaded_once_nobody_asks_for_it() {
+    let mut world = World::with_workers(1, &WorkerSpec { sequences_max: 1, ..spec() });
+    ask(&mut world, 1, 1);
+    turned(&mut world, 0, 1, AdapterEnd::Done);
+    ask(&mut world, 2, 1);
+    assert_eq!((world.sent_to(1), world.sent_to(2)), (Some(0), None), "one at a time");
+    assert_eq!(changed(&mut world, 1, AdapterChange::Gone), []);
+    world.finish(1);
+    assert_eq!(world.sent_to(2), Some(0), "it asked before");
+    assert_eq!(turns(&world.finish(2)), [unload(0, 1)]);
+    // one that fails is tried again, though nobody asks for anything
+    turned(&mut world, 0, 1, AdapterEnd::Failed);
+    assert_eq!(turns(&world.wait(4900)), []);
+    assert_eq!(turns(&world.wait(200)), [unload(0, 1)]);
+    turned(&mut world, 0, 1, AdapterEnd::Done);
+    assert_eq!(world.core.worker_views(world.now).next().unwrap().adapters, []);
+    // a server that has it when it returns forgets it, too; and none once it is configured again
+    assert_eq!(turns(&seen(&mut world, 0, &[adapter(1)])), [unload(0, 1)]);
+    turned(&mut world, 0, 1, AdapterEnd::Done);
+    changed(&mut world, 1, AdapterChange::Back);
+    assert_eq!(turns(&seen(&mut world, 0, &[adapter(1)])), []);
+    // what a worker began with is not ours to unload
+    seen(&mut world, 0, &[Adapter { loadable: false, ..adapter(2) }]);
+    assert_eq!(turns(&changed(&mut world, 2, AdapterChange::Gone)), []);
+}
+
+#[test]
+fn a_worker_that_takes_no_adapters_keeps_those_that_it_has() {
+    let mut world = World::with_workers(1, &WorkerSpec::default());
+    seen(&mut world, 0, &[adapter(1)]);
+    for change in [AdapterChange::Gone, AdapterChange::Moved] {
+        assert_eq!(turns(&changed(&mut world, 1, change)), []);
+    }
+    ask(&mut world, 1, 1);
+    assert_eq!(world.sent_to(1), Some(0));
+}
+
+#[test]
+fn only_so_many_are_remembered_that_are_configured_no_more() {
+    let mut world = World::with_workers(1, &spec());
+    (1..=257).for_each(|of| drop(changed(&mut world, of, AdapterChange::Gone)));
+    assert_eq!(turns(&seen(&mut world, 0, &[adapter(1)])), []);
+    assert_eq!(turns(&seen(&mut world, 0, &[adapter(2)])), [unload(0, 2)]);
+}
+
+#[test]
+fn an_adapter_whose_files_moved_is_loaded_anew_once_its_requests_ended() {
+    let mut world = World::with_workers(1, &spec());
+    ask(&mut world, 1, 1);
+    turned(&mut world, 0, 1, AdapterEnd::Done);
+    assert_eq!(world.sent_to(1), Some(0));
+    assert_eq!(turns(&changed(&mut world, 1, AdapterChange::Moved)), [], "it is in use");
+    assert_eq!(turns(&ask(&mut world, 2, 1)), []);
+    assert_eq!(world.sent_to(2), None, "nothing more is asked of the old files");
+    assert_eq!(turns(&world.finish(1)), [unload(0, 1)]);
+    turned(&mut world, 0, 1, AdapterEnd::Failed);
+    assert_eq!(turns(&world.wait(5600)), [unload(0, 1)]);
+    assert_eq!(turns(&turned(&mut world, 0, 1, AdapterEnd::Done)), [load(0, 1)]);
+    // files that move while they are loaded may be the old ones
+    assert_eq!(turns(&changed(&mut world, 1, AdapterChange::Moved)), []);
+    assert_eq!(turns(&turned(&mut world, 0, 1, AdapterEnd::Done)), [unload(0, 1)]);
+    assert_eq!(turns(&turned(&mut world, 0, 1, AdapterEnd::Done)), [load(0, 1)]);
+    turned(&mut world, 0, 1, AdapterEnd::Done);
+    assert_eq!(world.sent_to(2), Some(0));
+    world.finish(2);
+    // what nobody asks for is not loaded again; and where the engine does not unload, the old files serve
+    assert_eq!(turns(&changed(&mut world, 1, AdapterChange::Moved)), [unload(0, 1)]);
+    ask(&mut world, 3, 1);
+    turned(&mut world, 0, 1, AdapterEnd::Refused);
+    assert_eq!(world.sent_to(3), Some(0));
+    // a refusal was of the old files
+    ask(&mut world, 4, 2);
+    turned(&mut world, 0, 2, AdapterEnd::Refused);
+    assert_eq!(world.refusal(4), Some(Refusal::AdapterUnavailable));
+    changed(&mut world, 2, AdapterChange::Moved);
+    assert_eq!(turns(&ask(&mut world, 5, 2)), [load(0, 2)]);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Ask(u32),
@@ -205,6 +345,7 @@ enum Step {
     Fail(usize),
     Turn(usize, AdapterEnd),
     Seen(u32, Vec<u32>),
+    Changed(u32, AdapterChange),
     Probed(u32, bool),
     Cancel(usize),
     Places(u32, u32),
@@ -213,6 +354,7 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     let end = prop_oneof![4 => Just(AdapterEnd::Done), 1 => Just(AdapterEnd::Failed), 1 => Just(AdapterEnd::Refused)];
+    let change = prop_oneof![Just(AdapterChange::Gone), Just(AdapterChange::Back), Just(AdapterChange::Moved)];
     prop_oneof![
         6 => (0..5_u32).prop_map(Step::Ask),
         1 => Just(Step::Plain),
@@ -220,6 +362,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => any::<usize>().prop_map(Step::Fail),
         6 => (any::<usize>(), end).prop_map(|(at, end)| Step::Turn(at, end)),
         1 => (0..3_u32, prop::collection::vec(0..5_u32, 0..3)).prop_map(|(worker, has)| Step::Seen(worker, has)),
+        1 => (0..4_u32, change).prop_map(|(of, change)| Step::Changed(of, change)),
         1 => (0..3_u32, any::<bool>()).prop_map(|(worker, healthy)| Step::Probed(worker, healthy)),
         1 => any::<usize>().prop_map(Step::Cancel),
         1 => (0..3_u32, 0..3_u32).prop_map(|(worker, places)| Step::Places(worker, places)),
@@ -261,6 +404,7 @@ fn play(world: &mut World, step: Step) {
             }
         }
         Step::Seen(worker, has) => drop(seen(world, worker, &has.into_iter().map(adapter).collect::<Vec<_>>())),
+        Step::Changed(of, change) => drop(changed(world, of, change)),
         Step::Probed(worker, healthy) => drop(world.probed(worker, healthy)),
         Step::Cancel(at) => {
             if let Some(request) = pick(&world.waiting(), at) {
@@ -275,8 +419,8 @@ fn play(world: &mut World, step: Step) {
 proptest! {
     #![proptest_config(ProptestConfig { max_shrink_iters: 4096, ..ProptestConfig::with_cases(400) })]
 
-    /// The world asserts at each step: nothing is sent where its adapter is not, nothing in use is unloaded, nobody is told
-    /// twice.
+    /// The world asserts at each step: nothing is sent where its adapter is not or has old files, nothing in use is unloaded,
+    /// nobody is told twice. In the end, none is left that is configured no more.
     #[test]
     fn whatever_comes_everybody_has_an_outcome(steps in prop::collection::vec(step(), 1..120)) {
         let mut world = World::with_workers(3, &spec());
@@ -286,6 +430,8 @@ proptest! {
         for worker in 0..3 {
             world.join(worker, spec());
         }
+        changed(&mut world, 0, AdapterChange::Gone);
+        changed(&mut world, 4, AdapterChange::Gone);
         for _ in 0..300 {
             let probed: Vec<_> = world.wait(1000).into_iter().filter_map(|action| match action {
                 Action::Probe { worker } => Some(worker),
@@ -301,10 +447,12 @@ proptest! {
             for id in world.sent() {
                 world.finish(id.0);
             }
-            if world.waiting().is_empty() && world.sent().is_empty() {
+            let leaves = |key: &(WorkerId, AdapterId)| key.1 == AdapterId(0);
+            if world.waiting().is_empty() && world.sent().is_empty() && !world.adapters.iter().any(leaves) {
                 break;
             }
         }
+        prop_assert!(!world.adapters.iter().any(|(_, adapter)| *adapter == AdapterId(0)), "{:?}", world.adapters);
         prop_assert!(world.waiting().is_empty(), "{:?}", world.waiting());
         let timed_out = |stage: &Stage| matches!(stage, Stage::Refused(Refusal::TimedOut));
         prop_assert!(world.now > Tick(60_000_000) || !world.stages.values().any(timed_out));
@@ -329,6 +477,54 @@ proptest! {
         for view in world.core.worker_views(world.now) {
             prop_assert!(view.adapters.len() <= PLACES as usize, "{:?}", view.adapters);
         }
+    }
+}
+
+/// What the GPU has free beside these adapters and 67 GiB that are no adapter's.
+fn free_gib(world: &World) -> u64 {
+    13_u64.saturating_sub(4 * (world.adapters.len() + world.turning.len()) as u64)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { max_shrink_iters: 4096, ..ProptestConfig::with_cases(200) })]
+
+    /// Three adapters fit on the GPU of two workers.
+    #[test]
+    fn what_is_loaded_fits_and_everybody_gets_it(
+        steps in prop::collection::vec((0..4_u8, 0..5_u32, any::<usize>()), 1..80),
+    ) {
+        let mut world = on_one_gpu(2);
+        has_free(&mut world, 13);
+        let step = |world: &mut World, (kind, of, at): (u8, u32, usize)| -> Result<(), TestCaseError> {
+            let turning: Vec<_> = world.turning.keys().copied().collect();
+            match kind {
+                0 => {
+                    world.next += 1;
+                    let id = world.next;
+                    ask_large(world, id, of);
+                }
+                1 => drop(pick(&turning, at).map(|(worker, of)| turned(world, worker.0, of.0, AdapterEnd::Done))),
+                2 => drop(pick(&world.sent(), at).map(|id| world.finish(id.0))),
+                _ => {
+                    let free = free_gib(world);
+                    has_free(world, free);
+                }
+            }
+            prop_assert!(world.adapters.len() + world.turning.len() <= 3, "{:?} {:?}", world.adapters, world.turning);
+            Ok(())
+        };
+        for (at, this) in steps.into_iter().enumerate() {
+            step(&mut world, this)?;
+            if at % 8 == 0 {
+                step(&mut world, (3, 0, 0))?;
+            }
+        }
+        for _ in 0..200 {
+            (0..4).try_for_each(|at| step(&mut world, (1, 0, at)))?;
+            (0..80).try_for_each(|at| step(&mut world, (2, 0, at)))?;
+            step(&mut world, (3, 0, 0))?;
+        }
+        prop_assert_eq!(world.waiting(), []);
     }
 }
 

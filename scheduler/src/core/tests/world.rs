@@ -31,6 +31,9 @@ pub(super) struct World {
     /// Adapters by worker, as far as the core was told; and those that a worker was told to load (true) or unload.
     pub(super) adapters: BTreeSet<(WorkerId, AdapterId)>,
     pub(super) turning: BTreeMap<(WorkerId, AdapterId), bool>,
+    /// Of both, those whose files moved since, where workers take adapters at our word; and who takes none.
+    stale: BTreeSet<(WorkerId, AdapterId)>,
+    fixed: BTreeSet<WorkerId>,
     pub(super) log: Vec<(Tick, Action)>,
     pub(super) next: u64,
 }
@@ -83,6 +86,8 @@ impl World {
             told: BTreeSet::new(),
             adapters: BTreeSet::new(),
             turning: BTreeMap::new(),
+            stale: BTreeSet::new(),
+            fixed: BTreeSet::new(),
             log: Vec::new(),
             next: 0,
         };
@@ -107,6 +112,11 @@ impl World {
             HealthState::Unknown
         });
         self.roles.insert(worker, spec.role);
+        if spec.adapters_max > 0 {
+            self.fixed.remove(&worker)
+        } else {
+            self.fixed.insert(worker)
+        };
         self.event(Event::WorkerJoined { worker, pool: POOL, spec })
     }
 
@@ -168,12 +178,20 @@ impl World {
                 if loads == (*end == AdapterEnd::Done) {
                     self.adapters.insert((*worker, *adapter));
                 }
+                if !loads && *end == AdapterEnd::Refused {
+                    self.stale.remove(&(*worker, *adapter));
+                }
+            }
+            Event::AdapterChanged { adapter, change: AdapterChange::Moved, .. } => {
+                let moved = |key: &&(WorkerId, AdapterId)| key.1 == *adapter && !self.fixed.contains(&key.0);
+                self.stale.extend(self.adapters.iter().chain(self.turning.keys()).filter(moved));
             }
             Event::WorkerLeft { worker } => {
                 self.health.remove(worker);
             }
             _ => {}
         }
+        self.stale.retain(|key| self.adapters.contains(key) || self.turning.contains_key(key));
         let mut out = Vec::new();
         self.core.handle(self.now, event, &mut out);
         self.perform(&out);
@@ -219,6 +237,8 @@ impl World {
                     let adapter = self.core.request(*request).and_then(|request| request.adapter);
                     let has = adapter.is_none_or(|adapter| self.adapters.contains(&(*worker, adapter.id)));
                     assert!(has, "{request} was sent to {worker}, which does not have its adapter");
+                    let old = adapter.is_some_and(|adapter| self.stale.contains(&(*worker, adapter.id)));
+                    assert!(!old, "{request} was sent to {worker}, which has other files");
                 }
                 Action::Refuse { request, reason, retry_after } => {
                     let before = self.stages.insert(*request, Stage::Refused(*reason));
@@ -238,6 +258,7 @@ impl World {
                 Action::LoadAdapter { worker, adapter } => {
                     let key = (*worker, *adapter);
                     assert!(!self.adapters.contains(&key), "{worker} has {adapter}");
+                    self.stale.remove(&key);
                     assert!(self.turning.insert(key, true).is_none(), "{worker} was told of {adapter} before");
                 }
                 Action::UnloadAdapter { worker, adapter } => {

@@ -1,5 +1,5 @@
-//! Time until a worker has the request's LoRA adapter: what its loads take, and until then another has left its place; and a
-//! quarter more where one has to begin, for what others there lose by it.
+//! Time until a worker has the request's LoRA adapter: what its loads take, and until then another has left its place, or the
+//! memory that it needs; and a quarter more where one has to begin, for what others there lose by it.
 
 use crate::placement::Prospect;
 

@@ -149,6 +149,7 @@ fn adapters_beside_the_model_have_blocks_of_their_own() {
         name: name.into(),
         base: "m".into(),
         path: None,
+        gone: false,
         memory_bytes: 0,
     };
     let of = |lora: &str, block| Event::Stored(Stored { lora: Some(lora.to_owned()), ..stored(&[block], None, 0) });
