@@ -386,7 +386,7 @@ impl Intake {
                 let first = worker.identity.load().is_none();
                 self.identified(&worker, &spec, &model, &detected).await;
                 self.adapters_listed(&worker, &detected.models, load);
-                self.look_asleep(&worker, &spec).await;
+                self.look_asleep(&worker).await;
                 if first {
                     self.watch(&worker, &gone, detected.engine);
                     self.follow_cache(&worker, &gone, detected.engine, spec.kv_events.clone());
@@ -399,8 +399,9 @@ impl Intake {
     }
 
     /// Asks a worker that may be put to sleep whether it is, before anything is sent there.
-    async fn look_asleep(&self, worker: &Worker, spec: &WorkerSpec) {
-        let Some(identity) = worker.identity.load_full().filter(|_| spec.sleep.is_some()) else { return };
+    async fn look_asleep(&self, worker: &Worker) {
+        let sleeps = worker.spec.lock().sleep.is_some();
+        let Some(identity) = worker.identity.load_full().filter(|_| sleeps) else { return };
         match engines::is_asleep(&worker.channel, identity.engine, &identity.model).await {
             Ok(Some(asleep)) => self.driver.tell(Event::SleepSeen { worker: worker.id, asleep }),
             Ok(None) => {
@@ -470,11 +471,18 @@ impl Intake {
         let (intake, worker) = (Arc::clone(self), Arc::clone(worker));
         self.tracker.spawn(gone.clone().run_until_cancelled_owned(async move {
             let (channel, traffic) = (worker.channel.clone(), worker.traffic.clone());
-            let Some(mut signals) = Signals::new(channel, engine, traffic, Pace::default()) else { return };
+            let sleeps = worker.spec.lock().sleep.is_some();
+            let Some(mut signals) = Signals::new(channel, engine, traffic, Pace::default()) else {
+                // It may be put to sleep by others, or by itself, and nothing else would say so.
+                while sleeps && engine.dormant().is_some() {
+                    tokio::time::sleep(Pace::default().idle).await;
+                    intake.look_asleep(&worker).await;
+                }
+                return;
+            };
             signals = signals.of_rank(worker.rank);
             let mut cache = (None, None);
             let (mut places, mut listed) = (None, Instant::now());
-            let sleeps = worker.spec.lock().sleep.is_some();
             loop {
                 match signals.next().await {
                     Signal::Load(load) if load.sleeping && sleeps => {

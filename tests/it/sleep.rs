@@ -1,12 +1,12 @@
 //! Models that take turns in the memory of a GPU: simulated vLLM servers with sleep mode, which refuse what comes while
-//! they sleep and remember when they were awake.
+//! they sleep and remember when they were awake, and an Ollama that unloads its model unasked.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::client::{Connection, post_with};
+use crate::support::client::{Connection, post, post_with};
 use crate::support::eventually;
 use crate::support::gpus::Agent;
 use crate::support::process::{Gateway, Worker, tokenizer};
@@ -23,10 +23,16 @@ struct Fleet {
 impl Fleet {
     /// `node` are the keys of the node that has the GPU.
     fn start(models: usize, node: &str, flags: &[&str]) -> Self {
+        let fleet = Self::of(models, node, &[&["--enable-sleep-mode", "--asleep"], flags].concat());
+        (0..models).for_each(|model| fleet.until(model, "asleep"));
+        fleet
+    }
+
+    fn of(models: usize, node: &str, flags: &[&str]) -> Self {
         let worker = |model: usize| {
             let name = format!("m{model}");
-            let usual = ["--model", &name, "--enable-sleep-mode", "--asleep", "--wake-seconds", "0.2"];
-            Worker::start(&[&usual[..], &["--sleep-seconds", "0.05"], flags].concat())
+            let usual = ["--model", &name, "--wake-seconds", "0.2", "--sleep-seconds", "0.05"];
+            Worker::start(&[&usual, flags].concat())
         };
         let workers: Vec<Worker> = (0..models).map(worker).collect();
         let mut file = format!("[[node]]\nname = \"n\"\n{node}\n");
@@ -36,10 +42,7 @@ impl Fleet {
             writeln!(file, "[[model.worker]]\nname = \"w{model}\"\nurl = \"{url}\"\ngpus = [\"n/0\"]").unwrap();
             writeln!(file, "sleep = true\nmemory_gib = 30\nawake_seconds_min = {RESIDENCY_SECONDS}").unwrap();
         }
-        let gateway = Gateway::start(&file);
-        let fleet = Self { workers, gateway };
-        (0..models).for_each(|model| fleet.until(model, "asleep"));
-        fleet
+        Self { workers, gateway: Gateway::start(&file) }
     }
 
     fn listed(&self, model: usize) -> Value {
@@ -164,4 +167,25 @@ fn a_server_that_cannot_be_woken_is_asked_again() {
     assert_eq!(fleet.awake().len(), 1);
     let said = fleet.gateway.process.err();
     assert!(said.contains("the engine did not do it"), "{said}");
+}
+
+#[test]
+fn a_model_that_its_engine_unloads_by_itself_is_seen_to_sleep_and_woken() {
+    let fleet = Fleet::of(1, "gpu_memory_gib = 80", &["--engine", "ollama", "--speed", "100"]);
+    let ask = |headers: &[&str]| {
+        let body = json!({"model": "m0", "prompt": "one two", "max_tokens": 2}).to_string();
+        post_with(fleet.gateway.client, "/v1/completions", headers, &body).status
+    };
+    fleet.until(0, "awake");
+    assert_eq!((ask(&[]), fleet.awake().len()), (200, 0));
+    // As when its time to keep it is over.
+    let unload = json!({"model": "m0", "keep_alive": 0, "stream": false}).to_string();
+    assert_eq!(post(fleet.workers[0].address, "/api/generate", &unload).status, 200);
+    fleet.until(0, "asleep");
+    assert_eq!(fleet.gateway.metric("forebay_worker_asleep{worker=\"w0\"}"), 1.0);
+    assert_eq!(ask(&["x-request-id: cold"]), 200);
+    let explained = fleet.gateway.admin("decisions/cold").json();
+    let wake = explained["decisions"][0]["candidates"][0]["terms"]["wake"].as_f64().unwrap();
+    assert!(wake >= 0.01, "{explained}");
+    assert_eq!((&fleet.listed(0)["sleep"], &fleet.listed(0)["wakes"]), (&"awake".into(), &1.into()));
 }
