@@ -5,7 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command};
 
-use forebay_backends::signals::gpu::{Process, Standing};
+use forebay_backends::signals::gpu::{Gpu, Process, Standing};
 
 use crate::support::eventually;
 use crate::support::gpus::{Agent, StandIn, identity, library};
@@ -133,15 +133,22 @@ fn instances_have_their_own_memory_and_processes_and_the_whole_ones_heat() {
         ("0:2.memory.total", "1000"),
         ("0:2.memory.used", "10"),
         ("0:2.processes", "4000000:5"),
+        ("0.processes", "4000000:5 4000001:7"),
         ("0.temperature", "66"),
         ("0.utilization", "!3"),
     ] {
         agent.gpus.set(key, value);
     }
-    let instance = agent.watch().gpu(1, "the instance", |gpu| gpu.temperature_celsius == Some(66));
+    let (whole, instance) = agent.watch().until("the instance", |snapshot| match &snapshot.gpus[..] {
+        [whole, instance] if instance.temperature_celsius == Some(66) => Some((whole.clone(), instance.clone())),
+        _ => None,
+    });
     assert_eq!((instance.index.as_str(), instance.uuid()), ("0:2", "MIG-two"));
     assert_eq!((instance.memory_total_bytes, instance.memory_used_bytes), (Some(1000), Some(10)));
     assert_eq!((instance.processes.len(), instance.utilization_percent), (1, None));
+    // One process is told of both; the other is on no instance.
+    let pids = |gpu: &Gpu| gpu.processes.iter().map(|process| process.pid).collect::<Vec<_>>();
+    assert_eq!((pids(&whole), pids(&instance)), (vec![4_000_001], vec![4_000_000]));
 }
 
 #[test]
