@@ -120,9 +120,21 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
                     loaded(service, &body).await?;
                     return native::answer(service, &body).await;
                 }
-                "/api/generate" => {
+                // Of these two only what loads and unloads.
+                "/api/embed" | "/api/generate" => {
                     let body = vllm::read(&parts.headers, body).await?;
-                    return keep(service, &body).await;
+                    return match (path, body.get("keep_alive").and_then(Value::as_i64)) {
+                        ("/api/embed", Some(..0)) if !body.contains_key("input") => {
+                            loaded(service, &body).await?;
+                            Ok(ok(&json!({"model": model, "embeddings": []})))
+                        }
+                        ("/api/generate", Some(0)) if !body.contains_key("prompt") => {
+                            known(service, &body)?;
+                            sleep::fall_asleep(service).await;
+                            Ok(ok(&json!({"model": model, "response": "", "done": true, "done_reason": "unload"})))
+                        }
+                        _ => Err(Failure::not_found()),
+                    };
                 }
                 _ => return Err(Failure::not_found()),
             };
@@ -148,22 +160,6 @@ async fn loaded(service: &Service, body: &Map<String, Value>) -> Result<(), Fail
     known(service, body)?;
     sleep::wake(service).await;
     Ok(())
-}
-
-/// Without a prompt, only loads the model, or unloads it.
-async fn keep(service: &Service, body: &Map<String, Value>) -> Result<Answer, Failure> {
-    if body.contains_key("prompt") {
-        return Err(Failure::not_found());
-    }
-    let reason = if body.get("keep_alive") == Some(&0.into()) {
-        known(service, body)?;
-        sleep::fall_asleep(service).await;
-        "unload"
-    } else {
-        loaded(service, body).await?;
-        "load"
-    };
-    Ok(ok(&json!({"model": service.options.model, "response": "", "done": true, "done_reason": reason})))
 }
 
 async fn infer(service: &Arc<Service>, task: Task, mut body: Map<String, Value>) -> Result<Answer, Failure> {
