@@ -280,6 +280,12 @@ fn an_engine_without_metrics_is_balanced_by_utilization() {
     node.until(0, "its end", |worker| worker["gpu_share"] == 1.0);
     let load = Load::paced(node.gateway.client, 4, Duration::from_millis(400));
     even(load.share("w0", 30));
+    drop(load);
+    // Memory that it took since it had least is its cache, as far as anybody can tell.
+    let used = 70_u64 << 30;
+    node.agent.gpus.set("0.memory.used", &used.to_string());
+    node.until(0, "its memory", |worker| worker["gpus"][0]["memory_used_bytes"] == used);
+    node.decided_by("w0", "kv_pressure");
 }
 
 #[test]
