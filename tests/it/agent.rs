@@ -9,6 +9,7 @@ use forebay_backends::signals::gpu::{Gpu, Process, Standing};
 
 use crate::support::eventually;
 use crate::support::gpus::{Agent, StandIn, identity, library};
+use crate::support::process::{Gateway, model, tokenizer};
 
 /// A child that does nothing, ended with its test.
 struct Idle(Child);
@@ -50,6 +51,11 @@ fn whoever_makes_no_call_is_let_go_and_keeps_nobody_out() {
     let flags = ["--tls-cert", &certificate, "--tls-key", &key];
     let secret = Agent::over(StandIn::new(1), library(&[]), "127.0.0.1:0", &flags);
     let open = Agent::start(1);
+    let worker = model("m", &[([127, 0, 0, 1], 1).into()], &format!("tokenizer = {:?}\n", tokenizer()));
+    let node = format!("[[node]]\nname = \"n\"\nagent = \"https://localhost:{}\"\n", secret.address.port());
+    let gateway = Gateway::start_unready("", &(node + &worker), &[("SSL_CERT_FILE", &certificate)]);
+    let heard = || gateway.metric("forebay_gpu_temperature_celsius{node=\"n\",gpu=\"0\"}") == 40.0;
+    eventually("the gateway to hear", || heard().then_some(()));
     // A TLS record's type and no more; nothing, a byte, and all that HTTP/2 wants before a call.
     let preface: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
     let stalled: Vec<_> = [(&secret, &b"\x16"[..]), (&secret, b""), (&open, b""), (&open, b"P"), (&open, preface)]
@@ -69,7 +75,8 @@ fn whoever_makes_no_call_is_let_go_and_keeps_nobody_out() {
     assert!(300 - gone < CONNECTIONS_MAX, "{gone} of 300 were closed");
     eventually("all to be closed", || stalled.iter().all(is_closed).then_some(()));
     // A call stays for as long as it likes.
-    assert!(subscriber.next().is_some());
+    assert!((0..3).all(|_| subscriber.next().is_some()));
+    assert!(heard() && !gateway.process.err().contains("nothing is heard"), "{}", gateway.process.err());
 }
 
 #[test]
