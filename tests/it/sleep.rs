@@ -209,9 +209,14 @@ fn of_two_that_sleep_the_one_that_has_room_is_woken() {
         writeln!(file, "gpus = [\"n/{at}\"]\nsleep = true\nmemory_gib = 30").unwrap();
     }
     let fleet = Fleet { workers: workers.into(), gateway: Gateway::start(&file) };
-    for worker in 0..2 {
-        fleet.until(worker, "asleep");
-        eventually("its GPU", || fleet.listed(worker)["gpus"][0].is_object().then_some(()));
+    (0..2).for_each(|worker| fleet.until(worker, "asleep"));
+    // What a GPU says counts once it was read after that; who sees a second reading knows that the first was taken in.
+    for celsius in [50, 51] {
+        for worker in 0..2 {
+            agent.gpus.set(&format!("{worker}.temperature"), &celsius.to_string());
+            let said = || fleet.listed(worker)["gpus"][0]["temperature_celsius"] == celsius;
+            eventually("a reading", || said().then_some(()));
+        }
     }
     let winner = |id: &str| {
         assert_eq!(fleet.ask(0, &[&format!("x-request-id: {id}")]), 200);
