@@ -1,5 +1,6 @@
 //! What it costs to know the GPUs: processor time of an agent that reads eight of them, and of a gateway that follows a
-//! hundred agents, each second, over a stand-in for the driver's library.
+//! hundred agents, each second, without workers that run there and with eight on each, over a stand-in for the driver's
+//! library.
 //!
 //!     cargo bench --bench agent -- --seconds 60
 
@@ -13,13 +14,16 @@
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 const GPUS: usize = 8;
-/// The gateway hears one agent under so many names, which costs it the same.
+/// The gateway hears one agent at so many addresses, which costs it the same.
 const NODES: usize = 100;
+/// Where a node's workers would be; none answers.
+const PORTS: std::ops::Range<u16> = 20_000..20_008;
 /// Linux counts processor time in these.
 const TICKS_PER_SECOND: f64 = 100.0;
 
@@ -81,21 +85,37 @@ fn main() {
     }
     std::fs::write(directory.path().join("gpus"), text).expect("a file");
     let library = library.to_str().expect("UTF-8");
-    let (agent, address) = start(&["agent", "--listen", "127.0.0.1:0"], directory.path(), library);
+    // The processes lead somewhere, as those of engines do.
+    let _listening = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let (agent, address) = start(&["agent", "--listen", "0.0.0.0:0"], directory.path(), library);
+    let port = address.rsplit(':').next().expect("a port");
     std::thread::sleep(Duration::from_secs(2));
     println!("agent, {GPUS} GPUs, nobody listens: {:.2} % of a core", 100.0 * share(&agent, seconds));
 
-    let mut config = "[server]\nlisten = \"127.0.0.1:0\"\nops_listen = \"127.0.0.1:0\"\ndata_dir = \"data\"\n\
-                      [[model]]\nname = \"m\"\n[[model.worker]]\nurl = \"http://127.0.0.1:1\"\n"
-        .to_owned();
-    let alone = directory.path().join("alone.toml");
-    std::fs::write(&alone, &config).expect("a file");
+    let host = |node: usize| format!("127.0.1.{}", node + 1);
+    let mut server =
+        "[server]\nlisten = \"127.0.0.1:0\"\nops_listen = \"127.0.0.1:0\"\ndata_dir = \"data\"\n".to_owned();
+    let one = "[[model]]\nname = \"m\"\n[[model.worker]]\nurl = \"http://127.0.0.1:1\"\n";
+    let mut many = String::new();
     for node in 0..NODES {
-        writeln!(config, "[[node]]\nname = \"n{node}\"\nagent = \"http://{address}\"").unwrap();
+        writeln!(many, "[[model]]\nname = \"m{node}\"").unwrap();
+        for port in PORTS {
+            writeln!(many, "[[model.worker]]\nname = \"w{node}-{port}\"\nurl = \"http://{}:{port}\"", host(node))
+                .unwrap();
+        }
     }
-    let followed = directory.path().join("followed.toml");
-    std::fs::write(&followed, &config).expect("a file");
-    for (what, file) in [("no agent", alone), ("100 agents", followed)] {
+    let (no_agent, no_agent_many) = (server.clone() + one, server.clone() + &many);
+    for node in 0..NODES {
+        writeln!(server, "[[node]]\nname = \"n{node}\"\nagent = \"http://{}:{port}\"", host(node)).unwrap();
+    }
+    for (what, text) in [
+        ("no agent", no_agent),
+        ("100 agents", server.clone() + one),
+        ("no agent, 800 workers that are down", no_agent_many),
+        ("100 agents, 800 workers that are down", server + &many),
+    ] {
+        let file = directory.path().join("gateway.toml");
+        std::fs::write(&file, text).expect("a file");
         let (gateway, _) = start(&["serve", "--config", file.to_str().expect("UTF-8")], directory.path(), "/nowhere");
         std::thread::sleep(Duration::from_secs(3));
         println!("gateway, idle, {what}: {:.2} % of a core", 100.0 * share(&gateway, seconds));

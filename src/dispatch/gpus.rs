@@ -9,7 +9,7 @@
 //! Not here: reading and reconnecting (`forebay_backends::signals::gpu`), what a report costs a request
 //! (`forebay_scheduler`).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -99,6 +99,9 @@ struct Seen {
     fault: Option<String>,
     foreign_processes: usize,
 }
+
+/// For each GPU of a node and each of its processes: the workers that this leads to, by their places among the tenants.
+type Led = Vec<Vec<Vec<usize>>>;
 
 /// A worker, and where it says or is said to run.
 pub(super) struct Tenant {
@@ -218,13 +221,22 @@ impl Intake {
         let (joins, reports) = {
             let mut state = self.nodes.0.lock();
             let State { next, nodes, named } = &mut *state;
-            let others = nodes.iter().filter(|node| !node.spec.is(spec)).flat_map(|node| node.gpus.values());
-            let others: BTreeSet<GpuId> = others.map(|seen| seen.id).collect();
             let Some(node) = nodes.iter_mut().find(|node| node.spec.is(spec)) else { return };
             node.take_in((next, named), snapshot);
-            let joins: Vec<_> =
-                tenants.iter().filter_map(|tenant| Some((tenant, node.join(tenant, &others)?))).collect();
-            (joins, node.reports(&tenants))
+            let led = node.led(&tenants);
+            let (found, reports) = (node.found(&tenants, &led), node.reports(&tenants, &led));
+            let elsewhere = |id: &GpuId| {
+                let others = nodes.iter().filter(|node| !node.spec.is(spec));
+                others.flat_map(|node| node.gpus.values()).any(|seen| seen.id == *id)
+            };
+            let joins: Vec<_> = found
+                .into_iter()
+                .filter_map(|(at, found)| {
+                    let tenant = tenants.get(at)?;
+                    Some((tenant, joined(tenant, &found, elsewhere)?))
+                })
+                .collect();
+            (joins, reports)
         };
         for (tenant, gpus) in joins {
             tracing::info!(worker = &*tenant.worker.name, node = &*spec.name, gpus = gpus.len(), "runs on these GPUs");
@@ -271,58 +283,89 @@ impl Node {
         }
     }
 
-    /// The GPUs under a worker, where that is another set than the core knows. `others`: those of other nodes.
-    fn join(&self, tenant: &Tenant, others: &BTreeSet<GpuId>) -> Option<Vec<GpuId>> {
-        let runs_on = |seen: &Seen| match &tenant.configured[..] {
-            [] => seen.said.processes.iter().any(|process| self.is_reached(tenant, &process.listens)),
-            names => names.iter().any(|name| is_named(name, &self.spec, &seen.said)),
-        };
-        let found: BTreeSet<GpuId> = self.gpus.values().filter(|seen| runs_on(seen)).map(|seen| seen.id).collect();
-        if found.is_empty() {
-            return None;
+    /// Where each process of each GPU leads. Each worker is looked up once: there may be many of both.
+    fn led(&self, tenants: &[Tenant]) -> Led {
+        let mut led: Led = self.gpus.values().map(|seen| vec![Vec::new(); seen.said.processes.len()]).collect();
+        let mut by_port: HashMap<u16, Vec<_>> = HashMap::new();
+        for (gpu, seen) in self.gpus.values().enumerate() {
+            for (at, process) in seen.said.processes.iter().enumerate() {
+                for listen in process.listens.iter().filter_map(|listen| listen.parse::<SocketAddr>().ok()) {
+                    by_port.entry(listen.port()).or_default().push((listen, gpu, at));
+                }
+            }
         }
-        let known: BTreeSet<GpuId> = tenant.worker.spec.lock().gpus.iter().copied().collect();
-        // A worker that spans nodes is told of by each; what was found elsewhere by its port is not its any more.
-        let rest = known.iter().copied().filter(|id| !tenant.configured.is_empty() && others.contains(id));
-        let all: BTreeSet<GpuId> = found.into_iter().chain(rest).collect();
-        (all != known).then(|| all.into_iter().collect())
+        for (at, tenant) in tenants.iter().enumerate() {
+            let endpoint = tenant.worker.channel.endpoint();
+            let near = by_port.get(&endpoint.port()).into_iter().flatten();
+            for (_, gpu, process) in near.filter(|(listen, ..)| reaches(endpoint, *listen, self.spec.host())) {
+                if let Some(workers) = led.get_mut(*gpu).and_then(|processes| processes.get_mut(*process)) {
+                    workers.push(at);
+                }
+            }
+        }
+        led
+    }
+
+    /// The GPUs under workers, by their places in `tenants`; nothing of those that have none here.
+    fn found(&self, tenants: &[Tenant], led: &Led) -> BTreeMap<usize, BTreeSet<GpuId>> {
+        let mut found: BTreeMap<usize, BTreeSet<GpuId>> = BTreeMap::new();
+        for (seen, processes) in self.gpus.values().zip(led) {
+            for at in processes.iter().flatten() {
+                if tenants.get(*at).is_some_and(|tenant| tenant.configured.is_empty()) {
+                    found.entry(*at).or_default().insert(seen.id);
+                }
+            }
+        }
+        for (at, tenant) in tenants.iter().enumerate() {
+            for name in tenant.configured.iter().filter(|name| *name.node == *self.spec.name) {
+                let named = self.gpus.values().filter(|seen| is_named(name, &self.spec, &seen.said));
+                for seen in named {
+                    found.entry(at).or_default().insert(seen.id);
+                }
+            }
+        }
+        found
     }
 
     /// What the core is to know of the GPUs that some worker runs on.
-    fn reports(&mut self, tenants: &[Tenant]) -> Vec<(GpuId, GpuReport)> {
+    fn reports(&mut self, tenants: &[Tenant], led: &Led) -> Vec<(GpuId, GpuReport)> {
+        let mut users: HashMap<GpuId, Vec<usize>> = HashMap::new();
+        for (at, tenant) in tenants.iter().enumerate() {
+            for id in &tenant.worker.spec.lock().gpus {
+                users.entry(*id).or_default().push(at);
+            }
+        }
         let mut reports = Vec::new();
-        let mut foreign_processes = BTreeMap::new();
-        for seen in self.gpus.values() {
+        for (seen, led) in self.gpus.values_mut().zip(led) {
             let processes = &seen.said.processes;
-            let ours = |listens: &[String]| tenants.iter().any(|tenant| self.is_reached(tenant, listens));
-            let others: Vec<_> = processes.iter().filter(|process| !ours(&process.listens)).collect();
+            let users = users.get(&seen.id);
             // A worker whose process is not among them may be one of the others.
-            let users = tenants.iter().filter(|tenant| tenant.worker.spec.lock().gpus.contains(&seen.id));
-            let mut users = users.peekable();
-            let is_used = users.peek().is_some();
-            let accounted =
-                users.all(|tenant| processes.iter().any(|process| self.is_reached(tenant, &process.listens)));
-            let measured = accounted && is_used && processes.iter().all(|process| process.sm_percent.is_some());
+            let accounted = users.into_iter().flatten().all(|user| led.iter().any(|workers| workers.contains(user)));
+            let measured = accounted && users.is_some() && processes.iter().all(|process| process.sm_percent.is_some());
+            let others: Vec<_> = processes
+                .iter()
+                .zip(led)
+                .filter(|(_, workers)| workers.is_empty())
+                .map(|(process, _)| process)
+                .collect();
             let share = || others.iter().filter_map(|process| process.sm_percent).sum::<u32>();
             let foreign = measured.then(|| f64::from(share()) / 100.0);
-            foreign_processes.insert(seen.id, if accounted { others.len() } else { 0 });
-            if is_used {
+            seen.foreign_processes = if accounted { others.len() } else { 0 };
+            if users.is_some() {
                 reports.push((seen.id, report(seen, foreign)));
             }
         }
-        for seen in self.gpus.values_mut() {
-            seen.foreign_processes = foreign_processes.get(&seen.id).copied().unwrap_or(0);
-        }
         reports
     }
+}
 
-    fn is_reached(&self, tenant: &Tenant, listens: &[String]) -> bool {
-        let endpoint = tenant.worker.channel.endpoint();
-        listens
-            .iter()
-            .filter_map(|listen| listen.parse().ok())
-            .any(|listen| reaches(endpoint, listen, self.spec.host()))
-    }
+/// All GPUs of a worker that has `found` on one node, where that is another set than the core knows.
+fn joined(tenant: &Tenant, found: &BTreeSet<GpuId>, elsewhere: impl Fn(&GpuId) -> bool) -> Option<Vec<GpuId>> {
+    let known: BTreeSet<GpuId> = tenant.worker.spec.lock().gpus.iter().copied().collect();
+    // A worker that spans nodes is told of by each; what was found elsewhere by its port is not its any more.
+    let rest = known.difference(found).filter(|id| !tenant.configured.is_empty() && elsewhere(id));
+    let all: BTreeSet<GpuId> = found.iter().chain(rest).copied().collect();
+    (all != known).then(|| all.into_iter().collect())
 }
 
 #[expect(clippy::cast_precision_loss, reason = "memory is far below 2^52 bytes")]

@@ -38,6 +38,8 @@ use crate::telemetry::{ModelMetrics, Registry, WorkerMetrics};
 const ACTIONS_MAX: usize = 4096;
 /// Facts that may wait for the routing table.
 const LEARNED_MAX: usize = 1024;
+/// How often a worker that may be put to sleep is asked whether it is.
+const SLEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// A pool as configured.
 #[derive(Clone)]
@@ -386,9 +388,13 @@ impl Intake {
                 let first = worker.identity.load().is_none();
                 self.identified(&worker, &spec, &model, &detected).await;
                 self.adapters_listed(&worker, &detected.models, load);
-                self.look_asleep(&worker, &spec).await;
+                if !self.look_asleep(&worker).await {
+                    let engine = detected.engine.name();
+                    tracing::warn!(worker = &*worker.name, engine, "it cannot be put to sleep as it was started");
+                }
                 if first {
                     self.watch(&worker, &gone, detected.engine);
+                    self.watch_sleep(&worker, &gone);
                     self.follow_cache(&worker, &gone, detected.engine, spec.kv_events.clone());
                 }
                 worker.returned.notify_waiters();
@@ -398,17 +404,30 @@ impl Intake {
         self.driver.tell(Event::Probed { worker: id, healthy });
     }
 
-    /// Asks a worker that may be put to sleep whether it is, before anything is sent there.
-    async fn look_asleep(&self, worker: &Worker, spec: &WorkerSpec) {
-        let Some(identity) = worker.identity.load_full().filter(|_| spec.sleep.is_some()) else { return };
+    /// Asks a worker that may be put to sleep whether it is. False where its engine cannot tell.
+    async fn look_asleep(&self, worker: &Worker) -> bool {
+        let sleeps = worker.spec.lock().sleep.is_some();
+        let Some(identity) = worker.identity.load_full().filter(|_| sleeps) else { return true };
         match engines::is_asleep(&worker.channel, identity.engine, &identity.model).await {
             Ok(Some(asleep)) => self.driver.tell(Event::SleepSeen { worker: worker.id, asleep }),
-            Ok(None) => {
-                let engine = identity.engine.name();
-                tracing::warn!(worker = &*worker.name, engine, "it cannot be put to sleep as it was started");
-            }
+            Ok(None) => return false,
             Err(error) => tracing::debug!(worker = &*worker.name, %error, "whether it sleeps is not known"),
         }
+        true
+    }
+
+    /// Asks that again and again: others may wake it or put it to sleep, and Ollama unloads a model by itself.
+    fn watch_sleep(self: &Arc<Self>, worker: &Arc<Worker>, gone: &CancellationToken) {
+        if worker.spec.lock().sleep.is_none() {
+            return;
+        }
+        let (intake, worker) = (Arc::clone(self), Arc::clone(worker));
+        self.tracker.spawn(gone.clone().run_until_cancelled_owned(async move {
+            loop {
+                tokio::time::sleep(SLEEP_EVERY).await;
+                intake.look_asleep(&worker).await;
+            }
+        }));
     }
 
     fn member_facts(&self, id: WorkerId) -> Option<(WorkerSpec, CancellationToken, Arc<str>)> {
@@ -477,9 +496,8 @@ impl Intake {
             let sleeps = worker.spec.lock().sleep.is_some();
             loop {
                 match signals.next().await {
-                    Signal::Load(load) if load.sleeping && sleeps => {
-                        intake.driver.tell(Event::SleepSeen { worker: worker.id, asleep: true });
-                    }
+                    // One that may is asked for that by itself.
+                    Signal::Load(load) if load.sleeping && sleeps => {}
                     Signal::Load(load) if load.sleeping => {
                         intake.driver.tell(Event::Probed { worker: worker.id, healthy: false });
                     }
@@ -501,11 +519,7 @@ impl Intake {
                         gauges.running.set(f64::from(load.running));
                         gauges.waiting.set(f64::from(load.waiting));
                         gauges.kv_usage.set(load.kv_usage.unwrap_or(0.0));
-                        let report = load.report();
-                        if sleeps {
-                            intake.driver.tell(Event::SleepSeen { worker: worker.id, asleep: false });
-                        }
-                        intake.driver.tell(Event::Load { worker: worker.id, report });
+                        intake.driver.tell(Event::Load { worker: worker.id, report: load.report() });
                     }
                     Signal::Lost => intake.driver.tell(Event::LoadLost { worker: worker.id }),
                 }

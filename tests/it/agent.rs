@@ -1,14 +1,15 @@
 //! The agent on a GPU's machine, over a stand-in for the driver's library: what it reads, and what goes wrong there.
 
-use std::net::TcpListener;
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command};
 
-use forebay_backends::signals::gpu::{Process, Standing};
+use forebay_backends::signals::gpu::{Gpu, Process, Standing};
 
-use crate::support::PATIENCE;
-use crate::support::client::Connection;
-use crate::support::gpus::{Agent, StandIn, library};
+use crate::support::eventually;
+use crate::support::gpus::{Agent, StandIn, identity, library};
+use crate::support::process::{Gateway, model, tokenizer};
 
 /// A child that does nothing, ended with its test.
 struct Idle(Child);
@@ -26,13 +27,56 @@ impl Drop for Idle {
     }
 }
 
+/// Connections that an agent has at once.
+const CONNECTIONS_MAX: usize = 256;
+
+/// Whether the agent closed a connection, as far as the kernel knows now.
+fn is_closed(mut client: &TcpStream) -> bool {
+    client.set_nonblocking(true).expect("a socket");
+    let over = loop {
+        match client.read(&mut [0; 64]) {
+            Ok(0) => break true,
+            Ok(_) => {}
+            Err(error) => break error.kind() != ErrorKind::WouldBlock,
+        }
+    };
+    client.set_nonblocking(false).expect("a socket");
+    over
+}
+
 #[test]
-fn whoever_says_nothing_is_let_go_and_keeps_nobody_out() {
-    let agent = Agent::start(1);
-    let mut silent: Vec<_> = (0..3).map(|_| Connection::to(agent.address)).collect();
-    assert!(agent.watch().next().is_some_and(|snapshot| snapshot.gpus.len() == 1));
-    assert!(silent.iter_mut().all(|connection| connection.closes_within(PATIENCE)));
-    assert!(agent.watch().next().is_some());
+fn whoever_makes_no_call_is_let_go_and_keeps_nobody_out() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let [certificate, key] = identity(directory.path());
+    let flags = ["--tls-cert", &certificate, "--tls-key", &key];
+    let secret = Agent::over(StandIn::new(1), library(&[]), "127.0.0.1:0", &flags);
+    let open = Agent::start(1);
+    let worker = model("m", &[([127, 0, 0, 1], 1).into()], &format!("tokenizer = {:?}\n", tokenizer()));
+    let node = format!("[[node]]\nname = \"n\"\nagent = \"https://localhost:{}\"\n", secret.address.port());
+    let gateway = Gateway::start_unready("", &(node + &worker), &[("SSL_CERT_FILE", &certificate)]);
+    let heard = || gateway.metric("forebay_gpu_temperature_celsius{node=\"n\",gpu=\"0\"}") == 40.0;
+    eventually("the gateway to hear", || heard().then_some(()));
+    // A TLS record's type and no more; nothing, a byte, and all that HTTP/2 wants before a call.
+    let preface: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    let stalled: Vec<_> = [(&secret, &b"\x16"[..]), (&secret, b""), (&open, b""), (&open, b"P"), (&open, preface)]
+        .into_iter()
+        .cycle()
+        .take(5 * 100)
+        .map(|(agent, said)| {
+            let mut client = TcpStream::connect(agent.address).expect("it listens");
+            client.write_all(said).expect("it takes it");
+            client
+        })
+        .collect();
+    // This one comes last, and is let in when it is one of so many.
+    let mut subscriber = open.watch();
+    assert!(subscriber.next().is_some_and(|snapshot| snapshot.gpus.len() == 1));
+    let gone = stalled.iter().enumerate().filter(|(at, client)| at % 5 > 1 && is_closed(client)).count();
+    assert!(300 - gone < CONNECTIONS_MAX, "{gone} of 300 were closed");
+    eventually("all to be closed", || stalled.iter().all(is_closed).then_some(()));
+    // A call stays for as long as it likes.
+    assert!((0..3).all(|_| subscriber.next().is_some()));
+    assert!(heard() && !gateway.process.err().contains("nothing is heard"), "{}", gateway.process.err());
 }
 
 #[test]
@@ -96,15 +140,22 @@ fn instances_have_their_own_memory_and_processes_and_the_whole_ones_heat() {
         ("0:2.memory.total", "1000"),
         ("0:2.memory.used", "10"),
         ("0:2.processes", "4000000:5"),
+        ("0.processes", "4000000:5 4000001:7"),
         ("0.temperature", "66"),
         ("0.utilization", "!3"),
     ] {
         agent.gpus.set(key, value);
     }
-    let instance = agent.watch().gpu(1, "the instance", |gpu| gpu.temperature_celsius == Some(66));
+    let (whole, instance) = agent.watch().until("the instance", |snapshot| match &snapshot.gpus[..] {
+        [whole, instance] if instance.temperature_celsius == Some(66) => Some((whole.clone(), instance.clone())),
+        _ => None,
+    });
     assert_eq!((instance.index.as_str(), instance.uuid()), ("0:2", "MIG-two"));
     assert_eq!((instance.memory_total_bytes, instance.memory_used_bytes), (Some(1000), Some(10)));
     assert_eq!((instance.processes.len(), instance.utilization_percent), (1, None));
+    // One process is told of both; the other is on no instance.
+    let pids = |gpu: &Gpu| gpu.processes.iter().map(|process| process.pid).collect::<Vec<_>>();
+    assert_eq!((pids(&whole), pids(&instance)), (vec![4_000_001], vec![4_000_000]));
 }
 
 #[test]

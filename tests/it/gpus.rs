@@ -9,12 +9,11 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde_json::Value;
 
 use crate::support::client::{self, Connection, post_with};
 use crate::support::eventually;
-use crate::support::gpus::{Agent, StandIn, library};
+use crate::support::gpus::{Agent, StandIn, identity, library};
 use crate::support::process::{Gateway, Process, Worker, run, tokenizer};
 
 /// An engine of a tenth of a second a prompt, so that clients keep it busy and its speed decides.
@@ -281,6 +280,12 @@ fn an_engine_without_metrics_is_balanced_by_utilization() {
     node.until(0, "its end", |worker| worker["gpu_share"] == 1.0);
     let load = Load::paced(node.gateway.client, 4, Duration::from_millis(400));
     even(load.share("w0", 30));
+    drop(load);
+    // Memory that it took since it had least is its cache, as far as anybody can tell.
+    let used = 70_u64 << 30;
+    node.agent.gpus.set("0.memory.used", &used.to_string());
+    node.until(0, "its memory", |worker| worker["gpus"][0]["memory_used_bytes"] == used);
+    node.decided_by("w0", "kv_pressure");
 }
 
 #[test]
@@ -349,10 +354,6 @@ fn a_gateway_on_a_gpus_machine_reads_it_itself() {
     assert!(said.contains("local/1   25%   1%    40"), "{said}");
 }
 
-fn pem(what: &str, der: &[u8]) -> String {
-    format!("-----BEGIN {what}-----\n{}\n-----END {what}-----\n", BASE64_STANDARD.encode(der))
-}
-
 /// What `forebay workers` says to the owner.
 fn terminal(gateway: &Gateway, more: &[&str]) -> String {
     let url = format!("http://{}", gateway.ops);
@@ -366,14 +367,7 @@ fn terminal(gateway: &Gateway, more: &[&str]) -> String {
 #[test]
 fn a_worker_may_name_its_gpus_and_an_agent_may_be_behind_tls() {
     let directory = tempfile::tempdir().expect("a directory");
-    let identity = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
-    let write = |name: &str, text: String| {
-        let path = directory.path().join(name);
-        std::fs::write(&path, text).expect("a file");
-        path.to_str().expect("UTF-8").to_owned()
-    };
-    let certificate = write("cert.pem", pem("CERTIFICATE", identity.cert.der()));
-    let key = write("key.pem", pem("PRIVATE KEY", &identity.signing_key.serialize_der()));
+    let [certificate, key] = identity(directory.path());
     let flags = ["--tls-cert", &certificate, "--tls-key", &key];
     let agent = Agent::over(StandIn::new(2), library(&[]), "127.0.0.1:0", &flags);
     let worker = Worker::start(&["--model", "m"]);

@@ -197,8 +197,13 @@ fn gauges_follow_the_workers() {
     client.post("/v1/chat/completions", &[], body.as_bytes());
     eventually("the poll to see it run", || (gauge("worker_running", "w0") == 1.0).then_some(()));
     eventually("its share of the cache", || (gauge("worker_kv_usage_ratio", "w0") > 0.0).then_some(()));
+    let scale = |name: &str, model: &str| gateway.metric(&format!("forebay_model_{name}{{model=\"{model}\"}}"));
+    assert_eq!((scale("desired_workers", "m"), scale("idle_seconds", "m")), (1.0, 0.0));
+    assert_eq!(scale("desired_workers", "n"), 0.0);
     drop(client);
     eventually("the poll to see it end", || (gauge("worker_running", "w0") == 0.0).then_some(()));
+    assert_eq!(scale("desired_workers", "m"), 0.0);
+    assert!(scale("idle_seconds", "m") > 0.0);
 
     // Promised until the first event; of a prompt that should be prefilled by now one token stays.
     recorder.play(crate::support::body::held());
@@ -207,6 +212,7 @@ fn gauges_follow_the_workers() {
     recorder.await_posts(1);
     let promised = gauge("worker_promised_tokens", "recorder");
     assert!(promised >= 1.0, "{promised}");
+    assert!(scale("drain_seconds", "n") > 0.0 && scale("drain_seconds", "m") == 0.0);
     recorder.go_on();
     assert_eq!(client.answer().status, 200);
     eventually("nothing to be promised", || (gauge("worker_promised_tokens", "recorder") == 0.0).then_some(()));

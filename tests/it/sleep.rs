@@ -1,12 +1,12 @@
 //! Models that take turns in the memory of a GPU: simulated vLLM servers with sleep mode, which refuse what comes while
-//! they sleep and remember when they were awake.
+//! they sleep and remember when they were awake, and an Ollama that unloads its model unasked.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::client::{Connection, post_with};
+use crate::support::client::{Connection, post, post_with};
 use crate::support::eventually;
 use crate::support::gpus::Agent;
 use crate::support::process::{Gateway, Worker, tokenizer};
@@ -23,10 +23,16 @@ struct Fleet {
 impl Fleet {
     /// `node` are the keys of the node that has the GPU.
     fn start(models: usize, node: &str, flags: &[&str]) -> Self {
+        let fleet = Self::of(models, node, &[&["--enable-sleep-mode", "--asleep"], flags].concat());
+        (0..models).for_each(|model| fleet.until(model, "asleep"));
+        fleet
+    }
+
+    fn of(models: usize, node: &str, flags: &[&str]) -> Self {
         let worker = |model: usize| {
             let name = format!("m{model}");
-            let usual = ["--model", &name, "--enable-sleep-mode", "--asleep", "--wake-seconds", "0.2"];
-            Worker::start(&[&usual[..], &["--sleep-seconds", "0.05"], flags].concat())
+            let usual = ["--model", &name, "--wake-seconds", "0.2", "--sleep-seconds", "0.05"];
+            Worker::start(&[&usual, flags].concat())
         };
         let workers: Vec<Worker> = (0..models).map(worker).collect();
         let mut file = format!("[[node]]\nname = \"n\"\n{node}\n");
@@ -36,10 +42,7 @@ impl Fleet {
             writeln!(file, "[[model.worker]]\nname = \"w{model}\"\nurl = \"{url}\"\ngpus = [\"n/0\"]").unwrap();
             writeln!(file, "sleep = true\nmemory_gib = 30\nawake_seconds_min = {RESIDENCY_SECONDS}").unwrap();
         }
-        let gateway = Gateway::start(&file);
-        let fleet = Self { workers, gateway };
-        (0..models).for_each(|model| fleet.until(model, "asleep"));
-        fleet
+        Self { workers, gateway: Gateway::start(&file) }
     }
 
     fn listed(&self, model: usize) -> Value {
@@ -164,4 +167,69 @@ fn a_server_that_cannot_be_woken_is_asked_again() {
     assert_eq!(fleet.awake().len(), 1);
     let said = fleet.gateway.process.err();
     assert!(said.contains("the engine did not do it"), "{said}");
+}
+
+#[test]
+fn a_model_that_sleeps_at_nobodys_word_is_seen_to_sleep_and_woken() {
+    let blind = ["--enable-sleep-mode", "--fault", "status:code=404,path=/metrics"];
+    for (flags, path, body) in [
+        // As when its time to keep it is over.
+        (&["--engine", "ollama"][..], "/api/generate", json!({"model": "m0", "keep_alive": 0})),
+        // As another gateway does, to one that says nothing of it in metrics.
+        (&blind, "/sleep?level=1&mode=wait", json!({})),
+    ] {
+        let fleet = Fleet::of(1, "gpu_memory_gib = 80", &[flags, &["--speed", "100"]].concat());
+        let ask = |headers: &[&str]| {
+            let body = json!({"model": "m0", "prompt": "one two", "max_tokens": 2}).to_string();
+            post_with(fleet.gateway.client, "/v1/completions", headers, &body).status
+        };
+        assert_eq!((ask(&[]), &fleet.listed(0)["sleep"]), (200, &"awake".into()), "{path}");
+        assert_eq!(post(fleet.workers[0].address, path, &body.to_string()).status, 200);
+        fleet.until(0, "asleep");
+        assert_eq!(fleet.gateway.metric("forebay_worker_asleep{worker=\"w0\"}"), 1.0);
+        assert_eq!(ask(&["x-request-id: cold"]), 200);
+        let explained = fleet.gateway.admin("decisions/cold").json();
+        let wake = explained["decisions"][0]["candidates"][0]["terms"]["wake"].as_f64().unwrap();
+        assert!(wake >= 0.01, "{explained}");
+        assert_eq!((&fleet.listed(0)["sleep"], &fleet.listed(0)["wakes"]), (&"awake".into(), &1.into()), "{path}");
+    }
+}
+
+#[test]
+fn of_two_that_sleep_the_one_that_has_room_is_woken() {
+    let agent = Agent::start(2);
+    let used = |gpu: usize, gib: u64| agent.gpus.set(&format!("{gpu}.memory.used"), &(gib << 30).to_string());
+    used(0, 60);
+    let sleeper = || Worker::start(&["--model", "m0", "--enable-sleep-mode", "--asleep", "--speed", "100"]);
+    let workers = [sleeper(), sleeper()];
+    let mut file = format!("[[node]]\nname = \"n\"\nagent = \"http://{}\"\n", agent.address);
+    writeln!(file, "[[model]]\nname = \"m0\"\ntokenizer = {:?}", tokenizer()).unwrap();
+    for (at, worker) in workers.iter().enumerate() {
+        writeln!(file, "[[model.worker]]\nname = \"w{at}\"\nurl = \"http://{}\"", worker.address).unwrap();
+        writeln!(file, "gpus = [\"n/{at}\"]\nsleep = true\nmemory_gib = 30").unwrap();
+    }
+    let fleet = Fleet { workers: workers.into(), gateway: Gateway::start(&file) };
+    (0..2).for_each(|worker| fleet.until(worker, "asleep"));
+    // What a GPU says counts once it was read after that; who sees a second reading knows that the first was taken in.
+    for celsius in [50, 51] {
+        for worker in 0..2 {
+            agent.gpus.set(&format!("{worker}.temperature"), &celsius.to_string());
+            let said = || fleet.listed(worker)["gpus"][0]["temperature_celsius"] == celsius;
+            eventually("a reading", || said().then_some(()));
+        }
+    }
+    let winner = |id: &str| {
+        assert_eq!(fleet.ask(0, &[&format!("x-request-id: {id}")]), 200);
+        let explained = fleet.gateway.admin(&format!("decisions/{id}")).json();
+        let decision = explained["decisions"][0].clone();
+        let candidates = decision["candidates"].as_array().expect("a list");
+        let named = |name: &str| candidates.iter().find(|candidate| candidate["worker"] == name);
+        let terms = ["w0", "w1"].map(|name| named(name).expect("a candidate")["terms"]["wake"].as_f64().unwrap());
+        (decision["winner"].as_str().expect("a winner").to_owned(), terms)
+    };
+    let (first, [taken, free]) = winner("first");
+    assert!(first == "w1" && taken > free, "{taken} {free}");
+    // All of the traffic, as long as that is so.
+    assert!((0..20).all(|number| winner(&number.to_string()).0 == "w1"));
+    assert_eq!((fleet.awake().len(), &fleet.listed(0)["sleep"]), (1, &"asleep".into()));
 }

@@ -341,3 +341,32 @@ impl Drop for Run {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio_util::task::TaskTracker;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn time_follows_the_engine_model() {
+        // A prefill of a second and ten steps of 50 ms, at ten times the speed.
+        let timing = EngineConfig {
+            prefill_tokens_per_s: 100.0,
+            step_ms: 50.0,
+            step_ms_per_seq: 0.0,
+            ..EngineConfig::default()
+        };
+        let driver = Arc::new(Driver::new(timing, 10.0, None, None));
+        TaskTracker::new().spawn(Arc::clone(&driver).drive());
+        let job = Job { content: Content::default(), prompt_tokens: 100, output_tokens: 10, end: End::Length };
+        let begin = Instant::now();
+        let mut run = driver.start(vec![job]).unwrap();
+        assert_eq!(run.next().await.unwrap()[0].tokens, 1);
+        let first = begin.elapsed();
+        assert!(run.finished().await[0].finished);
+        // A timer ends at a whole millisecond.
+        let millis = |time: Duration, expect: u64| (expect..=expect + 1).contains(&(time.as_millis() as u64));
+        assert!(millis(first, 105) && millis(begin.elapsed(), 150), "{first:?}, {:?}", begin.elapsed());
+    }
+}

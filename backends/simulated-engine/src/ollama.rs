@@ -1,5 +1,5 @@
 //! Ollama 0.33's HTTP surface: OpenAI's routes with fewer fields, which it passes over without a word, and its own chat in
-//! lines of JSON. A prompt that is too long it shortens.
+//! lines of JSON. A prompt that is too long it shortens. A model that is not in memory is loaded by whatever asks for it.
 
 mod native;
 
@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use crate::{
     body::Death,
     server::{Answer, Service},
-    vllm::{self, Caller, Task, error::Failure, json_answer, now_seconds, ok},
+    vllm::{self, Caller, Task, error::Failure, json_answer, now_seconds, ok, sleep},
     wire::{Wire, at, message_of, reshaped, set},
 };
 
@@ -99,9 +99,9 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
         (&Method::GET, "/api/version") => Ok(ok(&json!({"version": "0.33.0"}))),
         (&Method::GET, "/api/ps") => {
             let length = service.options.max_model_len;
-            Ok(ok(
-                &json!({"models": [{"name": model, "model": model, "size": 1, "digest": "", "context_length": length}]}),
-            ))
+            let loaded = json!({"name": model, "model": model, "size": 1, "digest": "", "context_length": length});
+            let models: Vec<Value> = Some(loaded).filter(|_| !service.sleep.is_asleep()).into_iter().collect();
+            Ok(ok(&json!({"models": models})))
         }
         (&Method::GET, "/api/tags") => {
             Ok(ok(&json!({"models": [{"name": model, "model": model, "size": 1, "digest": ""}]})))
@@ -117,13 +117,29 @@ async fn route(service: &Arc<Service>, request: Request<Incoming>) -> Result<Ans
                 "/v1/embeddings" => Task::Embedding,
                 "/api/chat" => {
                     let body = vllm::read(&parts.headers, body).await?;
-                    known(service, &body)?;
+                    loaded(service, &body).await?;
                     return native::answer(service, &body).await;
+                }
+                // Of these two only what loads and unloads.
+                "/api/embed" | "/api/generate" => {
+                    let body = vllm::read(&parts.headers, body).await?;
+                    return match (path, body.get("keep_alive").and_then(Value::as_i64)) {
+                        ("/api/embed", Some(..0)) if !body.contains_key("input") => {
+                            loaded(service, &body).await?;
+                            Ok(ok(&json!({"model": model, "embeddings": []})))
+                        }
+                        ("/api/generate", Some(0)) if !body.contains_key("prompt") => {
+                            known(service, &body)?;
+                            sleep::fall_asleep(service).await;
+                            Ok(ok(&json!({"model": model, "response": "", "done": true, "done_reason": "unload"})))
+                        }
+                        _ => Err(Failure::not_found()),
+                    };
                 }
                 _ => return Err(Failure::not_found()),
             };
             let body = vllm::read(&parts.headers, body).await?;
-            known(service, &body)?;
+            loaded(service, &body).await?;
             infer(service, task, body).await
         }
         _ => Err(Failure::not_found()),
@@ -138,6 +154,12 @@ fn known(service: &Service, body: &Map<String, Value>) -> Result<(), Failure> {
             Err(Failure::plain(StatusCode::NOT_FOUND, &message))
         }
     }
+}
+
+async fn loaded(service: &Service, body: &Map<String, Value>) -> Result<(), Failure> {
+    known(service, body)?;
+    sleep::wake(service).await;
+    Ok(())
 }
 
 async fn infer(service: &Arc<Service>, task: Task, mut body: Map<String, Value>) -> Result<Answer, Failure> {

@@ -63,10 +63,11 @@ impl Engine for Ollama {
         }
     }
 
+    /// A model that only embeds is loaded by the second path alone, and unloaded by the first alone.
     fn dormant(&self) -> Option<Dormant> {
         Some(Dormant {
             sleep: |model| ("/api/generate", kept(model, 0)),
-            wake: |model| ("/api/generate", kept(model, -1)),
+            wake: |model| ("/api/embed", kept(model, -1)),
             asks: "/api/ps",
             reads: |answer, model| {
                 let answer: Value = serde_json::from_slice(answer).ok()?;
@@ -148,7 +149,7 @@ mod tests {
         let kept = |(path, body): (&'static str, Bytes)| (path, serde_json::from_slice::<Value>(&body).expect("JSON"));
         let expected = |seconds: i32| json!({"model": "m", "keep_alive": seconds, "stream": false});
         assert_eq!(kept(sleep("m")), ("/api/generate", expected(0)));
-        assert_eq!(kept(wake("m")), ("/api/generate", expected(-1)));
+        assert_eq!(kept(wake("m")), ("/api/embed", expected(-1)));
     }
 
     #[test]

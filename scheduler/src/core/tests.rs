@@ -1,9 +1,12 @@
 mod adapters;
-mod behaviour;
+mod failures;
+mod fairness;
 mod gpus;
 mod pairs;
+mod placement;
 mod scale;
 mod schedules;
 mod siblings;
 mod sleep;
+mod waiting;
 mod world;

@@ -7,6 +7,7 @@ use std::process::Command;
 use std::sync::{Mutex, OnceLock};
 use std::time::Instant;
 
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use forebay_backends::signals::gpu::wire::telemetry_client::TelemetryClient;
 use forebay_backends::signals::gpu::wire::{Gpu, Snapshot, WatchRequest};
 
@@ -89,6 +90,18 @@ pub(crate) fn library(flags: &'static [&str]) -> &'static Path {
         let status = Command::new("cc").args(flags).args(["-shared", "-fPIC", "-o"]).arg(&library).arg(source).status();
         assert!(status.expect("a C compiler").success());
         Box::leak(library.into_boxed_path())
+    })
+}
+
+/// Files with a certificate of `localhost` and with its key.
+pub(crate) fn identity(directory: &Path) -> [String; 2] {
+    let identity = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
+    let (certificate, key) = (identity.cert.der().to_vec(), identity.signing_key.serialize_der());
+    [("CERTIFICATE", certificate), ("PRIVATE KEY", key)].map(|(what, der)| {
+        let path = directory.join(what);
+        let text = format!("-----BEGIN {what}-----\n{}\n-----END {what}-----\n", BASE64_STANDARD.encode(der));
+        std::fs::write(&path, text).expect("a file");
+        path.to_str().expect("UTF-8").to_owned()
     })
 }
 

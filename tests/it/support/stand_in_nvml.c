@@ -52,7 +52,9 @@ static int find(const char *key, char *value, size_t size) {
   size_t length = strlen(key);
   int result = NOT_SUPPORTED;
   pthread_mutex_lock(&one);
-  for (const char *line = text(); *line; line += strcspn(line, "\n"), line += *line == '\n') {
+  const char *end;
+  for (const char *line = text(); *line; line = end ? end + 1 : strchr(line, 0)) {
+    end = strchr(line, '\n');
     if (strncmp(line, key, length) != 0 || line[length] != ' ') continue;
     line += length + 1;
     if (*line == '!') result = atoi(line + 1);
@@ -232,7 +234,7 @@ static unsigned long seen[GPUS_MAX];
 typedef struct { Device *device; unsigned long long type, data; unsigned gpu_instance, compute_instance; } EventData;
 int nvmlEventSetWait_v2(void *set, EventData *event, unsigned timeout_ms) {
   (void)set;
-  for (unsigned waited = 0; waited < timeout_ms; waited += 50) {
+  for (unsigned waited = 0; waited < timeout_ms; waited += 200) {
     static unsigned looked;
     unsigned count;
     if (nvmlDeviceGetCount_v2(&count) != SUCCESS || looked == version) count = 0;
@@ -250,7 +252,7 @@ int nvmlEventSetWait_v2(void *set, EventData *event, unsigned timeout_ms) {
       }
     }
     looked = looking;
-    usleep(50000);
+    usleep(200000);
   }
   return TIMEOUT;
 }

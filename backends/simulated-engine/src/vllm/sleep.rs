@@ -73,27 +73,35 @@ impl Sleep {
 
 /// Answers one of the three paths.
 pub(super) async fn answer(service: &Service, path: &str) -> Result<Answer, Failure> {
-    let sleep = &service.sleep;
     match path {
-        "/is_sleeping" => Ok(ok(&json!({"is_sleeping": sleep.is_asleep()}))),
+        "/is_sleeping" => Ok(ok(&json!({"is_sleeping": service.sleep.is_asleep()}))),
         "/sleep" => {
-            while service.driver.load().0.running + service.driver.load().0.waiting > 0 {
-                tokio::time::sleep(LOOK).await;
-            }
-            tokio::time::sleep(service.options.sleep_time).await;
-            service.driver.clear_cache(|publisher| publisher.cleared());
-            sleep.state.lock().asleep = true;
-            sleep.note(true);
+            fall_asleep(service).await;
             Ok(ok(&json!({"status": "sleeping", "level": 1})))
         }
         _ => {
-            let asleep = sleep.is_asleep();
-            if asleep {
-                sleep.note(false);
-                tokio::time::sleep(service.options.wake_time).await;
-                sleep.state.lock().asleep = false;
-            }
+            wake(service).await;
             Ok(ok(&json!({"status": "awake", "tags": null})))
         }
+    }
+}
+
+/// Once what it has is finished.
+pub(crate) async fn fall_asleep(service: &Service) {
+    while service.driver.load().0.running + service.driver.load().0.waiting > 0 {
+        tokio::time::sleep(LOOK).await;
+    }
+    tokio::time::sleep(service.options.sleep_time).await;
+    service.driver.clear_cache(|publisher| publisher.cleared());
+    service.sleep.state.lock().asleep = true;
+    service.sleep.note(true);
+}
+
+/// Comes at once where it is awake.
+pub(crate) async fn wake(service: &Service) {
+    if service.sleep.is_asleep() {
+        service.sleep.note(false);
+        tokio::time::sleep(service.options.wake_time).await;
+        service.sleep.state.lock().asleep = false;
     }
 }

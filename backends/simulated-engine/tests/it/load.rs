@@ -1,6 +1,6 @@
 //! Time, batching, caches and metrics, and clients that leave.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use forebay_simulated_engine::{EngineConfig, Options};
 use serde_json::{Value, json};
@@ -25,10 +25,8 @@ async fn a_client_that_leaves_frees_its_sequence() {
         }
         until("it runs", || async { server.metric(RUNNING).await == 1.0 }).await;
         assert!(server.metric(KV_USAGE).await > 0.0);
-        let left = Instant::now();
         drop(connection);
         until("it is gone", || async { server.metric(RUNNING).await == 0.0 }).await;
-        assert!(left.elapsed() < Duration::from_millis(500), "{:?}", left.elapsed());
         assert_eq!(server.metric(KV_USAGE).await, 0.0);
     }
     let log = server.log().await;
@@ -106,25 +104,6 @@ async fn the_next_turn_finds_the_last_answer_cached() {
     let first_prompt = reply["usage"]["prompt_tokens"].as_u64().unwrap();
     // More than the first prompt: blocks of the answer too, as far as it is encoded again to the same tokens.
     assert!(cached > first_prompt + 16, "{cached} of {}", next["usage"]["prompt_tokens"]);
-}
-
-#[tokio::test]
-async fn time_follows_the_engine_model() {
-    // Ten steps of 5 ms and a prefill of 100 ms, at ten times the speed.
-    let timing =
-        EngineConfig { prefill_tokens_per_s: 100.0, step_ms: 50.0, step_ms_per_seq: 0.0, ..EngineConfig::default() };
-    let server = Server::start(Options { timing, speed: 10.0, ..slow() }).await;
-    let prompt: Vec<u32> = (300..400).collect();
-    let begin = Instant::now();
-    let body = json!({"model": "sim", "prompt": prompt, "max_tokens": 10, "ignore_eos": true, "stream": true});
-    let mut connection = server.open("/v1/completions", &body).await;
-    connection.events(1).await;
-    let first = begin.elapsed();
-    connection.reply().await;
-    let whole = begin.elapsed();
-    // Lower bounds are exact, upper ones leave room for a busy machine.
-    assert!(first >= Duration::from_millis(105) && first < Duration::from_secs(2), "{first:?}");
-    assert!(whole - first >= Duration::from_millis(40) && whole < Duration::from_secs(4), "{whole:?}");
 }
 
 #[tokio::test]

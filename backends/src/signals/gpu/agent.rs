@@ -2,19 +2,19 @@
 //!
 //! Readings only; nothing can be changed through it. A subscriber that reads slowly gets the latest snapshot, not all.
 
-use std::{future::ready, io, pin::Pin, time::Duration};
+mod connection;
+
+use std::{io, pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt as _, stream};
-use tokio::{
-    net::{TcpListener, TcpStream},
-    time::timeout,
-};
+use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     Request, Response, Status,
     transport::{Identity, Server, ServerTlsConfig, server::TcpIncoming},
 };
 
+use self::connection::{Called, Connection};
 use super::{
     node::{Readings, next},
     wire::{
@@ -27,10 +27,8 @@ use super::{
 const KEEPALIVE: Duration = Duration::from_secs(10);
 /// How long connections may take to end: one that says nothing never would.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// A connection on which nothing was said for so long since it was made is closed.
-const SILENCE_MAX: Duration = Duration::from_secs(5);
-/// Connections that may be silent at once; others wait to be accepted.
-const SILENT_MAX: usize = 64;
+/// Connections at once; others wait to be accepted.
+const CONNECTIONS_MAX: usize = 256;
 /// Calls at once on one connection.
 const CALLS_MAX: u32 = 16;
 
@@ -57,24 +55,16 @@ pub async fn serve(
     if let Some(Tls { certificate, key }) = tls {
         server = server.tls_config(ServerTlsConfig::new().identity(Identity::from_pem(certificate, key)))?;
     }
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let incoming = incoming.map(spoken).buffer_unordered(SILENT_MAX).filter_map(ready);
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).then(move |accepted| {
+        let place = Arc::clone(&places).acquire_owned();
+        async { Ok::<_, io::Error>(Connection::new(accepted?, place.await.map_err(io::Error::other)?)) }
+    });
     let service = TelemetryServer::new(Agent { readings, stop: stop.clone() });
     let serving = server.add_service(service).serve_with_incoming_shutdown(incoming, stop.cancelled());
     tokio::select! {
         ended = serving => ended,
         () = async { stop.cancelled().await; tokio::time::sleep(LAST_WORDS).await } => Ok(()),
-    }
-}
-
-/// A connection once its client said something; none where it did not.
-async fn spoken(accepted: io::Result<TcpStream>) -> Option<io::Result<TcpStream>> {
-    match accepted {
-        Ok(connection) => {
-            let said = timeout(SILENCE_MAX, connection.peek(&mut [0])).await;
-            matches!(said, Ok(Ok(1))).then_some(Ok(connection))
-        }
-        failed => Some(failed),
     }
 }
 
@@ -87,7 +77,10 @@ struct Agent {
 impl Telemetry for Agent {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<Snapshot, Status>> + Send>>;
 
-    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        if let Some(called) = request.extensions().get::<Called>() {
+            called.note();
+        }
         let mut readings = self.readings.clone();
         readings.mark_changed();
         let snapshots = stream::unfold(readings, |mut readings| async {

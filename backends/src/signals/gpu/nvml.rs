@@ -53,8 +53,11 @@ impl<'n> Reader<'n> {
         let gpu = self.changing(&device, &mut answers);
         let gpu = if answers.standing == Standing::Well { gpu } else { self.unread(answers.standing) };
         let mut all = vec![gpu];
-        if let Some(whole) = all.first().filter(|gpu| gpu.standing() == Standing::Well).cloned() {
-            all.extend(instances(&device, &whole));
+        if let Some(whole) = all.first_mut().filter(|gpu| gpu.standing() == Standing::Well) {
+            let instances = instances(&device, whole);
+            // Those of its instances are told of the whole as well, which they do not have to themselves.
+            whole.processes.retain(|process| !instances.iter().any(|instance| has(instance, process)));
+            all.extend(instances);
         }
         all
     }
@@ -145,6 +148,10 @@ fn instances(device: &Device<'_>, whole: &Gpu) -> Vec<Gpu> {
         })
     });
     instances.collect()
+}
+
+fn has(gpu: &Gpu, process: &Process) -> bool {
+    gpu.processes.iter().any(|known| known.pid == process.pid)
 }
 
 fn processes(device: &Device<'_>, answers: &mut Answers) -> Vec<Process> {

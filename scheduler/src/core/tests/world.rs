@@ -338,3 +338,30 @@ impl World {
         self.event(Event::Probed { worker: WorkerId(worker), healthy })
     }
 }
+
+pub(super) fn one_slot() -> WorkerSpec {
+    WorkerSpec { sequences_max: 1, ..WorkerSpec::default() }
+}
+
+pub(super) fn retry_after(actions: &[Action]) -> Duration {
+    let after = actions.iter().find_map(|action| match action {
+        Action::Refuse { retry_after, .. } => *retry_after,
+        _ => None,
+    });
+    after.expect("a refusal that says when to come back")
+}
+
+/// Eight prompts served by a worker at `speed`, so that its rate is measured.
+pub(super) fn calibrate(world: &mut World, first_id: u64, worker: u32, speed: u32) {
+    let others: Vec<u32> = world.health.keys().map(|other| other.0).filter(|other| *other != worker).collect();
+    others.iter().for_each(|other| drop(world.probed(*other, false)));
+    for id in first_id..first_id + 8 {
+        world.arrive(request(id, 2000));
+        assert_eq!(world.sent_to(id), Some(worker));
+        world.wait(2000 * 1000 / u64::from(speed));
+        world.first_token(id);
+        world.finish(id);
+    }
+    others.iter().for_each(|other| drop(world.probed(*other, true)));
+    world.wait(20_000); // until they have their full share again
+}
