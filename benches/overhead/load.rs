@@ -189,7 +189,8 @@ async fn client(address: SocketAddr, mut request: Prepared, left: &Left) -> anyh
 /// Reads one answer whole, and refuses every other than a good one; when its first bytes came, and the longest time to
 /// the next ones.
 async fn answer(stream: &mut TcpStream, buffer: &mut Vec<u8>, form: Form) -> anyhow::Result<(Instant, Duration)> {
-    const LAST_EVENT: &[u8] = b"data: [DONE]\n\n\r\n0\r\n\r\n";
+    const LAST_CHUNK: &[u8] = b"\r\n0\r\n\r\n";
+    const LAST_EVENT: &[u8] = b"data: [DONE]\n\n";
     let (mut head, mut first, mut last, mut silence) = (None, None, None, Duration::ZERO);
     loop {
         ensure!(stream.read_buf(buffer).await? > 0, "the answer broke off: {}", String::from_utf8_lossy(buffer));
@@ -203,13 +204,30 @@ async fn answer(stream: &mut TcpStream, buffer: &mut Vec<u8>, form: Form) -> any
         if !buffer.starts_with(b"HTTP/1.1 200 ") {
             bail!("no good answer: {}", String::from_utf8_lossy(buffer));
         }
-        // How the last event is cut into chunks is the proxy's own choice; none of them cuts this short one.
         let whole = match buffer.get(..head).and_then(content_length) {
             Some(length) => form == Form::Whole && buffer.len() >= head + length,
-            None => form != Form::Whole && buffer.ends_with(LAST_EVENT),
+            None => form != Form::Whole && buffer.ends_with(LAST_CHUNK),
         };
         if whole {
+            // How events are cut into chunks is the proxy's own choice.
+            let is_good =
+                form == Form::Whole || unchunked(buffer.get(head..).unwrap_or_default()).ends_with(LAST_EVENT);
+            ensure!(is_good, "the answer has no last event: {}", String::from_utf8_lossy(buffer));
             return Ok((first, silence));
         }
     }
+}
+
+/// The data of chunks, up to the first that is none.
+fn unchunked(mut bytes: &[u8]) -> Vec<u8> {
+    let mut data = Vec::with_capacity(bytes.len());
+    while let Some(at) = bytes.windows(2).position(|pair| pair == b"\r\n")
+        && let Some(length) =
+            bytes.get(..at).and_then(|size| usize::from_str_radix(str::from_utf8(size).ok()?, 16).ok())
+        && let Some(chunk) = bytes.get(at + 2..at + 2 + length)
+    {
+        data.extend_from_slice(chunk);
+        bytes = bytes.get(at + 2 + length + 2..).unwrap_or_default();
+    }
+    data
 }
