@@ -40,7 +40,7 @@ pub enum Error {
     /// The connection ended before a complete answer head came. The worker may have begun the request.
     #[error("the worker closed the connection before it answered")]
     Reset {
-        /// The connection had served a request before, so the worker may have closed it as idle, just then.
+        /// The connection had served a request before and nothing came, so the worker may have closed it as idle, just then.
         reused: bool,
         #[source]
         source: Source,

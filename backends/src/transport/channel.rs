@@ -253,7 +253,9 @@ async fn ask(
                 Lost::Unsent(source) => {
                     Failed { error: Error::Reset { reused, source: source.into() }, unsent: Some(request) }
                 }
-                Lost::Closed(source) => Failed { error: Error::Reset { reused, source: source.into() }, unsent: None },
+                Lost::Closed { source, unheard } => {
+                    Failed { error: Error::Reset { reused: reused && unheard, source: source.into() }, unsent: None }
+                }
                 Lost::Malformed(why) => Failed { error: Error::Malformed { source: why.into() }, unsent: None },
             })
         }

@@ -19,7 +19,7 @@ use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode,
     header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING},
 };
-use memchr::{memchr, memmem};
+use memchr::memchr;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -33,6 +33,8 @@ const HEAD_BYTES_MAX: usize = 64 << 10;
 const FIELDS_MAX: usize = 100;
 /// Something else than HTTP shows in its first bytes.
 const STATUS_LINE_BYTES: usize = 256;
+/// Answers before the answer (100, 103).
+const INTERIM_MAX: usize = 100;
 
 thread_local! {
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; PIECE_BYTES_MAX].into());
@@ -44,6 +46,10 @@ pub(super) struct Http1 {
     sending: Sending,
     /// The beginning of a head whose rest has not come.
     held: BytesMut,
+    /// Whether anything came since the last request.
+    heard: bool,
+    /// Answers that came before the one to it.
+    interim: usize,
     /// What of the body came with the head.
     first: Bytes,
     rest: Rest,
@@ -81,7 +87,11 @@ enum Rest {
 pub(super) enum Lost {
     /// Nothing of the request was written.
     Unsent(io::Error),
-    Closed(io::Error),
+    /// `unheard`: nothing came, so that it may be that the request was never seen.
+    Closed {
+        source: io::Error,
+        unheard: bool,
+    },
     Malformed(Unread),
 }
 
@@ -110,17 +120,27 @@ impl Http1 {
             stream,
             sending: Sending::default(),
             held: BytesMut::new(),
+            heard: false,
+            interim: 0,
             first: Bytes::new(),
             rest: Rest::Nothing,
             goes_on: true,
         }
     }
 
-    /// Whether the worker neither closed it nor said anything unasked. No system call where nothing came.
+    /// Whether the worker neither closed it nor said anything unasked, which would be taken for the next answer.
     pub(super) fn is_ready(&mut self) -> bool {
-        let mut byte = [0];
-        let context = &mut Context::from_waker(Waker::noop());
-        self.stream.poll_read(context, &mut ReadBuf::new(&mut byte)).is_pending()
+        match &mut self.stream {
+            // The kernel is asked, since what came just now may not have been told yet.
+            Stream::Plain(stream) => {
+                let peeked = socket2::SockRef::from(&*stream).peek(&mut [MaybeUninit::uninit()]);
+                peeked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+            }
+            Stream::Tls(stream) => {
+                let context = &mut Context::from_waker(Waker::noop());
+                Pin::new(stream).poll_read(context, &mut ReadBuf::new(&mut [0])).is_pending()
+            }
+        }
     }
 
     /// Whether the last answer came to its end and another request may follow.
@@ -142,6 +162,7 @@ impl Http1 {
     /// Writes a request and reads the head of its answer, which may come before all of the request is written.
     pub(super) async fn ask(&mut self, request: &Request<Bytes>) -> Result<(StatusCode, HeaderMap), Lost> {
         self.sending = Sending { head: head_of(request), body: request.body().clone(), ..Sending::default() };
+        (self.heard, self.interim) = (false, 0);
         std::future::poll_fn(|context| self.poll_head(context)).await
     }
 
@@ -154,10 +175,15 @@ impl Http1 {
         }
         // One that cannot be written to any more may have said why.
         loop {
+            let unheard = !self.heard;
+            let closed = |source| Lost::Closed { source, unheard };
             let read = BUFFER.with_borrow_mut(|buffer| {
                 let mut buffer = ReadBuf::new(buffer);
-                ready!(self.stream.poll_read(context, &mut buffer)).map_err(Lost::Closed)?;
-                Poll::Ready(self.take(buffer.filled()))
+                ready!(self.stream.poll_read(context, &mut buffer)).map_err(closed)?;
+                match buffer.filled() {
+                    [] => Poll::Ready(Err(closed(io::ErrorKind::UnexpectedEof.into()))),
+                    bytes => Poll::Ready(self.take(bytes).map_err(Lost::Malformed)),
+                }
             });
             if let Some(head) = ready!(read)? {
                 return Poll::Ready(Ok(head));
@@ -165,61 +191,54 @@ impl Http1 {
         }
     }
 
-    /// Looks for a head's end in what came.
-    fn take(&mut self, bytes: &[u8]) -> Result<Option<(StatusCode, HeaderMap)>, Lost> {
-        if bytes.is_empty() {
-            return Err(Lost::Closed(io::ErrorKind::UnexpectedEof.into()));
+    /// Looks for a whole head in what came.
+    fn take(&mut self, bytes: &[u8]) -> Result<Option<(StatusCode, HeaderMap)>, Unread> {
+        self.heard = true;
+        if self.held.is_empty() {
+            return self.begin(bytes);
         }
-        if self.held.is_empty()
-            && let Some(length) = head_end(bytes, 0)
-        {
-            return self.begin(bytes, length).map_err(Lost::Malformed);
-        }
-        let seen = self.held.len().saturating_sub(3);
         self.held.extend_from_slice(bytes);
-        if let Some(length) = head_end(&self.held, seen) {
-            let held = std::mem::take(&mut self.held);
-            return self.begin(&held, length).map_err(Lost::Malformed);
+        // A head ends with a line; what cannot become one is not waited for.
+        if memchr(b'\n', bytes).is_none() && self.held.len() > STATUS_LINE_BYTES && self.held.len() <= HEAD_BYTES_MAX {
+            return Ok(None);
         }
-        if self.held.len() > HEAD_BYTES_MAX {
-            return Err(Lost::Malformed(Unread::Long));
-        }
-        // What cannot become a head is not waited for.
-        if self.held.len() <= STATUS_LINE_BYTES {
-            read_head(&Bytes::copy_from_slice(&self.held)).map_err(Lost::Malformed)?;
-        }
-        Ok(None)
+        let held = std::mem::take(&mut self.held);
+        self.begin(&held)
     }
 
-    /// The head that ends at `length`, and what follows it.
-    fn begin(&mut self, bytes: &[u8], length: usize) -> Result<Option<(StatusCode, HeaderMap)>, Unread> {
-        let (head, after) = bytes.split_at_checked(length).ok_or(Unread::Head)?;
-        if head.len() > HEAD_BYTES_MAX {
-            return Err(Unread::Long);
-        }
-        let Some(Head { status, headers, keeps_alive, is_old }) = read_head(&Bytes::copy_from_slice(head))? else {
-            return Err(Unread::Head);
-        };
-        if status == StatusCode::SWITCHING_PROTOCOLS {
-            return Err(Unread::Head); // nobody asked for it
-        }
-        if status.is_informational() {
-            // The answer itself follows, perhaps at once.
-            return match head_end(after, 0) {
-                Some(length) => self.begin(after, length),
-                None => {
-                    self.held.extend_from_slice(after);
-                    Ok(None)
+    /// The answer's head, and what of the body follows it. Without a whole one the bytes are held.
+    fn begin(&mut self, mut bytes: &[u8]) -> Result<Option<(StatusCode, HeaderMap)>, Unread> {
+        loop {
+            let Some(Head { length, status, mut headers, keeps_alive, is_old }) = read_head(bytes)? else {
+                if bytes.len() > HEAD_BYTES_MAX {
+                    return Err(Unread::Long);
                 }
+                self.held.extend_from_slice(bytes);
+                return Ok(None);
             };
+            let after = bytes.get(length..).unwrap_or_default();
+            if length > HEAD_BYTES_MAX {
+                return Err(Unread::Long);
+            }
+            if status == StatusCode::SWITCHING_PROTOCOLS {
+                return Err(Unread::Head); // nobody asked for it
+            }
+            if status.is_informational() {
+                self.interim += 1;
+                if self.interim > INTERIM_MAX {
+                    return Err(Unread::Head);
+                }
+                bytes = after; // the answer itself follows, perhaps at once
+                continue;
+            }
+            self.goes_on = keeps_alive;
+            self.rest = framing(status, &headers, is_old)?;
+            if headers.contains_key(TRANSFER_ENCODING) && headers.remove(CONTENT_LENGTH).is_some() {
+                self.goes_on = false; // one of both is wrong (RFC 9112, 6.3)
+            }
+            self.first = self.decode(after);
+            return Ok(Some((status, headers)));
         }
-        self.goes_on = keeps_alive;
-        self.rest = framing(status, &headers, is_old)?;
-        if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH) {
-            self.goes_on = false; // one of both is wrong (RFC 9112, 6.3)
-        }
-        self.first = self.decode(after);
-        Ok(Some((status, headers)))
     }
 
     /// The body's next piece, nothing after the last one. After an error, too, nothing follows.
@@ -301,6 +320,8 @@ impl Sending {
                 (false, true) => stream.poll_write(context, &[IoSlice::new(&self.head)]),
                 _ => stream.poll_write(context, &[IoSlice::new(&self.body)]),
             };
+            // Over TLS a part may have left all the same.
+            self.begun |= matches!(stream, Stream::Tls(_));
             let written = ready!(written)?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
@@ -366,18 +387,9 @@ fn head_of(request: &Request<Bytes>) -> Bytes {
     head.freeze()
 }
 
-/// Where the first head ends, if it does, looked for from `seen` on.
-fn head_end(bytes: &[u8], seen: usize) -> Option<usize> {
-    let rest = bytes.get(seen..)?;
-    if let Some(at) = memmem::find(rest, b"\r\n\r\n") {
-        return Some(seen + at + 4);
-    }
-    // Line ends without a carriage return are read, too (RFC 9112, 2.2).
-    let bare = memmem::find(rest, b"\n\n").map(|at| seen + at + 2);
-    bare.or_else(|| memmem::find(rest, b"\n\r\n").map(|at| seen + at + 3))
-}
-
 struct Head {
+    /// In bytes.
+    length: usize,
     status: StatusCode,
     headers: HeaderMap,
     keeps_alive: bool,
@@ -385,28 +397,32 @@ struct Head {
     is_old: bool,
 }
 
-/// A whole head; nothing where its end is missing.
-fn read_head(bytes: &Bytes) -> Result<Option<Head>, Unread> {
+/// The head that stands at the beginning; nothing where its end is missing.
+fn read_head(bytes: &[u8]) -> Result<Option<Head>, Unread> {
     let mut response = httparse::Response::new(&mut []);
     let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
     let parsed =
         httparse::ParserConfig::default().parse_response_with_uninit_headers(&mut response, bytes, &mut fields);
-    match parsed {
-        Ok(httparse::Status::Complete(_)) => {}
+    let length = match parsed {
+        Ok(httparse::Status::Complete(length)) => length,
         Ok(httparse::Status::Partial) => return Ok(None),
         Err(_) => return Err(Unread::Head),
-    }
+    };
     let status = response.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or(Unread::Head)?;
     let is_old = response.version == Some(0);
+    // One copy, of which all values are parts.
+    let head = Bytes::copy_from_slice(bytes.get(..length).unwrap_or_default());
     let mut headers = HeaderMap::with_capacity(response.headers.len());
     for field in response.headers.iter() {
         let name = HeaderName::from_bytes(field.name.as_bytes()).map_err(|_| Unread::Head)?;
-        let value = HeaderValue::from_maybe_shared(bytes.slice_ref(field.value)).map_err(|_| Unread::Head)?;
+        let start = field.value.as_ptr().addr().wrapping_sub(bytes.as_ptr().addr());
+        let value = head.get(start..start.wrapping_add(field.value.len())).unwrap_or_default();
+        let value = HeaderValue::from_maybe_shared(head.slice_ref(value)).map_err(|_| Unread::Head)?;
         headers.append(name, value);
     }
     let says = |word: &str| headers.get_all(CONNECTION).iter().any(|value| lists(value, word));
     let keeps_alive = if is_old { says("keep-alive") } else { !says("close") };
-    Ok(Some(Head { status, headers, keeps_alive, is_old }))
+    Ok(Some(Head { length, status, headers, keeps_alive, is_old }))
 }
 
 fn lists(value: &HeaderValue, word: &str) -> bool {
@@ -579,7 +595,7 @@ mod tests {
     #[test]
     fn what_a_head_says_of_its_body() {
         let read = |head: &str| {
-            let head = read_head(&Bytes::copy_from_slice(head.as_bytes())).ok().flatten()?;
+            let head = read_head(head.as_bytes()).ok().flatten()?;
             Some((framing(head.status, &head.headers, head.is_old).ok()?, head.keeps_alive))
         };
         for (head, expected) in [
@@ -626,7 +642,7 @@ mod tests {
         #[test]
         fn whatever_comes_is_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200), cut in 1_usize..50) {
             let _ = decoded(bytes.chunks(cut));
-            if let Ok(Some(head)) = read_head(&Bytes::from(bytes)) {
+            if let Ok(Some(head)) = read_head(&bytes) {
                 let _ = framing(head.status, &head.headers, head.is_old);
             }
         }

@@ -225,6 +225,24 @@ async fn a_request_that_was_written_is_not_sent_again() {
     assert_eq!((server.seen.connections(), server.seen.requests()), (1, 2));
 }
 
+/// A connection that breaks within an answer was not closed as idle.
+#[tokio::test]
+async fn an_answer_that_began_is_no_idle_close() {
+    for begin in ["HTTP/1.1 20", "HTTP/1.1 100 Continue\r\n\r\n"] {
+        let server = Server::start(move |mut served| async move {
+            served.request().await;
+            served.answer(200, "ok").await;
+            served.request().await;
+            served.send(begin).await;
+        })
+        .await;
+        let channel = server.channel(Timeouts { keep_alive: PATIENCE, ..Timeouts::default() });
+        channel.send(post("1")).await.expect("an answer").body.collect(9).await.expect("a body");
+        let broken = channel.send(post("2")).await.err();
+        assert!(matches!(broken, Some(Error::Reset { reused: false, .. })), "{begin:?}: {broken:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_question_may_be_asked_again() {
     let server = Server::start(hangs_up_on_the_second).await;

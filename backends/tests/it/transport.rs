@@ -186,6 +186,66 @@ async fn interim_answers_are_passed_over() {
 }
 
 #[tokio::test]
+async fn interim_answers_have_a_bound() {
+    let server = Server::start(|mut served| async move {
+        served.request().await;
+        served.send("HTTP/1.1 100\r\n\r\n".repeat(6000)).await;
+        served.send("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
+        served.closed().await;
+    })
+    .await;
+    let sent = server.channel(Timeouts::default()).send(post("x")).await;
+    assert!(matches!(sent, Err(Error::Malformed { .. })));
+}
+
+/// Line ends without a carriage return end a head as well, whatever the body has.
+#[tokio::test]
+async fn bare_line_ends() {
+    for head in [
+        "HTTP/1.1 200 OK\ntransfer-encoding: chunked\n\n",
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\n",
+        "HTTP/1.1 200 OK\ntransfer-encoding: chunked\n\r\n",
+        "\r\n\r\nHTTP/1.1 200 OK\r\nx: \r\ntransfer-encoding: chunked\r\ncontent-length: 2\r\n\r\n",
+    ] {
+        let server = Server::start(move |mut served| async move {
+            served.request().await;
+            served.send(format!("{head}8\r\na\r\n\r\nb\r\n\r\n0\r\n\r\n")).await;
+            served.closed().await;
+        })
+        .await;
+        let answer = server.channel(Timeouts::default()).send(post("x")).await.expect("an answer");
+        assert_eq!(answer.headers.get("content-length"), None, "{head:?}");
+        assert_eq!(read(answer.body).await.expect("a body"), b"a\r\n\r\nb\r\n", "{head:?}");
+    }
+}
+
+/// Also what comes behind an answer when it is already read, so that it cannot be taken for the next one.
+#[tokio::test]
+async fn what_comes_unasked_is_nobodys_answer() {
+    let (say, said) = (Arc::new(tokio::sync::Notify::new()), Arc::new(AtomicUsize::new(0)));
+    let (heard, saying) = (Arc::clone(&say), Arc::clone(&said));
+    let server = Server::start(move |mut served| {
+        let (heard, saying) = (Arc::clone(&heard), Arc::clone(&saying));
+        async move {
+            while served.request().await.is_some() {
+                served.answer(200, "ok").await;
+                heard.notified().await;
+                served.answer(200, "bad").await;
+                saying.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+    })
+    .await;
+    let channel = server.channel(Timeouts::default());
+    for round in 1..=3 {
+        let answer = channel.send(post("x")).await.expect("an answer");
+        assert_eq!(read(answer.body).await.expect("a body"), b"ok", "round {round}");
+        say.notify_one();
+        until("it was said", || said.load(Ordering::SeqCst) == round).await;
+    }
+}
+
+#[tokio::test]
 async fn a_connection_that_says_more_than_it_was_asked_is_not_kept() {
     for more in ["HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nbad", "x"] {
         let server = Server::start(move |mut served| async move {
