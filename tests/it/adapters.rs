@@ -261,6 +261,34 @@ fn an_adapter_whose_path_changes_is_loaded_from_there_once_its_requests_ended() 
     assert_eq!(root, Some(other.path()), "{listed}");
 }
 
+/// Where a worker says that it has its adapter from.
+fn root(worker: &Worker) -> Option<String> {
+    let listed = client::get(worker.address, "/v1/models").json();
+    Some(listed["data"].get(1)?["root"].as_str()?.to_owned())
+}
+
+#[test]
+fn an_adapter_that_came_from_another_path_than_configured_is_loaded_from_there() {
+    let workers = [worker(&[])];
+    let (first, second) = (tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("a directory"));
+    // As a gateway with another path left it.
+    let body = json!({"lora_name": "sql", "lora_path": first.path()}).to_string();
+    assert_eq!(client::post(workers[0].address, "/v1/load_lora_adapter", &body).status, 200);
+    let gateway = gateway(&workers.each_ref(), &adapters(&["sql"], Some(second.path())));
+    ask(&gateway, "sql");
+    assert_eq!(root(&workers[0]).as_deref(), second.path().to_str());
+    assert_eq!(changes(&workers[0]).len(), 3);
+    // The path and the worker's keys at once: it is another worker to the scheduler.
+    let config = model("m", &[workers[0].address], &adapters(&["sql"], Some(first.path())));
+    gateway.configure("", &(config + "token_ids = true\n"));
+    gateway.process.signal("HUP");
+    until_changes(&workers[0], 4);
+    assert_eq!(changes(&workers[0])[3], ("sql".to_owned(), false));
+    eventually("it to be served", || (gateway.post(COMPLETIONS, &prompt("sql")).status == 200).then_some(()));
+    assert_eq!(root(&workers[0]).as_deref(), first.path().to_str());
+    assert_eq!(changes(&workers[0]).len(), 5);
+}
+
 #[test]
 fn a_server_that_fails_to_load_is_asked_again() {
     let workers = [worker(&["--fault", "status:code=500,path=/v1/load_lora_adapter,first=1"])];

@@ -27,13 +27,26 @@ use crate::{Action, Adapter, AdapterChange, AdapterEnd, AdapterId, AdapterState,
 const GONE_MAX: usize = 256;
 
 impl Core {
-    /// An engine says which adapters it has.
-    pub(super) fn adapters_seen(&mut self, id: WorkerId, adapters: &[Adapter], out: &mut Vec<Action>) {
+    /// An engine says which adapters it has, and which of these are `stale`. One that was known keeps its files until they
+    /// move: we loaded it, or the engine did not let it go.
+    pub(super) fn adapters_seen(
+        &mut self,
+        id: WorkerId,
+        adapters: &[Adapter],
+        stale: &[AdapterId],
+        out: &mut Vec<Action>,
+    ) {
         let Some(slot) = self.workers.slot(id) else { return };
         let Some(worker) = self.workers.get_mut(slot) else { return };
         let (came, gone) = worker.adapters.seen(self.now, adapters);
         let pool = worker.pool;
-        came.iter().for_each(|adapter| worker.lane.open(Gate::Adapter(*adapter)));
+        for adapter in &came {
+            if stale.contains(adapter) && worker.spec.adapters_max > 0 {
+                worker.adapters.moved(self.now, *adapter);
+            } else {
+                worker.lane.open(Gate::Adapter(*adapter));
+            }
+        }
         gone.iter().for_each(|adapter| self.close(slot, *adapter));
         if !came.is_empty() || !gone.is_empty() {
             self.adapters_changed(slot);
