@@ -2,7 +2,8 @@
 //!
 //! An adapter has one name, for clients and at the workers. What a worker lists is told to the core when it is probed, and
 //! read again now and then, since others may load and unload there, too. Of a server with several data-parallel ranks an
-//! adapter is all ranks', so that none is loaded or unloaded there at one rank's word.
+//! adapter is all ranks', so that none is loaded or unloaded there at one rank's word; of one that several models share,
+//! it is that model's which has it configured.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -74,7 +75,8 @@ impl Intake {
         if !adapters.is_empty() {
             let listed: HashMap<&str, &ServedModel> = listed.iter().map(|model| (model.id.as_str(), model)).collect();
             let has = adapters.iter().filter_map(|adapter| Some((adapter, *listed.get(&*adapter.name)?)));
-            let has: Vec<(&Adapter, &ServedModel)> = has.collect();
+            let has: Vec<(&Adapter, &ServedModel)> =
+                has.filter(|(adapter, _)| !self.is_anothers(worker, adapter)).collect();
             let stale = has.iter().filter(|(adapter, listed)| is_elsewhere(adapter, listed));
             self.driver.tell(Event::AdaptersSeen {
                 worker: worker.id,
@@ -112,6 +114,7 @@ impl Intake {
         self.tracker.spawn(gone.run_until_cancelled_owned(async move {
             let found = intake.adapters(worker.pool).iter().find(|known| known.id == adapter).cloned();
             let end = match found {
+                Some(adapter) if change == Change::Unload && intake.is_anothers(&worker, &adapter) => AdapterEnd::Done,
                 Some(adapter) => intake.changed_adapter(&worker, &adapter, change).await,
                 // It left the configuration long ago, and is remembered no more.
                 None if change == Change::Load => AdapterEnd::Refused,

@@ -290,6 +290,34 @@ fn an_adapter_that_came_from_another_path_than_configured_is_loaded_from_there()
 }
 
 #[test]
+fn an_adapter_that_goes_to_another_model_of_the_same_server_stays_there() {
+    let workers = [worker(&[])];
+    let shared = |sql_at: &str| {
+        let names = |model: &str| if model == sql_at { vec!["sql"] } else { Vec::new() };
+        let keys = |model: &str| adapters(&names(model), Some(&tokenizer()));
+        let at = workers[0].address;
+        let second = format!("[[model.worker]]\nname = \"x0\"\nurl = \"http://{at}\"\nmodel = \"m\"\n");
+        model("m", &[workers[0].address], &keys("m")) + &model("two", &[], &keys("two")) + &second
+    };
+    let gateway = Gateway::start(&shared("m"));
+    eventually("it to be served", || (gateway.post(COMPLETIONS, &prompt("sql")).status == 200).then_some(()));
+    gateway.configure("", &shared("two"));
+    gateway.process.signal("HUP");
+    let has = |at: &str| {
+        let (none, loaded) = (BTreeMap::new(), BTreeMap::from([("sql".to_owned(), "loaded".to_owned())]));
+        let has = if at == "two" { [none, loaded] } else { [none.clone(), none] };
+        eventually("the workers to have changed", || (known(&gateway) == has).then_some(()));
+    };
+    has("two");
+    assert_eq!(by(&ask(&gateway, "sql")), "x0");
+    assert_eq!(changes(&workers[0]), loaded(&["sql"]), "the first model had it, and leaves it to the second");
+    gateway.configure("", &shared("none"));
+    gateway.process.signal("HUP");
+    has("none");
+    assert_eq!(changes(&workers[0])[1..], [("sql".to_owned(), false)]);
+}
+
+#[test]
 fn a_server_that_fails_to_load_is_asked_again() {
     let workers = [worker(&["--fault", "status:code=500,path=/v1/load_lora_adapter,first=1"])];
     let gateway = gateway(&workers.each_ref(), &adapters(&["sql"], Some(&tokenizer())));
