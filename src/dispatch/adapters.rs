@@ -155,7 +155,12 @@ impl Intake {
 
     /// The adapters of a pool are others now.
     pub(super) fn adapters_configured(self: &Arc<Self>, pool: PoolId, before: &[Adapter]) {
-        for now in &*self.adapters(pool) {
+        let adapters = self.adapters(pool);
+        for forgotten in before.iter().filter(|known| known.gone && adapters.iter().all(|now| now.id != known.id)) {
+            let (adapter, change) = (forgotten.id, AdapterChange::Back);
+            self.driver.tell(Event::AdapterChanged { pool, adapter, change });
+        }
+        for now in &*adapters {
             let Some(before) = before.iter().find(|before| before.id == now.id) else { continue };
             let change = match (before.gone, now.gone) {
                 (false, true) => AdapterChange::Gone,

@@ -239,6 +239,25 @@ fn an_adapter_taken_out_is_unloaded_once_its_requests_ended() {
 }
 
 #[test]
+fn of_many_that_were_taken_out_those_that_left_first_are_forgotten() {
+    let workers = [worker(&[])];
+    let keys = |names: &[&str]| model("m", &[workers[0].address], &adapters(names, Some(&tokenizer())));
+    let many: Vec<String> = (0..256).map(|number| format!("a{number}")).collect();
+    // The first that was ever configured is the last to leave.
+    let all: Vec<&str> = std::iter::once("sql").chain(many.iter().map(String::as_str)).collect();
+    let gateway = gateway(&workers.each_ref(), &adapters(&all, Some(&tokenizer())));
+    ask(&gateway, "sql");
+    for left in [&["sql"][..], &[]] {
+        gateway.configure("", &keys(left));
+        gateway.process.signal("HUP");
+        let listed = || client::get(gateway.client, "/v1/models").json()["data"].as_array().map(Vec::len);
+        eventually("the others to be gone", || (listed() == Some(1 + left.len())).then_some(()));
+    }
+    until_changes(&workers[0], 2);
+    assert_eq!(changes(&workers[0])[1], ("sql".to_owned(), false));
+}
+
+#[test]
 fn an_adapter_whose_path_changes_is_loaded_from_there_once_its_requests_ended() {
     let workers = [worker(&["--speed", "1"])];
     let other = tempfile::tempdir().expect("a directory");

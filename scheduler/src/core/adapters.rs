@@ -23,9 +23,6 @@ use crate::lane::Gate;
 use crate::worker::{Slot, Worker};
 use crate::{Action, Adapter, AdapterChange, AdapterEnd, AdapterId, AdapterState, PoolId, RequestId, WorkerId};
 
-/// Adapters that are configured no more and remembered; where there are more, the first is forgotten and stays loaded.
-const GONE_MAX: usize = 256;
-
 impl Core {
     /// An engine says which adapters it has, and which of these are `stale`. One that was known keeps its files until they
     /// move: we loaded it, or the engine did not let it go.
@@ -59,9 +56,6 @@ impl Core {
         let Some(state) = self.pools.get_mut(&pool) else { return };
         if change == AdapterChange::Gone {
             state.adapters_gone.insert(adapter);
-            if state.adapters_gone.len() > GONE_MAX {
-                state.adapters_gone.pop_first();
-            }
         } else {
             state.adapters_gone.remove(&adapter);
         }

@@ -44,7 +44,7 @@ pub enum AdapterState {
 pub enum AdapterChange {
     /// It is not there any more. Workers forget it once nobody asks for it.
     Gone,
-    /// It is there again, as it was.
+    /// It is there again, as it was; or it is gone for so long that it is remembered no more, and stays where it is.
     Back,
     /// Its files are others. Nothing more is asked of the old ones, and workers load it anew.
     Moved,

@@ -302,14 +302,6 @@ fn a_worker_that_takes_no_adapters_keeps_those_that_it_has() {
 }
 
 #[test]
-fn only_so_many_are_remembered_that_are_configured_no_more() {
-    let mut world = World::with_workers(1, &spec());
-    (1..=257).for_each(|of| drop(changed(&mut world, of, AdapterChange::Gone)));
-    assert_eq!(turns(&seen(&mut world, 0, &[adapter(1)])), []);
-    assert_eq!(turns(&seen(&mut world, 0, &[adapter(2)])), [unload(0, 2)]);
-}
-
-#[test]
 fn an_adapter_whose_files_moved_is_loaded_anew_once_its_requests_ended() {
     let mut world = World::with_workers(1, &spec());
     ask(&mut world, 1, 1);
