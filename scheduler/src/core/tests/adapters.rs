@@ -278,6 +278,9 @@ fn what_is_configured_no_more_is_unloaded_once_nobody_asks_for_it() {
     turned(&mut world, 0, 1, AdapterEnd::Failed);
     assert_eq!(turns(&world.wait(4900)), []);
     assert_eq!(turns(&world.wait(200)), [unload(0, 1)]);
+    turned(&mut world, 0, 1, AdapterEnd::Refused);
+    assert_eq!(turns(&world.wait(59_900)), [], "a refusal stands for a minute");
+    assert_eq!(turns(&world.wait(200)), [unload(0, 1)]);
     turned(&mut world, 0, 1, AdapterEnd::Done);
     assert_eq!(world.core.worker_views(world.now).next().unwrap().adapters, []);
     // a server that has it when it returns forgets it, too; and none once it is configured again
