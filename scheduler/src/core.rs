@@ -176,7 +176,7 @@ impl Core {
             Event::Load { worker, report } => self.load(worker, report),
             Event::SleepSeen { worker, asleep } => self.sleep_seen(worker, asleep),
             Event::SleepDone { worker, worked } => self.sleep_done(worker, worked),
-            Event::AdaptersSeen { worker, adapters } => self.adapters_seen(worker, &adapters, out),
+            Event::AdaptersSeen { worker, adapters, stale } => self.adapters_seen(worker, &adapters, &stale, out),
             Event::AdapterChanged { pool, adapter, change } => self.adapter_changed(pool, adapter, change),
             Event::AdapterTurned { worker, adapter, end } => self.adapter_turned(worker, adapter, end, out),
             Event::LoadLost { worker } => self.load_lost(worker, out),

@@ -397,6 +397,8 @@ pub enum Event {
         worker: WorkerId,
         /// All of them.
         adapters: Vec<Adapter>,
+        /// Of these, those that were loaded from other files than the configured ones.
+        stale: Vec<AdapterId>,
     },
     /// It did what [`crate::Action::LoadAdapter`] or [`crate::Action::UnloadAdapter`] told it, or did not.
     AdapterTurned {

@@ -39,7 +39,7 @@ pub(crate) struct Pool {
     pub(crate) laden: BTreeSet<Slot>,
     /// Workers that have an adapter, or are about to.
     pub(crate) adapters: BTreeSet<(AdapterId, Slot)>,
-    /// Those that are configured no more.
+    /// Those that are configured no more, as many as the configuration's reader remembers.
     pub(crate) adapters_gone: BTreeSet<AdapterId>,
     /// Mean seconds that it takes to load an adapter, once one was.
     adapter_seconds: Option<f64>,

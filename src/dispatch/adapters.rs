@@ -2,9 +2,10 @@
 //!
 //! An adapter has one name, for clients and at the workers. What a worker lists is told to the core when it is probed, and
 //! read again now and then, since others may load and unload there, too. Of a server with several data-parallel ranks an
-//! adapter is all ranks', so that none is loaded or unloaded there at one rank's word.
+//! adapter is all ranks', so that none is loaded or unloaded there at one rank's word; of one that several models share,
+//! it is that model's which has it configured.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
@@ -37,6 +38,15 @@ pub(super) enum Change {
     Unload,
 }
 
+/// Whether an engine that lists an adapter says that it has it from elsewhere than configured: vLLM and SGLang do, of
+/// adapters, which have a parent.
+fn is_elsewhere(adapter: &Adapter, listed: &ServedModel) -> bool {
+    let is_other = |(path, root): (&str, &str)| path.trim_end_matches('/') != root.trim_end_matches('/');
+    !adapter.gone
+        && listed.parent.is_some()
+        && adapter.path.as_deref().zip(listed.root.as_deref()).is_some_and(is_other)
+}
+
 impl Intake {
     /// The worker was asked who it is, and listed these; it may be another process than before.
     pub(super) fn adapters_listed(&self, worker: &Worker, listed: &[ServedModel], load: Option<Load>) {
@@ -48,9 +58,10 @@ impl Intake {
         self.tell_adapters(worker, listed);
     }
 
-    /// Reads the worker's list again.
+    /// Reads the worker's list again. One that was not asked yet who it is gives it then: what may be loaded there shows
+    /// only then, too.
     pub(super) async fn list_adapters(&self, worker: &Worker) {
-        if self.adapters(worker.pool).is_empty() {
+        if self.adapters(worker.pool).is_empty() || worker.identity.load().is_none() {
             return;
         }
         match engines::listed(&worker.channel).await {
@@ -62,9 +73,16 @@ impl Intake {
     fn tell_adapters(&self, worker: &Worker, listed: &[ServedModel]) {
         let adapters = self.adapters(worker.pool);
         if !adapters.is_empty() {
-            let listed: HashSet<&str> = listed.iter().map(|model| model.id.as_str()).collect();
-            let has = adapters.iter().filter(|adapter| listed.contains(&*adapter.name)).map(Adapter::facts).collect();
-            self.driver.tell(Event::AdaptersSeen { worker: worker.id, adapters: has });
+            let listed: HashMap<&str, &ServedModel> = listed.iter().map(|model| (model.id.as_str(), model)).collect();
+            let has = adapters.iter().filter_map(|adapter| Some((adapter, *listed.get(&*adapter.name)?)));
+            let has: Vec<(&Adapter, &ServedModel)> =
+                has.filter(|(adapter, _)| !self.is_anothers(worker, adapter)).collect();
+            let stale = has.iter().filter(|(adapter, listed)| is_elsewhere(adapter, listed));
+            self.driver.tell(Event::AdaptersSeen {
+                worker: worker.id,
+                adapters: has.iter().map(|(adapter, _)| adapter.facts()).collect(),
+                stale: stale.map(|(adapter, _)| adapter.id).collect(),
+            });
         }
     }
 
@@ -96,6 +114,7 @@ impl Intake {
         self.tracker.spawn(gone.run_until_cancelled_owned(async move {
             let found = intake.adapters(worker.pool).iter().find(|known| known.id == adapter).cloned();
             let end = match found {
+                Some(adapter) if change == Change::Unload && intake.is_anothers(&worker, &adapter) => AdapterEnd::Done,
                 Some(adapter) => intake.changed_adapter(&worker, &adapter, change).await,
                 // It left the configuration long ago, and is remembered no more.
                 None if change == Change::Load => AdapterEnd::Refused,
@@ -136,7 +155,12 @@ impl Intake {
 
     /// The adapters of a pool are others now.
     pub(super) fn adapters_configured(self: &Arc<Self>, pool: PoolId, before: &[Adapter]) {
-        for now in &*self.adapters(pool) {
+        let adapters = self.adapters(pool);
+        for forgotten in before.iter().filter(|known| known.gone && adapters.iter().all(|now| now.id != known.id)) {
+            let (adapter, change) = (forgotten.id, AdapterChange::Back);
+            self.driver.tell(Event::AdapterChanged { pool, adapter, change });
+        }
+        for now in &*adapters {
             let Some(before) = before.iter().find(|before| before.id == now.id) else { continue };
             let change = match (before.gone, now.gone) {
                 (false, true) => AdapterChange::Gone,

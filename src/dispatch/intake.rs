@@ -567,6 +567,17 @@ impl Intake {
         self.members.lock().pools.get(&pool).map(|pool| Arc::clone(&pool.adapters)).unwrap_or_default()
     }
 
+    /// Whether an adapter that left a worker's model is configured for another one of the same server, whose it is now.
+    pub(super) fn is_anothers(&self, worker: &Worker, adapter: &Adapter) -> bool {
+        let members = self.members.lock();
+        let Some(member) = members.workers.get(&worker.id).filter(|_| adapter.gone) else { return false };
+        let server = member.spec.endpoint.to_string();
+        let others = members.workers.values().filter(|other| other.pool != member.pool);
+        let shared = others.filter(|other| other.spec.endpoint.to_string() == server);
+        let mut known = shared.filter_map(|other| members.pools.get(&other.pool)).flat_map(|pool| pool.adapters.iter());
+        known.any(|known| !known.gone && known.name == adapter.name)
+    }
+
     /// How many of them one worker is given, where that is configured.
     pub(super) fn places(&self, pool: PoolId) -> Option<u32> {
         self.members.lock().pools.get(&pool)?.adapters_max

@@ -239,6 +239,25 @@ fn an_adapter_taken_out_is_unloaded_once_its_requests_ended() {
 }
 
 #[test]
+fn of_many_that_were_taken_out_those_that_left_first_are_forgotten() {
+    let workers = [worker(&[])];
+    let keys = |names: &[&str]| model("m", &[workers[0].address], &adapters(names, Some(&tokenizer())));
+    let many: Vec<String> = (0..256).map(|number| format!("a{number}")).collect();
+    // The first that was ever configured is the last to leave.
+    let all: Vec<&str> = std::iter::once("sql").chain(many.iter().map(String::as_str)).collect();
+    let gateway = gateway(&workers.each_ref(), &adapters(&all, Some(&tokenizer())));
+    ask(&gateway, "sql");
+    for left in [&["sql"][..], &[]] {
+        gateway.configure("", &keys(left));
+        gateway.process.signal("HUP");
+        let listed = || client::get(gateway.client, "/v1/models").json()["data"].as_array().map(Vec::len);
+        eventually("the others to be gone", || (listed() == Some(1 + left.len())).then_some(()));
+    }
+    until_changes(&workers[0], 2);
+    assert_eq!(changes(&workers[0])[1], ("sql".to_owned(), false));
+}
+
+#[test]
 fn an_adapter_whose_path_changes_is_loaded_from_there_once_its_requests_ended() {
     let workers = [worker(&["--speed", "1"])];
     let other = tempfile::tempdir().expect("a directory");
@@ -259,6 +278,62 @@ fn an_adapter_whose_path_changes_is_loaded_from_there_once_its_requests_ended() 
     let listed = client::get(workers[0].address, "/v1/models").json();
     let root = listed["data"][1]["root"].as_str().map(Path::new);
     assert_eq!(root, Some(other.path()), "{listed}");
+}
+
+/// Where a worker says that it has its adapter from.
+fn root(worker: &Worker) -> Option<String> {
+    let listed = client::get(worker.address, "/v1/models").json();
+    Some(listed["data"].get(1)?["root"].as_str()?.to_owned())
+}
+
+#[test]
+fn an_adapter_that_came_from_another_path_than_configured_is_loaded_from_there() {
+    let workers = [worker(&[])];
+    let (first, second) = (tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("a directory"));
+    // As a gateway with another path left it.
+    let body = json!({"lora_name": "sql", "lora_path": first.path()}).to_string();
+    assert_eq!(client::post(workers[0].address, "/v1/load_lora_adapter", &body).status, 200);
+    let gateway = gateway(&workers.each_ref(), &adapters(&["sql"], Some(second.path())));
+    ask(&gateway, "sql");
+    assert_eq!(root(&workers[0]).as_deref(), second.path().to_str());
+    assert_eq!(changes(&workers[0]).len(), 3);
+    // The path and the worker's keys at once: it is another worker to the scheduler.
+    let config = model("m", &[workers[0].address], &adapters(&["sql"], Some(first.path())));
+    gateway.configure("", &(config + "token_ids = true\n"));
+    gateway.process.signal("HUP");
+    until_changes(&workers[0], 4);
+    assert_eq!(changes(&workers[0])[3], ("sql".to_owned(), false));
+    eventually("it to be served", || (gateway.post(COMPLETIONS, &prompt("sql")).status == 200).then_some(()));
+    assert_eq!(root(&workers[0]).as_deref(), first.path().to_str());
+    assert_eq!(changes(&workers[0]).len(), 5);
+}
+
+#[test]
+fn an_adapter_that_goes_to_another_model_of_the_same_server_stays_there() {
+    let workers = [worker(&[])];
+    let shared = |sql_at: &str| {
+        let names = |model: &str| if model == sql_at { vec!["sql"] } else { Vec::new() };
+        let keys = |model: &str| adapters(&names(model), Some(&tokenizer()));
+        let at = workers[0].address;
+        let second = format!("[[model.worker]]\nname = \"x0\"\nurl = \"http://{at}\"\nmodel = \"m\"\n");
+        model("m", &[workers[0].address], &keys("m")) + &model("two", &[], &keys("two")) + &second
+    };
+    let gateway = Gateway::start(&shared("m"));
+    eventually("it to be served", || (gateway.post(COMPLETIONS, &prompt("sql")).status == 200).then_some(()));
+    gateway.configure("", &shared("two"));
+    gateway.process.signal("HUP");
+    let has = |at: &str| {
+        let (none, loaded) = (BTreeMap::new(), BTreeMap::from([("sql".to_owned(), "loaded".to_owned())]));
+        let has = if at == "two" { [none, loaded] } else { [none.clone(), none] };
+        eventually("the workers to have changed", || (known(&gateway) == has).then_some(()));
+    };
+    has("two");
+    assert_eq!(by(&ask(&gateway, "sql")), "x0");
+    assert_eq!(changes(&workers[0]), loaded(&["sql"]), "the first model had it, and leaves it to the second");
+    gateway.configure("", &shared("none"));
+    gateway.process.signal("HUP");
+    has("none");
+    assert_eq!(changes(&workers[0])[1..], [("sql".to_owned(), false)]);
 }
 
 #[test]

@@ -13,7 +13,7 @@ pub struct ServedModel {
     pub id: String,
     /// Who wrote the list; engines put their own name here.
     pub owned_by: Option<String>,
-    /// vLLM: the directory or repository that the weights came from.
+    /// vLLM: the directory or repository that the weights came from; SGLang says so of adapters.
     pub root: Option<String>,
     /// vLLM: the base model, when this is a LoRA adapter.
     pub parent: Option<String>,

@@ -23,17 +23,27 @@ use crate::lane::Gate;
 use crate::worker::{Slot, Worker};
 use crate::{Action, Adapter, AdapterChange, AdapterEnd, AdapterId, AdapterState, PoolId, RequestId, WorkerId};
 
-/// Adapters that are configured no more and remembered; where there are more, the first is forgotten and stays loaded.
-const GONE_MAX: usize = 256;
-
 impl Core {
-    /// An engine says which adapters it has.
-    pub(super) fn adapters_seen(&mut self, id: WorkerId, adapters: &[Adapter], out: &mut Vec<Action>) {
+    /// An engine says which adapters it has, and which of these are `stale`. One that was known keeps its files until they
+    /// move: we loaded it, or the engine did not let it go.
+    pub(super) fn adapters_seen(
+        &mut self,
+        id: WorkerId,
+        adapters: &[Adapter],
+        stale: &[AdapterId],
+        out: &mut Vec<Action>,
+    ) {
         let Some(slot) = self.workers.slot(id) else { return };
         let Some(worker) = self.workers.get_mut(slot) else { return };
         let (came, gone) = worker.adapters.seen(self.now, adapters);
         let pool = worker.pool;
-        came.iter().for_each(|adapter| worker.lane.open(Gate::Adapter(*adapter)));
+        for adapter in &came {
+            if stale.contains(adapter) && worker.spec.adapters_max > 0 {
+                worker.adapters.moved(self.now, *adapter);
+            } else {
+                worker.lane.open(Gate::Adapter(*adapter));
+            }
+        }
         gone.iter().for_each(|adapter| self.close(slot, *adapter));
         if !came.is_empty() || !gone.is_empty() {
             self.adapters_changed(slot);
@@ -46,9 +56,6 @@ impl Core {
         let Some(state) = self.pools.get_mut(&pool) else { return };
         if change == AdapterChange::Gone {
             state.adapters_gone.insert(adapter);
-            if state.adapters_gone.len() > GONE_MAX {
-                state.adapters_gone.pop_first();
-            }
         } else {
             state.adapters_gone.remove(&adapter);
         }

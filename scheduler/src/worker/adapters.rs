@@ -44,7 +44,7 @@ pub enum AdapterState {
 pub enum AdapterChange {
     /// It is not there any more. Workers forget it once nobody asks for it.
     Gone,
-    /// It is there again, as it was.
+    /// It is there again, as it was; or it is gone for so long that it is remembered no more, and stays where it is.
     Back,
     /// Its files are others. Nothing more is asked of the old ones, and workers load it anew.
     Moved,
@@ -295,9 +295,10 @@ impl Adapters {
             }
             (AdapterState::Unloading, AdapterEnd::Done) => drop(self.here.remove(&adapter)),
             (AdapterState::Unloading, AdapterEnd::Failed | AdapterEnd::Refused) => {
+                let refused = end == AdapterEnd::Refused;
                 here.next = (here.next * 2).max(config.wake_retry).min(config.wake_retry_max);
-                here.unload_after = now.after(here.next);
-                here.stale &= end == AdapterEnd::Failed; // better the old files than none
+                here.unload_after = now.after(if refused { config.adapter_refused } else { here.next });
+                here.stale &= !refused; // better the old files than none
                 let there = here.at_rest();
                 self.turn(now, adapter, there);
             }

@@ -33,7 +33,12 @@ fn turned(world: &mut World, worker: u32, of: u32, end: AdapterEnd) -> Vec<Actio
 }
 
 fn seen(world: &mut World, worker: u32, adapters: &[Adapter]) -> Vec<Action> {
-    world.event(Event::AdaptersSeen { worker: WorkerId(worker), adapters: adapters.to_vec() })
+    seen_stale(world, worker, adapters, &[])
+}
+
+fn seen_stale(world: &mut World, worker: u32, adapters: &[Adapter], stale: &[u32]) -> Vec<Action> {
+    let stale = stale.iter().map(|of| AdapterId(*of)).collect();
+    world.event(Event::AdaptersSeen { worker: WorkerId(worker), adapters: adapters.to_vec(), stale })
 }
 
 fn changed(world: &mut World, of: u32, change: AdapterChange) -> Vec<Action> {
@@ -273,6 +278,9 @@ fn what_is_configured_no_more_is_unloaded_once_nobody_asks_for_it() {
     turned(&mut world, 0, 1, AdapterEnd::Failed);
     assert_eq!(turns(&world.wait(4900)), []);
     assert_eq!(turns(&world.wait(200)), [unload(0, 1)]);
+    turned(&mut world, 0, 1, AdapterEnd::Refused);
+    assert_eq!(turns(&world.wait(59_900)), [], "a refusal stands for a minute");
+    assert_eq!(turns(&world.wait(200)), [unload(0, 1)]);
     turned(&mut world, 0, 1, AdapterEnd::Done);
     assert_eq!(world.core.worker_views(world.now).next().unwrap().adapters, []);
     // a server that has it when it returns forgets it, too; and none once it is configured again
@@ -294,14 +302,6 @@ fn a_worker_that_takes_no_adapters_keeps_those_that_it_has() {
     }
     ask(&mut world, 1, 1);
     assert_eq!(world.sent_to(1), Some(0));
-}
-
-#[test]
-fn only_so_many_are_remembered_that_are_configured_no_more() {
-    let mut world = World::with_workers(1, &spec());
-    (1..=257).for_each(|of| drop(changed(&mut world, of, AdapterChange::Gone)));
-    assert_eq!(turns(&seen(&mut world, 0, &[adapter(1)])), []);
-    assert_eq!(turns(&seen(&mut world, 0, &[adapter(2)])), [unload(0, 2)]);
 }
 
 #[test]
@@ -337,6 +337,34 @@ fn an_adapter_whose_files_moved_is_loaded_anew_once_its_requests_ended() {
     assert_eq!(turns(&ask(&mut world, 5, 2)), [load(0, 2)]);
 }
 
+#[test]
+fn an_adapter_that_a_worker_comes_with_from_other_files_is_loaded_anew() {
+    let mut world = World::with_workers(1, &spec());
+    assert_eq!(turns(&seen_stale(&mut world, 0, &[adapter(1), adapter(2)], &[1])), [unload(0, 1)]);
+    assert_eq!(turns(&ask(&mut world, 1, 1)), []);
+    assert_eq!(world.sent_to(1), None);
+    assert_eq!(turns(&turned(&mut world, 0, 1, AdapterEnd::Done)), [load(0, 1)]);
+    turned(&mut world, 0, 1, AdapterEnd::Done);
+    assert_eq!(world.sent_to(1), Some(0));
+    world.finish(1);
+    // whatever its engine calls the files that we had it load, they are those
+    assert_eq!(turns(&seen_stale(&mut world, 0, &[adapter(1), adapter(2)], &[1])), []);
+    ask(&mut world, 2, 1);
+    assert_eq!(world.sent_to(2), Some(0));
+    world.finish(2);
+    // where the engine keeps the old ones, they serve; also where it takes none
+    seen(&mut world, 0, &[]);
+    assert_eq!(turns(&seen_stale(&mut world, 0, &[adapter(1)], &[1])), [unload(0, 1)]);
+    turned(&mut world, 0, 1, AdapterEnd::Refused);
+    assert_eq!(turns(&seen_stale(&mut world, 0, &[adapter(1)], &[1])), []);
+    ask(&mut world, 3, 1);
+    assert_eq!(world.sent_to(3), Some(0));
+    world.join(0, WorkerSpec { adapters_max: 0, ..spec() });
+    assert_eq!(turns(&seen_stale(&mut world, 0, &[adapter(1), adapter(3)], &[3])), []);
+    ask(&mut world, 4, 3);
+    assert_eq!(world.sent_to(4), Some(0));
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Ask(u32),
@@ -344,7 +372,7 @@ enum Step {
     Finish(usize),
     Fail(usize),
     Turn(usize, AdapterEnd),
-    Seen(u32, Vec<u32>),
+    Seen(u32, Vec<u32>, Vec<u32>),
     Changed(u32, AdapterChange),
     Probed(u32, bool),
     Cancel(usize),
@@ -361,7 +389,8 @@ fn step() -> impl Strategy<Value = Step> {
         4 => any::<usize>().prop_map(Step::Finish),
         1 => any::<usize>().prop_map(Step::Fail),
         6 => (any::<usize>(), end).prop_map(|(at, end)| Step::Turn(at, end)),
-        1 => (0..3_u32, prop::collection::vec(0..5_u32, 0..3)).prop_map(|(worker, has)| Step::Seen(worker, has)),
+        1 => (0..3_u32, prop::collection::vec(0..5_u32, 0..3), prop::collection::vec(0..4_u32, 0..2))
+            .prop_map(|(worker, has, stale)| Step::Seen(worker, has, stale)),
         1 => (0..4_u32, change).prop_map(|(of, change)| Step::Changed(of, change)),
         1 => (0..3_u32, any::<bool>()).prop_map(|(worker, healthy)| Step::Probed(worker, healthy)),
         1 => any::<usize>().prop_map(Step::Cancel),
@@ -403,7 +432,9 @@ fn play(world: &mut World, step: Step) {
                 turned(world, worker.0, adapter.0, end);
             }
         }
-        Step::Seen(worker, has) => drop(seen(world, worker, &has.into_iter().map(adapter).collect::<Vec<_>>())),
+        Step::Seen(worker, has, stale) => {
+            drop(seen_stale(world, worker, &has.into_iter().map(adapter).collect::<Vec<_>>(), &stale));
+        }
         Step::Changed(of, change) => drop(changed(world, of, change)),
         Step::Probed(worker, healthy) => drop(world.probed(worker, healthy)),
         Step::Cancel(at) => {

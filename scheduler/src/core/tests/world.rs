@@ -166,11 +166,14 @@ impl World {
                 self.draining.retain(|known| known != worker);
                 self.draining.extend(draining.then_some(*worker));
             }
-            Event::AdaptersSeen { worker, adapters } => {
+            Event::AdaptersSeen { worker, adapters, stale } => {
                 let turning = |key: &(WorkerId, AdapterId)| self.turning.contains_key(key);
+                let had = self.adapters.clone();
                 self.adapters.retain(|key| key.0 != *worker || turning(key));
                 let seen = adapters.iter().map(|adapter| (*worker, adapter.id));
                 let seen: Vec<_> = seen.filter(|key| !turning(key)).collect();
+                let came = seen.iter().filter(|key| !had.contains(key) && stale.contains(&key.1));
+                self.stale.extend(came.filter(|key| !self.fixed.contains(&key.0)));
                 self.adapters.extend(seen);
             }
             Event::AdapterTurned { worker, adapter, end } => {
