@@ -78,9 +78,10 @@ impl Core {
     pub(super) fn first_token(&mut self, id: RequestId, out: &mut Vec<Action>) {
         let Some(entry) = self.requests.get_mut(&id) else { return };
         let Place::Sent(sent) = &mut entry.place else { return };
-        if sent.started.replace(self.now).is_some() {
+        if sent.started.is_some() {
             return;
         }
+        sent.started = Some(self.now);
         if entry.plan.leg != Leg::Prefill {
             // It was for this; whoever goes on with the answer has time.
             entry.request.deadline = None;
@@ -157,6 +158,11 @@ impl Core {
     }
 
     pub(super) fn ended(&mut self, id: RequestId, end: End, out: &mut Vec<Action>) {
+        // An answer that is there all at once is told by its end alone; one of nothing is a refusal.
+        let is_whole = self.requests.get(&id).is_some_and(|entry| !entry.request.streamed);
+        if is_whole && matches!(end, End::Finished { prompt_tokens: 1.., .. }) {
+            self.first_token(id, out);
+        }
         let Some(sent) = self.release(id) else { return };
         match end {
             End::Finished { prompt_tokens, output_tokens, .. } => {
