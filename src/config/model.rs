@@ -378,8 +378,14 @@ pub(super) fn name(raw: &Raw<'_>) -> Result<Name, Refusal> {
     Name::new(raw.text()?).map_err(|bad| Refusal::new(bad.to_string()))
 }
 
+/// What the metrics call the models that are asked for and that nobody configured.
+const UNKNOWN: &str = "other";
+
 pub(super) fn model_name(raw: &Raw<'_>) -> Result<Name, Refusal> {
     match name(raw)? {
+        name if &*name == UNKNOWN => Err(Refusal::new(format!(
+            "must be another name: as `{UNKNOWN}` the metrics tell of the names that nobody configured"
+        ))),
         name if name.contains('*') => Err(Refusal::new("must be a whole name: write what holds a `*` among `aliases`")),
         name if name
             .rsplit_once('@')

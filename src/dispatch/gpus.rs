@@ -266,6 +266,10 @@ impl Node {
                 let id = known.unwrap_or_else(|| fresh(next));
                 Seen { id, metrics, said: gpu.clone(), at: now, corrupted: None, fault: None, foreign_processes: 0 }
             });
+            if seen.said.index != gpu.index {
+                // A driver that starts again may count its GPUs in another order.
+                seen.metrics = GpuMetrics::new(&self.spec.name, &gpu.index);
+            }
             if gpu.ecc_uncorrected.zip(seen.said.ecc_uncorrected).is_some_and(|(new, old)| new > old) {
                 seen.corrupted = Some(now);
             }
@@ -411,6 +415,29 @@ fn reaches(endpoint: &Endpoint, listen: SocketAddr, host: Option<&str>) -> bool 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn series_bear_the_index_that_a_gpu_has_now() {
+        let source = Source::Agent("http://gpu-a:7072".parse().unwrap());
+        let spec = NodeSpec { name: "n".into(), source };
+        let mut node = Node { spec, gone: CancellationToken::new(), gpus: BTreeMap::new() };
+        let mut next = 0;
+        for (uuids, expect) in [(["a", "b"], [10, 11]), (["b", "c"], [11, 12]), (["c", "b"], [12, 11])] {
+            let gpus = (0..).zip(uuids).map(|(index, uuid): (u32, _)| Gpu {
+                index: index.to_string(),
+                uuid: Some(uuid.to_owned()),
+                temperature_celsius: Some(u32::from_str_radix(uuid, 16).unwrap()),
+                ..Gpu::default()
+            });
+            node.take_in((&mut next, &[]), &Snapshot { gpus: gpus.collect(), ..Snapshot::default() });
+            let text = GpuMetrics::render(node.gpus.values().map(|seen| &seen.metrics));
+            let said: Vec<_> = text.lines().filter(|line| line.starts_with("forebay_gpu_temperature")).collect();
+            let line =
+                |gpu: usize| format!("forebay_gpu_temperature_celsius{{node=\"n\",gpu=\"{gpu}\"}} {}", expect[gpu]);
+            assert_eq!(said, [line(0), line(1)], "{uuids:?}");
+        }
+        assert_eq!(next, 3, "a GPU stays who it is");
+    }
 
     #[test]
     fn workers_are_found_by_where_they_are_reached() {

@@ -5,13 +5,14 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use forebay_backends::engines::{self, Api, Detected, Load, Ways};
 use forebay_backends::signals::kv_events::KvSource;
 use forebay_backends::signals::{Pace, Signal, Signals, Traffic};
-use forebay_backends::transport::{Channel, Endpoint, Timeouts, Transport};
+use forebay_backends::transport::{Endpoint, Timeouts, Transport};
 use forebay_scheduler::{Action, Event, PoolId, PoolLimits, Role, SleepSpec, WorkerId};
 use http::HeaderValue;
 use parking_lot::Mutex;
@@ -328,6 +329,7 @@ impl Intake {
             places: Places::default(),
             returned: Notify::new(),
             traffic: Traffic::default(),
+            sleeps: AtomicBool::new(false),
             metrics: WorkerMetrics::new(&spec.name),
         });
         Member { pool: pool.pool, spec: spec.clone(), worker, draining: false, gone: CancellationToken::new() }
@@ -380,7 +382,7 @@ impl Intake {
     async fn probe(self: Arc<Self>, id: WorkerId) {
         let Some((spec, gone, model)) = self.member_facts(id) else { return };
         let Some(worker) = self.workers.get(id) else { return };
-        let asked = gone.run_until_cancelled(identify(&worker.channel, &spec)).await;
+        let asked = gone.run_until_cancelled(identify(&worker, &spec)).await;
         let healthy = match asked {
             None => return,
             Some(None) => false,
@@ -499,6 +501,7 @@ impl Intake {
                     // One that may is asked for that by itself.
                     Signal::Load(load) if load.sleeping && sleeps => {}
                     Signal::Load(load) if load.sleeping => {
+                        worker.sleeps_for_itself(true);
                         intake.driver.tell(Event::Probed { worker: worker.id, healthy: false });
                     }
                     Signal::Load(load) => {
@@ -603,7 +606,8 @@ impl Intake {
 }
 
 /// Asks a worker who it is and whether it can serve, `None` when it cannot; and what it has to do, where that may be asked.
-async fn identify(channel: &Channel, spec: &WorkerSpec) -> Option<(Detected, Option<Load>)> {
+async fn identify(worker: &Worker, spec: &WorkerSpec) -> Option<(Detected, Option<Load>)> {
+    let channel = &worker.channel;
     let asked = async {
         // A server whose engine is configured need not list its models.
         let detected = engines::detect(channel, spec.engine.and_then(engines::by_name)).await?;
@@ -616,7 +620,9 @@ async fn identify(channel: &Channel, spec: &WorkerSpec) -> Option<(Detected, Opt
         let asleep = load.is_some_and(|load| load.sleeping);
         Ok::<_, forebay_backends::Error>((!asleep).then_some((detected, load)))
     };
-    match asked.await {
+    let asked = asked.await;
+    worker.sleeps_for_itself(matches!(asked, Ok(None)));
+    match asked {
         Ok(detected) => detected,
         Err(error) => {
             tracing::debug!(worker = &*spec.name, %error, "a probe failed");

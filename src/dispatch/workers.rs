@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use foldhash::HashMap;
@@ -42,6 +43,8 @@ pub struct Worker {
     pub(super) returned: Notify,
     /// Tells the polls of its load that requests go there.
     pub(super) traffic: Traffic,
+    /// Its model sleeps, and is not ours to wake.
+    pub(super) sleeps: AtomicBool,
     pub(super) metrics: WorkerMetrics,
 }
 
@@ -50,6 +53,13 @@ impl Worker {
     #[must_use]
     pub fn engine(&self) -> &'static str {
         self.identity.load().as_ref().map_or("unknown", |identity| identity.engine.name())
+    }
+
+    /// Notes whether its model sleeps, which we may not wake.
+    pub(super) fn sleeps_for_itself(&self, sleeps: bool) {
+        if !self.sleeps.swap(sleeps, Relaxed) && sleeps {
+            tracing::warn!(worker = &*self.name, "it sleeps, and may not be woken (`sleep = true`)");
+        }
     }
 }
 
@@ -138,7 +148,8 @@ impl Workers {
                     gauges.up.set(flag(takes_requests(&view)));
                     gauges.health_score.set(view.health_score);
                     gauges.breaker_open.set(flag(view.health == HealthState::Open));
-                    gauges.asleep.set(flag(view.sleep == Some(SleepState::Asleep)));
+                    let asleep = view.sleep == Some(SleepState::Asleep) || worker.sleeps.load(Relaxed);
+                    gauges.asleep.set(flag(asleep));
                     gauges.wakes.absolute(view.wakes);
                     #[expect(clippy::cast_precision_loss, reason = "token counts are far below 2^52")]
                     gauges.promised_tokens.set(view.promised_tokens as f64);

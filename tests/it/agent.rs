@@ -4,12 +4,13 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command};
+use std::time::Instant;
 
 use forebay_backends::signals::gpu::{Gpu, Process, Standing};
 
-use crate::support::eventually;
 use crate::support::gpus::{Agent, StandIn, identity, library};
 use crate::support::process::{Gateway, model, tokenizer};
+use crate::support::{PATIENCE, eventually};
 
 /// A child that does nothing, ended with its test.
 struct Idle(Child);
@@ -27,6 +28,8 @@ impl Drop for Idle {
     }
 }
 
+/// All that HTTP/2 wants before a call.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 /// Connections that an agent has at once.
 const CONNECTIONS_MAX: usize = 256;
 
@@ -56,9 +59,8 @@ fn whoever_makes_no_call_is_let_go_and_keeps_nobody_out() {
     let gateway = Gateway::start_unready("", &(node + &worker), &[("SSL_CERT_FILE", &certificate)]);
     let heard = || gateway.metric("forebay_gpu_temperature_celsius{node=\"n\",gpu=\"0\"}") == 40.0;
     eventually("the gateway to hear", || heard().then_some(()));
-    // A TLS record's type and no more; nothing, a byte, and all that HTTP/2 wants before a call.
-    let preface: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
-    let stalled: Vec<_> = [(&secret, &b"\x16"[..]), (&secret, b""), (&open, b""), (&open, b"P"), (&open, preface)]
+    // A TLS record's type and no more; nothing, a byte, and all but the call.
+    let stalled: Vec<_> = [(&secret, &b"\x16"[..]), (&secret, b""), (&open, b""), (&open, b"P"), (&open, PREFACE)]
         .into_iter()
         .cycle()
         .take(5 * 100)
@@ -74,9 +76,80 @@ fn whoever_makes_no_call_is_let_go_and_keeps_nobody_out() {
     let gone = stalled.iter().enumerate().filter(|(at, client)| at % 5 > 1 && is_closed(client)).count();
     assert!(300 - gone < CONNECTIONS_MAX, "{gone} of 300 were closed");
     eventually("all to be closed", || stalled.iter().all(is_closed).then_some(()));
+    assert!(open.process.err().contains("no more connections are served"), "{}", open.process.err());
     // A call stays for as long as it likes.
     assert!((0..3).all(|_| subscriber.next().is_some()));
     assert!(heard() && !gateway.process.err().contains("nothing is heard"), "{}", gateway.process.err());
+}
+
+#[test]
+fn whoever_asks_and_takes_no_answer_is_let_go() {
+    let agent = Agent::start(1);
+    let mut client = TcpStream::connect(agent.address).expect("it listens");
+    client.write_all(PREFACE).expect("it takes it");
+    client.set_nonblocking(true).expect("a socket");
+    // Each wants an answer as long as itself, until none fits the socket any more.
+    let pings = b"\0\0\x08\x06\0\0\0\0\0ABCDEFGH".repeat(1000);
+    let mut rest = &pings[..];
+    eventually("it to be closed", || {
+        loop {
+            match client.write(rest) {
+                Ok(taken) => rest = Some(&rest[taken..]).filter(|rest| !rest.is_empty()).unwrap_or(&pings),
+                Err(error) => return (error.kind() != ErrorKind::WouldBlock).then_some(()),
+            }
+        }
+    });
+}
+
+/// Makes a call, takes it back when it is answered, and answers all that the agent asks from then on. Whether the agent
+/// closed the connection in time.
+fn is_let_go_after_a_call(agent: &Agent) -> bool {
+    let frame = |kind: u8, flags: u8, stream: u8, body: &[u8]| {
+        [&[0, 0, u8::try_from(body.len()).expect("short"), kind, flags, 0, 0, 0, stream], body].concat()
+    };
+    let field = |name: &str, value: &str| {
+        let text = |text: &str| [&[u8::try_from(text.len()).expect("short")], text.as_bytes()].concat();
+        [vec![0], text(name), text(value)].concat()
+    };
+    let head = [
+        field(":method", "POST"),
+        field(":scheme", "http"),
+        field(":path", "/forebay.telemetry.v1.Telemetry/Watch"),
+        field(":authority", "agent"),
+        field("content-type", "application/grpc"),
+        field("te", "trailers"),
+    ];
+    let mut client = TcpStream::connect(agent.address).expect("it listens");
+    client.set_read_timeout(Some(PATIENCE)).expect("a socket");
+    let call = [PREFACE, &frame(1, 4, 1, &head.concat()), &frame(0, 1, 1, &[0; 5])].concat();
+    client.write_all(&call).expect("it takes it");
+    let (began, mut called) = (Instant::now(), false);
+    while began.elapsed() < PATIENCE {
+        let mut head = [0; 9];
+        if let Err(error) = client.read_exact(&mut head) {
+            return called && error.kind() != ErrorKind::WouldBlock;
+        }
+        let mut body = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+        client.read_exact(&mut body).expect("the rest of a frame");
+        let answer = match (head[3], head[4]) {
+            (1, _) => {
+                called = true;
+                frame(3, 0, 1, &[0, 0, 0, 8])
+            }
+            (6, 0) => frame(6, 1, 0, &body),
+            _ => continue,
+        };
+        let _ = client.write_all(&answer);
+    }
+    false
+}
+
+#[test]
+fn whoever_takes_its_call_back_is_let_go() {
+    let agent = Agent::start(1);
+    let mut subscriber = agent.watch();
+    assert!(is_let_go_after_a_call(&agent));
+    assert!((0..3).all(|_| subscriber.next().is_some()));
 }
 
 #[test]

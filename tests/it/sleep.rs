@@ -140,6 +140,29 @@ fn requests_for_a_model_that_sleeps_wake_it_once_and_the_decision_says_what_it_c
 }
 
 #[test]
+fn a_model_that_sleeps_and_may_not_be_woken_is_told_of_once_each_time() {
+    let worker = Worker::start(&["--model", "m", "--enable-sleep-mode", "--asleep"]);
+    let file = format!(
+        "[[model]]\nname = \"m\"\ntokenizer = {:?}\n[[model.worker]]\nname = \"w\"\nurl = \"http://{}\"\n",
+        tokenizer(),
+        worker.address
+    );
+    let gateway = Gateway::start_unready("", &file, &[]);
+    let asleep = || gateway.metric("forebay_worker_asleep{worker=\"w\"}");
+    let up = || gateway.metric("forebay_worker_up{worker=\"w\"}");
+    for round in 1..=2 {
+        eventually("it to be seen to sleep", || (asleep() == 1.0 && up() == 0.0).then_some(()));
+        assert_eq!(post(worker.address, "/wake_up", "").status, 200);
+        eventually("it to be up", || (up() == 1.0).then_some(()));
+        assert_eq!(asleep(), 0.0);
+        // A probe that found it asleep, and the one that found it awake, at least.
+        let said = gateway.process.err();
+        assert_eq!(said.matches("it sleeps, and may not be woken").count(), round, "{said}");
+        assert_eq!(post(worker.address, "/sleep?level=1&mode=wait", "").status, 200);
+    }
+}
+
+#[test]
 fn memory_that_somebody_else_has_prevents_a_wake() {
     let agent = Agent::start(1);
     let used = |gib: u64| agent.gpus.set("0.memory.used", &(gib << 30).to_string());

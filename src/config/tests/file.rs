@@ -60,7 +60,7 @@ kv_events_replay = "tcp://[fd00::1]:5558"
 url = "https://gpu-b/engine/"
 
 [[model]]
-name = "other"
+name = "second"
 worker = [{{ url = "http://[::1]:8000", gpus = ["gpu-a/0", "gpu-a/GPU-1"] }}]
 
 [[node]]
@@ -111,7 +111,7 @@ agent = "http://gpu-a:7072"
     assert_eq!((&b.model, &b.api_key, &b.kv_events), (&None, &None, &None));
     let batch = MicroBatch { max_tokens: NonZeroU32::new(100).unwrap(), max_delay: Duration::ZERO };
     assert_eq!((first.micro_batch, first.coalesce, first.continue_streams), (Some(batch), true, true));
-    assert_eq!(*second, Model::new(name("other"), second.workers.clone(), &config.server));
+    assert_eq!(*second, Model::new(name("second"), second.workers.clone(), &config.server));
     assert_eq!(&*second.workers[0].name, "[::1]:8000");
     let [node] = &config.nodes[..] else { panic!("{config:?}") };
     assert_eq!((&*node.name, node.agent.as_ref().map(Url::as_str)), ("gpu-a", Some("http://gpu-a:7072/")));

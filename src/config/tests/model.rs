@@ -220,6 +220,16 @@ fn fallbacks_and_hedges() {
 }
 
 #[test]
+fn no_model_is_called_as_the_metrics_call_the_unknown_ones() {
+    let rule = "is \"other\": must be another name: as `other` the metrics tell of the names that nobody configured";
+    check(
+        "[[model]]\nname = 'other'\n[[model.adapter]]\nname = 'other'\n[[model.worker]]\nurl = 'http://w'\n",
+        &[&format!("f.toml:2:8: model[0].name {rule}"), &format!("f.toml:4:8: model[0].adapter[0].name {rule}")],
+    );
+    check("[[model]]\nname = 'Other'\naliases = ['other']\n[[model.worker]]\nname = 'other'\nurl = 'http://w'\n", &[]);
+}
+
+#[test]
 fn a_version_has_a_model_and_is_not_the_latest() {
     for name in ["llama@", "@2", "llama@latest"] {
         let expect = format!(

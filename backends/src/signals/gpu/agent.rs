@@ -14,7 +14,7 @@ use tonic::{
     transport::{Identity, Server, ServerTlsConfig, server::TcpIncoming},
 };
 
-use self::connection::{Called, Connection};
+use self::connection::{Calls, Connection};
 use super::{
     node::{Readings, next},
     wire::{
@@ -56,7 +56,13 @@ pub async fn serve(
         server = server.tls_config(ServerTlsConfig::new().identity(Identity::from_pem(certificate, key)))?;
     }
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut was_full = false;
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).then(move |accepted| {
+        let full = places.available_permits() == 0;
+        if full && !was_full {
+            tracing::warn!(connections = CONNECTIONS_MAX, "no more connections are served until one of these ends");
+        }
+        was_full = full;
         let place = Arc::clone(&places).acquire_owned();
         async { Ok::<_, io::Error>(Connection::new(accepted?, place.await.map_err(io::Error::other)?)) }
     });
@@ -78,14 +84,12 @@ impl Telemetry for Agent {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<Snapshot, Status>> + Send>>;
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        if let Some(called) = request.extensions().get::<Called>() {
-            called.note();
-        }
+        let call = request.extensions().get::<Calls>().map(Calls::begin);
         let mut readings = self.readings.clone();
         readings.mark_changed();
-        let snapshots = stream::unfold(readings, |mut readings| async {
+        let snapshots = stream::unfold((readings, call), |(mut readings, call)| async {
             let snapshot = next(&mut readings).await?;
-            Some((Ok(Snapshot::clone(&snapshot)), readings))
+            Some((Ok(Snapshot::clone(&snapshot)), (readings, call)))
         });
         Ok(Response::new(Box::pin(snapshots.take_until(self.stop.clone().cancelled_owned()))))
     }
