@@ -458,7 +458,7 @@ pub enum Event {
         /// Which.
         request: RequestId,
     },
-    /// Its first token came from the worker.
+    /// Its first token came from the worker. Need not be told of an answer that comes whole and ends at once.
     FirstToken {
         /// Which.
         request: RequestId,
