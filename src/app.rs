@@ -1,4 +1,4 @@
-//! Builds each room, hands it what it uses, and hands `server` the finished routers; then receives new configuration.
+//! Builds each room, hands it what it uses, and hands `server` who answers; then receives new configuration.
 //!
 //! Order of the end: stop accepting, say not ready, let answers finish until the drain time is over, cut what is left,
 //! write the last row.

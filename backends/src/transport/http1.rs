@@ -334,6 +334,8 @@ impl Sending {
         if !self.flushed {
             ready!(stream.poll_flush(context))?;
             self.flushed = true;
+            // Even an empty part holds the whole buffer that the client's request came in, for as long as a stream takes.
+            (self.head, self.body) = (Bytes::new(), Bytes::new());
         }
         Poll::Ready(Ok(()))
     }

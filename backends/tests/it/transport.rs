@@ -8,9 +8,10 @@ use std::{
     time::Instant,
 };
 
+use bytes::Bytes;
 use forebay_backends::{
     Error,
-    transport::{Body, Endpoint, Timeouts, Transport},
+    transport::{Body, Endpoint, Outgoing, Timeouts, Transport},
 };
 use futures::future::join_all;
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -261,6 +262,28 @@ async fn a_connection_that_says_more_than_it_was_asked_is_not_kept() {
             assert_eq!(server.seen.connections(), expected);
         }
     }
+}
+
+/// A long prompt is not kept for as long as its answer takes.
+#[tokio::test]
+async fn a_request_that_is_written_is_let_go() {
+    struct Kept(Arc<Vec<u8>>);
+    impl AsRef<[u8]> for Kept {
+        fn as_ref(&self) -> &[u8] {
+            &self.0
+        }
+    }
+    let server = Server::start(|mut served| async move {
+        served.request().await;
+        served.send("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n").await;
+        served.closed().await;
+    })
+    .await;
+    let kept = Arc::new(b"a prompt".to_vec());
+    let request = Outgoing { body: Bytes::from_owner(Kept(Arc::clone(&kept))), ..post("") };
+    let mut answer = server.channel(Timeouts::default()).send(request).await.expect("an answer");
+    assert_eq!(answer.body.next().await.expect("a piece").expect("a piece"), "ok");
+    assert_eq!(Arc::strong_count(&kept), 1);
 }
 
 #[tokio::test]
