@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use crate::support::body::{ANSWER, chat, long, streamed};
 use crate::support::client::{Answer, Connection};
-use crate::support::eventually;
 use crate::support::process::{Gateway, Worker, model, tokenizer};
 use crate::support::recorder::{Recorder, Step, json, json_with};
+use crate::support::{PATIENCE, eventually, within};
 
 fn gateway(extra: &str, workers: &[std::net::SocketAddr]) -> Gateway {
     let extra = format!("tokenizer = {:?}\n{extra}", tokenizer());
@@ -203,7 +203,8 @@ fn a_stream_that_breaks_is_not_begun_again() {
             let began = Instant::now();
             until_up(&gateway, ill);
             println!("up again {:?} after the restart", began.elapsed());
-            eventually("an answer from the worker that returned", || {
+            // Trust in it comes back over some 20 s, in which an idle other is preferred.
+            within(3 * PATIENCE, "an answer from the worker that returned", || {
                 let answer = gateway.post("/v1/chat/completions", &chat("hello", r#","max_tokens":1"#));
                 assert_eq!(answer.status, 200, "{}", answer.text());
                 (worker(&answer) == ill).then_some(())
